@@ -1,0 +1,48 @@
+# From a bare clone, with nothing before them:
+#
+#     make demo     the whole pipeline on the built-in model
+#     make test     every test
+#
+# They need Python 3.11 or later with its venv module; a C++ compiler gives the native kernels.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+# Without an NVIDIA GPU, torch's CPU build: its version 2.13.0+cpu sorts above the 2.13.0 of PyPI,
+# so that pip prefers it where this index can be reached and takes PyPI's where not.
+ifeq ($(shell command -v nvidia-smi),)
+TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+
+.PHONY: demo test lint types clean
+.DEFAULT_GOAL = test
+
+demo: $(VENV)/.installed
+	$(BIN)/besa demo
+
+test: $(VENV)/.installed
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy reads besa as it is installed, with export/ and serve/ inside: a folder of links.
+types: $(VENV)/.installed
+	rm -rf build/types
+	mkdir -p build/types/besa
+	ln -s $(CURDIR)/besa/* $(CURDIR)/export $(CURDIR)/serve build/types/besa
+	ln -s $(CURDIR)/benchmarks build/types
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml besa benchmarks
+
+# torch first and alone (its dependencies follow with besa's), or the newest one would be taken.
+$(VENV)/.installed: pyproject.toml CMakeLists.txt $(wildcard besa/kernels/*.cpp besa/kernels/*.h)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --no-deps --retries 1 $(TORCH_INDEX) "$(TORCH)"
+	$(BIN)/python -m pip install --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

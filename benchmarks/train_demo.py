@@ -1,0 +1,184 @@
+"""Trains the small Llama that besa ships, on the text that CPython brings.
+
+    python benchmarks/train_demo.py --out besa/demo/model
+
+The corpus is the `train` split of `besa.demo.corpus` and CPython's own test suite where it is
+installed (train only). Everything is local: a byte-level BPE tokenizer is trained first, then the
+model, AdamW with linear warm-up and linear decay to zero; weights are kept in float32 while they
+learn and shipped in bfloat16. One JSON line per logged step goes to `--log`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from besa.demo.corpus import documents
+
+END = "<|endoftext|>"
+SEQLEN = 256
+
+CONFIG = {
+    "vocab_size": 2048,
+    "hidden_size": 160,
+    "intermediate_size": 448,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+
+
+def cpython_tests() -> Iterator[str]:
+    """CPython's test suite, where the distribution carries it."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted((library / "test").rglob("*.py")):
+        try:
+            yield path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over `texts`; no text is out of its reach."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=512
+    )
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    """All texts as one int64 stream, an end token after each."""
+    end = tokenizer.eos_token_id
+    streams = tokenizer(texts, verbose=False)["input_ids"]
+    return torch.tensor([token for stream in streams for token in [*stream, end]])
+
+
+def batches(stream: torch.Tensor, batch: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless epochs of shuffled windows, [batch, SEQLEN + 1], cut anew for each epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        offset = int(torch.randint(SEQLEN, (1,), generator=generator))
+        windows = stream[offset:].unfold(0, SEQLEN + 1, SEQLEN)
+        for index in torch.randperm(len(windows), generator=generator).split(batch):
+            if len(index) == batch:
+                yield windows[index]
+
+
+@torch.no_grad()
+def validation_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
+    """Mean nats a token over the first windows of the validation split."""
+    windows = stream.unfold(0, SEQLEN, SEQLEN)[:128]
+    losses = [model(input_ids=w, labels=w).loss.item() for w in windows.split(16)]
+    return sum(losses) / len(losses)
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Writes a bfloat16 copy of the model and the tokenizer."""
+    weights = {name: p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}
+    copy = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(torch.bfloat16)
+    copy.load_state_dict(weights, strict=False)
+    copy.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--log", type=Path, default=Path("benchmarks/results/train_demo.jsonl"))
+    parser.add_argument("--steps", type=int, default=4200)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+
+    texts = [*documents("train"), *cpython_tests()]
+    tokenizer = train_tokenizer(texts)
+    stream = tokens_of(tokenizer, texts)
+    held_out = tokens_of(tokenizer, list(documents("validation"))).to(args.device)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(args.device)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.95),
+    )
+    warmup = args.steps // 50 + 1
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min((s + 1) / warmup, (args.steps - s) / (args.steps - warmup)),
+    )
+    args.log.parent.mkdir(parents=True, exist_ok=True)
+    log = args.log.open("w")
+    print(
+        json.dumps(
+            {
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "train_tokens": len(stream),
+                "seen_tokens": args.steps * args.batch * SEQLEN,
+                "steps": args.steps,
+                "batch": args.batch,
+                "seqlen": SEQLEN,
+                "lr": args.lr,
+                "seed": args.seed,
+                "torch": torch.__version__,
+            }
+        ),
+        file=log,
+        flush=True,
+    )
+
+    model.compile(dynamic=False)
+    start, running = time.monotonic(), 0.0
+    for step, window in zip(range(1, args.steps + 1), batches(stream, args.batch, args.seed)):
+        window = window.to(args.device)
+        loss = model(input_ids=window, labels=window).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        running += loss.item()
+        if not math.isfinite(running):
+            raise SystemExit(f"step {step}: the loss is not finite")
+        if step % 100 == 0 or step == args.steps:
+            seconds = time.monotonic() - start
+            row = {"step": step, "loss": round(running / 100, 4), "seconds": round(seconds)}
+            if step % 500 == 0 or step == args.steps:
+                row["validation_loss"] = round(validation_loss(model, held_out), 4)
+            print(json.dumps(row), file=log, flush=True)
+            running = 0.0
+        if step % 500 == 0:  # a look at the way there; the last save is the one that counts
+            save(model, tokenizer, args.out)
+    save(model, tokenizer, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""besa: prune an LLM by blockwise sparsity allocation, pack the zeros, serve them faster.
+
+from besa import PruneConfig, prune
+
+result = prune("path/to/model", PruneConfig(out="pruned", sparsity=0.5))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from besa.errors import BesaError
+
+if TYPE_CHECKING:
+    from besa.config import PruneConfig
+    from besa.prune import PruneResult, prune
+
+__all__ = ["BesaError", "PruneConfig", "PruneResult", "__version__", "prune"]
+__version__ = "0.1.0"
+
+
+# torch takes seconds to import; `besa --help` should not.
+_LAZY = {
+    "PruneConfig": "besa.config",
+    "PruneResult": "besa.prune",
+    "prune": "besa.prune",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'besa' has no attribute {name!r}")

@@ -1,0 +1,117 @@
+"""Text to windows of tokens.
+
+    from transformers import AutoTokenizer
+    from besa.calibration import calibration_windows, token_stream
+    from besa.texts import documents_from
+
+    tokenizer = AutoTokenizer.from_pretrained("path/to/model")
+    stream = token_stream(tokenizer, documents_from("builtin", "calibration"))
+    windows = calibration_windows(stream, samples=128, seqlen=512, seed=0)
+
+As in the field's protocol the documents are one text, tokenized in one go (so that a beginning
+token comes once, if the tokenizer adds one) and cut into windows of `seqlen` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from besa.errors import BesaError
+
+SEPARATOR = "\n\n"
+
+# A first guess at how much text the wanted tokens need; English has about 4.5.
+_CHARACTERS_A_TOKEN = 8
+# Where a text is cut, its last tokens may not be those of the whole text.
+_MARGIN = 64
+
+
+def token_stream(tokenizer: Any, documents: Iterable[str], limit: int | None = None) -> Tensor:
+    """The tokens of all documents, joined by a blank line.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        documents: read in order.
+        limit: no more than this many tokens are wanted: only as many documents as those need
+            (and up to twice that) are read and tokenized, however long the text is.
+
+    Returns:
+        int64 [n].
+    """
+    if limit is None:
+        return _encode(tokenizer, SEPARATOR.join(documents))
+    documents = iter(documents)
+    text = ""
+    budget = _CHARACTERS_A_TOKEN * (limit + _MARGIN)
+    while True:
+        pieces = [text] if text else []
+        length = len(text)
+        for document in documents if length <= budget else ():
+            pieces.append(document)
+            length += len(SEPARATOR) + len(document)
+            if length > budget:
+                break
+        text = SEPARATOR.join(pieces)
+        stream = _encode(tokenizer, text[:budget])
+        if len(stream) >= limit + _MARGIN or len(text) <= budget:
+            return stream[:limit]
+        budget *= 2
+
+
+def calibration_windows(stream: Tensor, samples: int, seqlen: int, seed: int) -> Tensor:
+    """A random choice of windows that do not overlap.
+
+    The stream is cut into windows from a random beginning (of those that leave enough of them)
+    and `samples` of the windows are drawn, in random order. The same seed gives the same windows.
+
+    Args:
+        stream: int64 [n].
+
+    Returns:
+        int64 [samples, seqlen].
+
+    Raises:
+        BesaError: the stream is too short.
+    """
+    available = len(stream) // seqlen
+    if available < samples:
+        raise BesaError(
+            f"the calibration text has {available} windows of {seqlen} tokens, not {samples}: "
+            "lower the samples or the sequence length, or give more text"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    offsets = min(seqlen, len(stream) - samples * seqlen + 1)
+    offset = int(torch.randint(offsets, (), generator=generator))
+    windows = evaluation_windows(stream[offset:], seqlen)
+    return windows[torch.randperm(len(windows), generator=generator)[:samples]]
+
+
+def evaluation_windows(stream: Tensor, seqlen: int) -> Tensor:
+    """All windows from the beginning on; what is left over at the end is dropped.
+
+    Args:
+        stream: int64 [n].
+
+    Returns:
+        int64 [n // seqlen, seqlen].
+
+    Raises:
+        BesaError: the stream is shorter than one window.
+    """
+    count = len(stream) // seqlen
+    if count == 0:
+        raise BesaError(
+            f"the text has {len(stream)} tokens, fewer than one window of {seqlen}: "
+            "lower --seqlen or give more text"
+        )
+    return stream[: count * seqlen].view(count, seqlen)
+
+
+def _encode(tokenizer: Any, text: str) -> Tensor:
+    # verbose=False: a text longer than the model's context is what we want, not a mistake.
+    ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)

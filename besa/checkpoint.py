@@ -1,0 +1,414 @@
+"""Streams a Hugging Face checkpoint in and out, one decoder block at a time.
+
+`Checkpoint` opens a directory of safetensors, builds the model's skeleton (parameters on the meta
+device) and sorts the stored tensors by the block that they belong to. `load_block` brings one
+block's weights into the skeleton and `unload_block` sends them off again; `stored_tensors` gives a
+block's weights back under the names and in the layout of the files, whatever transformers does to
+them on loading (fused experts, renamed keys).
+
+    checkpoint = Checkpoint.open("path/to/model")
+    checkpoint.load_block(0)
+    checkpoint.blocks[0].self_attn.q_proj.weight.data[:, 0] = 0
+    tensors = checkpoint.stored_tensors(0)
+    write_tensors(tensors, Path("out/model-00002-of-00009.safetensors"))
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from besa.blocks import find_blocks
+from besa.errors import BesaError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# What travels with the weights: everything small that describes the model or its tokenizer.
+_COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".vocab")
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have their parameters on the meta device and their buffers real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def resolve(model: str | Path) -> Path:
+    """The directory of a model: as given, or fetched from the hub by its id when online."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise BesaError(f"{model} is a file: give the directory that holds the model")
+    if str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
+        raise BesaError(f"{model} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BesaError(
+            f"{model} is no directory here and could not be fetched from the hub: {reason}"
+        ) from None
+
+
+def weight_files(directory: Path) -> dict[str, Path]:
+    """The safetensors file that holds each stored tensor, from the index and the file headers.
+
+    Raises:
+        BesaError: no safetensors, a missing or truncated file, a tensor that is not where the
+            index says.
+    """
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise BesaError(f"{index} is damaged ({error}): download the model again") from None
+        files = {name: directory / file for name, file in weight_map.items()}
+    elif (directory / SINGLE).is_file():
+        files = {}
+    else:
+        where = directory / "config.json"
+        what = "has no safetensors weights" if where.is_file() else "is no model: no config.json"
+        raise BesaError(f"{directory} {what}")
+    found: dict[str, Path] = {}
+    for path in sorted(set(files.values())) or [directory / SINGLE]:
+        if not path.is_file():
+            raise BesaError(f"{path} is missing: the download of the model is not complete")
+        try:
+            with safe_open(path, framework="pt") as opened:
+                found.update(dict.fromkeys(opened.keys(), path))
+        except (SafetensorError, OSError) as error:
+            raise BesaError(
+                f"{path} is damaged or cut off ({error}): download the model again"
+            ) from None
+    missing = sorted(set(files) - set(found))
+    if missing:
+        raise BesaError(f"{directory} lacks the tensor {missing[0]}, which its index lists")
+    return {name: files.get(name, path) for name, path in found.items()}
+
+
+@contextmanager
+def open_tensors(files: Mapping[str, Path], names: list[str]) -> Iterator[dict[str, Any]]:
+    """Lazy slices of the named tensors; the files are unmapped at the end."""
+    with ExitStack() as stack:
+        opened: dict[Path, Any] = {}
+        for path in {files[name] for name in names}:
+            opened[path] = stack.enter_context(safe_open(path, framework="pt"))
+        yield {name: opened[files[name]].get_slice(name) for name in names}
+
+
+@dataclass
+class Checkpoint:
+    """A model on disk and its skeleton in memory.
+
+    Attributes:
+        directory: where the model was read from.
+        config: its transformers config.
+        model: the skeleton; parameters are on the meta device unless their block is loaded.
+        blocks_name: the name of the list of blocks in the model ("model.layers").
+        blocks: the decoder's blocks.
+        files: the file of each stored tensor.
+        block_keys: the names of the stored tensors of each block.
+        other_keys: the names of all other stored tensors.
+    """
+
+    directory: Path
+    config: Any
+    model: nn.Module
+    blocks_name: str
+    blocks: nn.ModuleList
+    files: dict[str, Path]
+    block_keys: list[list[str]]
+    other_keys: list[str]
+    _targets: dict[str, str]
+    _conversions: list[Any]
+
+    @classmethod
+    def open(cls, model: str | Path) -> Checkpoint:
+        """Opens a model directory or hub id; reads headers only.
+
+        Raises:
+            BesaError: no model, half a model, a quantized model, or an architecture that
+                transformers does not know.
+        """
+        directory = resolve(model)
+        if not (directory / "config.json").is_file():
+            raise BesaError(f"{directory} is no model: it has no config.json")
+        transformers_logging.disable_progress_bar()
+        try:
+            config = AutoConfig.from_pretrained(directory)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise BesaError(f"{directory}/config.json: {reason}") from None
+        quantized = getattr(config, "quantization_config", None)
+        if quantized is not None:
+            method = dict(quantized).get("quant_method", "some way")
+            raise BesaError(f"{directory} is quantized ({method}): prune the unquantized model")
+        files = weight_files(directory)
+        dtype = stored_dtype(files)
+        try:
+            with parameters_on_meta():
+                skeleton = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, experts_implementation="eager"
+                )
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise BesaError(f"{directory} is no causal language model: {reason}") from None
+        skeleton.eval()
+        blocks_name, blocks = find_blocks(skeleton)
+        conversions = get_model_conversion_mapping(skeleton)
+        targets = _targets_of(files, skeleton, conversions)
+        prefix = blocks_name + "."
+        block_keys: list[list[str]] = [[] for _ in blocks]
+        other_keys = []
+        for key, target in targets.items():
+            if target.startswith(prefix):
+                index = int(target[len(prefix) :].split(".", 1)[0])
+                if index < len(blocks):
+                    block_keys[index].append(key)
+                    continue
+            other_keys.append(key)
+        return cls(
+            directory,
+            config,
+            skeleton,
+            blocks_name,
+            blocks,
+            files,
+            block_keys,
+            other_keys,
+            targets,
+            conversions,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights are stored in."""
+        return self.model.dtype  # type: ignore[return-value]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all weight files in bytes."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+    def fingerprint(self) -> str:
+        """A digest of the config and of every file's size and header."""
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        for path in sorted(set(self.files.values())):
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                digest.update(f"{path.name} {path.stat().st_size}".encode())
+                digest.update(file.read(length))
+        return digest.hexdigest()
+
+    def load_block(self, index: int, files: Mapping[str, Path] | None = None) -> nn.Module:
+        """Brings a block's weights into memory, from the model or from `files` that override it.
+
+        Raises:
+            BesaError: a weight of the block is not in the checkpoint.
+        """
+        self._load(self.block_keys[index], files or self.files)
+        block = self.blocks[index]
+        for name, parameter in block.named_parameters():
+            if parameter.is_meta:
+                raise BesaError(
+                    f"{self.directory} lacks the weight {self.blocks_name}.{index}.{name}"
+                )
+        return block
+
+    def unload_block(self, index: int) -> None:
+        """Frees a block's weights; its buffers stay."""
+        for module in self.blocks[index].modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    @contextmanager
+    def loaded_base(self) -> Iterator[nn.Module]:
+        """The model without its blocks and its head, for the call that `capture` makes."""
+        base = getattr(self.model, self.model.base_model_prefix)
+        prefix = str(self.model.base_model_prefix) + "."
+        keys = [key for key in self.other_keys if self._targets[key].startswith(prefix)]
+        self._load(keys, self.files)
+        try:
+            yield base
+        finally:
+            for module in base.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if not parameter.is_meta:
+                        module._parameters[name] = nn.Parameter(
+                            parameter.to("meta"), requires_grad=False
+                        )
+
+    def _load(self, keys: list[str], files: Mapping[str, Path]) -> None:
+        with open_tensors(files, keys) as tensors:
+            convert_and_load_state_dict_in_model(
+                self.model,
+                tensors,
+                LoadStateDictConfig(dtype=self.dtype, weight_mapping=self._conversions),
+            )
+
+    def stored_tensors(self, index: int) -> dict[str, Tensor]:
+        """A loaded block as the files hold it, with the changes that were made to it in memory.
+
+        What was not changed comes back byte for byte, in its own dtype.
+
+        Raises:
+            BesaError: transformers cannot turn the block back into the files' layout.
+        """
+        after = self._in_files_layout(index)
+        self.load_block(index)
+        before = self._in_files_layout(index)
+        tensors = {}
+        with open_tensors(self.files, self.block_keys[index]) as slices:
+            for key in self.block_keys[index]:
+                if key not in after:
+                    raise BesaError(
+                        f"{type(self.model).__name__} is not supported: transformers does not "
+                        f"give {key} back"
+                    )
+                source = slices[key][...]
+                same = _bytes_equal(before[key], after[key])
+                tensors[key] = source if same else after[key].to(source.dtype).contiguous()
+        return tensors
+
+    def _in_files_layout(self, index: int) -> dict[str, Tensor]:
+        block, prefix = self.blocks[index], f"{self.blocks_name}.{index}."
+        tensors = {prefix + name: value for name, value in block.state_dict().items()}
+        return dict(revert_weight_conversion(self.model, tensors))
+
+    @contextmanager
+    def other_tensors(self) -> Iterator[dict[str, Tensor]]:
+        """All tensors that belong to no block, as they are stored."""
+        with open_tensors(self.files, self.other_keys) as slices:
+            yield {key: tensor[...] for key, tensor in slices.items()}
+
+    def copy_companions(self, out: Path) -> None:
+        """Copies config, tokenizer, generation config and the like."""
+        for path in sorted(self.directory.iterdir()):
+            if path.name in (INDEX, "besa.json") or path.suffix not in _COMPANIONS:
+                continue
+            if path.is_file():
+                shutil.copyfile(path, out / path.name)
+
+
+def _targets_of(
+    files: Mapping[str, Path], model: nn.Module, conversions: list[Any]
+) -> dict[str, str]:
+    """The model's parameter that each stored tensor goes into (the first, if several)."""
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    names = model.state_dict()
+    targets = {}
+    for key in files:
+        target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
+        if target not in names and key in names:
+            target = key
+        targets[key] = target
+    return targets
+
+
+def _bytes_equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (
+        a.shape == b.shape
+        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    )
+
+
+def stored_dtype(files: Mapping[str, Path]) -> torch.dtype:
+    """The floating dtype that most stored tensors have."""
+    counts: dict[str, int] = defaultdict(int)
+    for path in set(files.values()):
+        with safe_open(path, framework="pt") as opened:
+            for key in opened.keys():
+                counts[opened.get_slice(key).get_dtype()] += 1
+    by_name = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    known = {name: count for name, count in counts.items() if name in by_name}
+    if not known:
+        raise BesaError(f"the weights are stored as {', '.join(counts)}: besa needs floats")
+    return by_name[max(known, key=lambda name: known[name])]
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file atomically: it is there whole, or not at all."""
+    with atomic(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a text file atomically."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` once all of it is on the disk.
+
+    Raises:
+        BesaError: the disk is full. Nothing is left of the file.
+    """
+    partial = path.with_name(path.name + ".writing")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error):
+            raise BesaError(
+                f"the disk is full: could not write {path}; make room and run the same command "
+                "again, it goes on from the last finished block"
+            ) from None
+        raise BesaError(f"could not write {path}: {error}") from None
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sha256(path: Path) -> str:
+    """The hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

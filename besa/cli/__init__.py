@@ -1,0 +1,62 @@
+"""The `besa` command: one thin module per subcommand, dispatched here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+from besa import __version__
+from besa.errors import BesaError
+
+COMMANDS = ("prune", "eval")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad flags are one line and exit code 2, like every other user error."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="besa", description="Prune an LLM, pack the zeros, serve them faster.")
+    parser.add_argument("--version", action="version", version=f"besa {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        module = import_module(f"besa.cli.{name}")
+        summary = module.__doc__.strip().split("\n")[0]
+        subparser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    # Nothing that besa calls reports home unless the user turned it on.
+    for variable in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(variable, "1")
+    try:
+        return int(args.run(args) or 0)
+    except BesaError as error:
+        print(f"besa {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"besa {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `besa eval … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

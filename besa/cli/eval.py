@@ -1,0 +1,250 @@
+"""Measure perplexity, and tasks, of one or more checkpoints.
+
+Perplexity by the field's protocol: the whole text joined, cut into windows of --seqlen tokens that
+do not overlap. Several checkpoints stand side by side, with their difference to the first one:
+
+    besa eval DENSE WANDA BESA --text FILE --seqlen 2048
+    besa eval PRUNED --text wikitext2 --text c4 --json
+    besa eval PRUNED --tasks piqa,arc_easy,hellaswag
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.table import Table
+
+    from besa.evaluate import EvalConfig, Result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="checkpoint directory, or its id on the hub"
+    )
+    parser.add_argument(
+        "--text",
+        action="append",
+        metavar="SOURCE",
+        help=".txt, .jsonl or .parquet file; builtin[:SPLIT]; wikitext2, ptb, c4 or the id of a "
+        "data set on the hub; may be given several times (default: builtin:test)",
+    )
+    parser.add_argument(
+        "--seqlen",
+        type=int,
+        metavar="N",
+        help="tokens in a window (default: 2048, or what all the models take)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="windows at a time (default: 1)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="float32, bfloat16, float16, or auto for the checkpoint's own (default)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="only the first N windows of each text"
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="A,B",
+        help="tasks of lm-evaluation-harness to run too (pip install 'besa[eval]')",
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="examples before each question (default: the task's own)",
+    )
+    parser.add_argument(
+        "--task-path", type=Path, metavar="DIR", help="directory with task definitions of your own"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not sys.stderr.isatty():
+        # Bars of the libraries; before they are imported, as tqdm reads this only then.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    from besa.evaluate import EvalConfig, evaluate
+
+    config = EvalConfig(
+        texts=tuple(args.text or EvalConfig.texts),
+        seqlen=args.seqlen,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        device=args.device,
+        limit=args.limit,
+        tasks=tuple(name for name in (args.tasks or "").split(",") if name),
+        num_fewshot=args.num_fewshot,
+        task_path=args.task_path,
+    )
+    with _progress() as progress:
+        results = evaluate(args.models, config, progress)
+    if args.json:
+        print(json.dumps({"results": [_record(r) for r in results], "versions": _versions(config)}))
+    else:
+        _print_tables(results, config)
+    return 0
+
+
+def _versions(config: EvalConfig) -> dict[str, str]:
+    import platform
+
+    from besa import __version__
+
+    packages = ("torch", "transformers", *(("lm_eval",) if config.tasks else ()))
+    return {
+        "besa": __version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def _record(result: Result) -> dict[str, Any]:
+    perplexity = result.perplexity
+    record: dict[str, Any] = {
+        "model": result.model,
+        "text": result.text,
+        "perplexity": _finite(perplexity.perplexity),
+        "standard_error": _finite(perplexity.standard_error),
+        "tokens": perplexity.tokens,
+        "windows": perplexity.windows,
+        "seqlen": perplexity.seqlen,
+        "dtype": result.dtype,
+        "device": result.device,
+    }
+    if result.difference is not None:
+        nats, error = map(_finite, result.difference)
+        record["difference"] = {"nats_per_token": nats, "standard_error": error}
+    if result.sparsity is not None:
+        record["sparsity"] = result.sparsity
+    if result.tasks is not None:
+        record["tasks"] = result.tasks
+    return record
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _print_tables(results: list[Result], config: EvalConfig) -> None:
+    from rich.console import Console
+
+    # A pipe has no width: do not fold its lines.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console.print(_perplexity_table(results, config.texts))
+    if config.tasks:
+        console.print(_task_table(results[:: len(config.texts)]))
+    for text in config.texts:
+        first = next(result.perplexity for result in results if result.text == text)
+        console.print(
+            f"{text}: {first.tokens:,} tokens predicted in {first.windows:,} windows "
+            f"of {first.seqlen}",
+            markup=False,
+        )
+    dtypes = ", ".join(dict.fromkeys(result.dtype for result in results))
+    versions = ", ".join(f"{name} {number}" for name, number in _versions(config).items())
+    console.print(f"{dtypes} on {results[0].device}; {versions}", markup=False)
+
+
+def _perplexity_table(results: list[Result], texts: tuple[str, ...]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("checkpoint")
+    by_model = [results[i : i + len(texts)] for i in range(0, len(results), len(texts))]
+    with_sparsity = any(result.sparsity is not None for result in results)
+    with_difference = len(by_model) > 1
+    if with_sparsity:
+        table.add_column("sparsity", justify="right")
+    for text in texts:
+        table.add_column(f"perplexity\n{escape(text)}", justify="right", no_wrap=True)
+        if with_difference:
+            table.add_column("against\nthe first", justify="right", no_wrap=True)
+    for row in by_model:
+        cells = [escape(row[0].model)]
+        if with_sparsity:
+            cells.append("" if row[0].sparsity is None else f"{row[0].sparsity:.2%}")
+        for result in row:
+            perplexity = result.perplexity
+            cells.append(f"{perplexity.perplexity:.3f} ± {perplexity.standard_error:.3f}")
+            if with_difference:
+                cells.append(_ratio(result.difference))
+        table.add_row(*cells)
+    return table
+
+
+def _ratio(difference: tuple[float, float] | None) -> str:
+    """A difference in nats as what it does to the perplexity: +12.34% ± 0.56%."""
+    if difference is None:
+        return ""
+    nats, error = difference
+    ratio = math.exp(min(nats, 700.0))
+    return f"{ratio - 1:+.2%} ± {ratio * error:.2%}"
+
+
+def _task_table(results: list[Result]) -> Table:
+    """A row for each metric, a column for each model; `results` holds one for each model."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    by_model = [result.tasks or {} for result in results]
+    table = Table("task", "metric")
+    for result in results:
+        table.add_column(escape(result.model), justify="right")
+    for task, metrics in by_model[0].items():
+        for metric in metrics:
+            if "_stderr" in metric:
+                continue
+            name, comma, rest = metric.partition(",")
+            cells = []
+            for scores in by_model:
+                error = scores[task].get(f"{name}_stderr{comma}{rest}")
+                cells.append(
+                    f"{scores[task][metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+                )
+            table.add_row(escape(task), escape(metric), *cells)
+    return table
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, str, int, int], None]]:
+    """A bar on standard error; where that is no terminal, a line for each tenth of the way."""
+    if not sys.stderr.isatty():
+        yield _print_progress
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        ids: dict[tuple[str, str], Any] = {}
+
+        def report(model: str, text: str, done: int, total: int) -> None:
+            key = (model, text)
+            if key not in ids or done == 0:
+                ids[key] = bars.add_task(f"{model} on {text}", total=total)
+            bars.update(ids[key], completed=done)
+
+        yield report
+
+
+def _print_progress(model: str, text: str, done: int, total: int) -> None:
+    step = max(1, total // 10)
+    if done == total or done and done % step == 0:
+        print(f"{model} on {text}: {done} of {total} windows", file=sys.stderr, flush=True)

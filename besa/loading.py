@@ -1,0 +1,143 @@
+"""Loads a whole model and its tokenizer for evaluation, or says in one line why not.
+
+from besa.loading import load_model, load_tokenizer, model_directory
+
+directory = model_directory("path/to/model")
+model = load_model(directory, dtype="bfloat16", device="cpu")
+tokenizer = load_tokenizer(directory)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from besa.checkpoint import resolve, weight_files
+from besa.errors import BesaError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def model_directory(model: str | Path) -> Path:
+    """The directory of a model that is whole: config, all shards, every shard to its end.
+
+    Args:
+        model: a directory, or the id of a model on the hub.
+
+    Raises:
+        BesaError: nothing there, no model, an unfinished `besa prune`, or half a download.
+    """
+    path = Path(model)
+    partial = path if path.suffix == ".partial" else Path(f"{path}.partial")
+    if partial.is_dir() and (path == partial or not path.is_dir()):
+        raise BesaError(
+            f"{model} is not finished: run the same `besa prune` again, it goes on from the last "
+            f"finished block in {partial}"
+        )
+    directory = resolve(model)
+    if not (directory / "config.json").is_file():
+        raise BesaError(f"{directory} is no model: it has no config.json")
+    weight_files(directory)
+    return directory
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; by default the GPU if there is one, else the CPU.
+
+    Raises:
+        BesaError: the device is not there.
+    """
+    if name is None:
+        present = torch.accelerator.current_accelerator(check_available=True)
+        return present or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device).item()  # `meta`, for one, has no values to give
+    except (RuntimeError, AssertionError, NotImplementedError):
+        present = torch.accelerator.current_accelerator(check_available=True)
+        there = f"{present.type} and cpu are" if present else "only cpu is"
+        raise BesaError(f"device {name} is not there: {there}") from None
+    return device
+
+
+def max_positions(directory: Path) -> int | None:
+    """How many tokens the model takes at once; None where its config sets no bound.
+
+    Raises:
+        BesaError: a config that transformers cannot read.
+    """
+    with _quiet(), _one_line(f"{directory}/config.json"):
+        config = AutoConfig.from_pretrained(directory).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer that lies beside the model.
+
+    Raises:
+        BesaError: none is there, or transformers cannot read it.
+    """
+    with _quiet(), _one_line(f"{directory} has no tokenizer that can be loaded"):
+        return AutoTokenizer.from_pretrained(directory)
+
+
+def load_model(directory: Path, dtype: str, device: torch.device | str) -> Any:
+    """The model in evaluation mode; every weight comes from the checkpoint.
+
+    Args:
+        dtype: one of `DTYPES`; `auto` keeps what the checkpoint says.
+
+    Raises:
+        BesaError: transformers cannot load it, weights are missing, or it does not fit.
+    """
+    with _quiet(), _one_line(f"{directory} cannot be loaded"):
+        loaded: Any  # with output_loading_info, a pair
+        loaded = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, output_loading_info=True
+        )
+        model, info = loaded
+    # transformers would go on with random values in their place.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise BesaError(f"{directory} lacks {len(missing)} weights of the model, as {missing[0]}")
+    with fitting_in_memory(f"{directory}", "choose a smaller dtype or another device"):
+        model.to(device)
+    return model.eval()
+
+
+@contextmanager
+def fitting_in_memory(what: str, remedy: str) -> Iterator[None]:
+    """Turns the device's out-of-memory error into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise BesaError(f"{what} does not fit into the device's memory: {remedy}") from None
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers raises what its many layers raise
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        raise BesaError(f"{what}: {lines[0]}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and warnings; what matters in them is an error of ours."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

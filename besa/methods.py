@@ -1,0 +1,136 @@
+"""The methods: from a block's weights and input statistics to masks.
+
+Each gives keep-masks [groups, rows, cols] by the linears' names, exactly `zeros` pruned weights
+in all for unstructured patterns; SparseGPT gives new weights too. Experts that saw no token are
+pruned by magnitude.
+
+    masks = wanda_masks(linears, scored, zeros=8_000_000, rate=0.5, pattern=Pattern())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from besa.blocks import Linear
+from besa.config import Pattern
+from besa.patterns import counts_for, lowest_pruned, lowest_pruned_overall, n_of_m
+from besa.scores import Hessians, magnitude
+from besa.update import sparsegpt
+
+Masks = dict[str, Tensor]
+
+
+def even_shares(linears: Sequence[Linear], zeros: int, rate: float) -> dict[str, list[int]]:
+    """How many of `zeros` each group of each linear gets at one and the same rate."""
+    matrices = [x for x in linears for _ in range(x.groups)]
+    sizes = torch.tensor([x.rows * x.cols for x in matrices])
+    shares = iter(counts_for(torch.full((len(matrices),), rate), sizes, zeros).tolist())
+    return {x.name: [next(shares) for _ in range(x.groups)] for x in linears}
+
+
+def wanda_masks(
+    linears: Sequence[Linear],
+    scored: Mapping[str, Tensor],
+    zeros: int,
+    rate: float,
+    pattern: Pattern,
+) -> Masks:
+    """Wanda (arXiv 2306.11695): every row loses its least important weights at the same rate.
+
+    Args:
+        scored: importance float32 [groups, rows, cols] by name.
+    """
+    shares = even_shares(linears, zeros, rate)
+    masks = {}
+    for linear in linears:
+        flat = scored[linear.name].reshape(-1, linear.cols)
+        if pattern.m:
+            mask = n_of_m(flat, pattern.n, pattern.m)
+        else:
+            rates = torch.full((linear.rows,), rate)
+            counts = torch.cat([counts_for(rates, linear.cols, n) for n in shares[linear.name]])
+            mask = lowest_pruned(flat, counts.to(flat.device))
+        masks[linear.name] = mask.view(linear.groups, linear.rows, linear.cols)
+    return masks
+
+
+def magnitude_masks(
+    linears: Sequence[Linear],
+    weights: Mapping[str, Tensor],
+    zeros: int,
+    rate: float,
+    pattern: Pattern,
+) -> Masks:
+    """Every matrix loses its smallest weights, wherever they are.
+
+    Args:
+        weights: [groups, rows, cols] by name.
+    """
+    shares = even_shares(linears, zeros, rate)
+    masks = {}
+    for linear in linears:
+        masks[linear.name] = torch.stack(
+            [
+                n_of_m(matrix, pattern.n, pattern.m)
+                if pattern.m
+                else lowest_pruned_overall(matrix, share)
+                for matrix, share in zip(
+                    magnitude(weights[linear.name]), shares[linear.name], strict=True
+                )
+            ]
+        )
+    return masks
+
+
+def sparsegpt_weights(
+    linears: Sequence[Linear],
+    weights: Mapping[str, Tensor],
+    hessians: Hessians,
+    zeros: int,
+    rate: float,
+    pattern: Pattern,
+) -> tuple[Masks, dict[str, Tensor]]:
+    """SparseGPT (arXiv 2301.00774): masks, and new weights float32 [groups, rows, cols]."""
+    shares = even_shares(linears, zeros, rate)
+    by_magnitude = magnitude_masks(linears, weights, zeros, rate, pattern)
+    masks, updated = {}, {}
+    for linear in linears:
+        kept, matrices = [], []
+        for group, matrix in enumerate(weights[linear.name]):
+            hessian = hessians.of(linear)[group]
+            if hessian.any():
+                share = shares[linear.name][group]
+                matrix, mask = sparsegpt(matrix, hessian, share, pattern)
+            else:
+                mask = by_magnitude[linear.name][group]
+            kept.append(mask)
+            matrices.append(matrix.float())
+        masks[linear.name], updated[linear.name] = torch.stack(kept), torch.stack(matrices)
+    return masks, updated
+
+
+def allocated_masks(
+    linears: Sequence[Linear],
+    scored: Mapping[str, Tensor],
+    rates: Sequence[Tensor],
+    zeros: int,
+) -> Masks:
+    """Masks whose rows follow learned rates, projected to exactly `zeros`.
+
+    Args:
+        scored: importance float32 [groups, rows, cols] by name.
+        rates: float [groups * rows] per linear.
+    """
+    cols = torch.cat(
+        [torch.full(r.shape, x.cols) for x, r in zip(linears, rates, strict=True)]
+    )
+    counts = counts_for(torch.cat(list(rates)).cpu(), cols, zeros)
+    masks = {}
+    for linear, part in zip(linears, counts.split([len(r) for r in rates]), strict=True):
+        flat = scored[linear.name].reshape(-1, linear.cols)
+        mask = lowest_pruned(flat, part.to(flat.device))
+        masks[linear.name] = mask.view(linear.groups, linear.rows, linear.cols)
+    return masks

@@ -1,0 +1,138 @@
+"""What a run leaves in besa.json: settings, versions, what was achieved and at what cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import besa
+from besa.blocks import Linear
+from besa.checkpoint import Checkpoint
+from besa.config import PruneConfig
+
+
+def settings_of(
+    model: str | Path,
+    config: PruneConfig,
+    checkpoint: Checkpoint,
+    seqlen: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """All that the result depends on; what an unfinished run must share to be gone on with."""
+    settings = dataclasses.asdict(config)
+    for name in ("out", "overwrite", "activations"):
+        del settings[name]
+    return {
+        **settings,
+        "sparsity": config.rate,
+        "seqlen": seqlen,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "model": str(model),
+        "model_fingerprint": checkpoint.fingerprint(),
+        "besa": besa.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def linear_record(linear: Linear, stored: Tensor, unseen: list[int]) -> dict[str, Any]:
+    """The zeros of one linear and how its rows share them.
+
+    Args:
+        stored: the pruned parameter.
+        unseen: groups that no calibration token reached.
+    """
+    zeros = (linear.matrix(stored) == 0).reshape(-1, linear.cols).sum(1)
+    rates = zeros.double() / linear.cols
+    record = {
+        "name": linear.name,
+        "shape": list(linear.shape),
+        "zeros": int(zeros.sum()),
+        "sparsity": float(rates.mean()),
+        "rows": {
+            "min": float(rates.min()),
+            "mean": float(rates.mean()),
+            "max": float(rates.max()),
+            "histogram": torch.histc(rates, bins=50, min=0, max=1).int().tolist(),
+        },
+    }
+    if unseen and linear.groups > 1:
+        record["unrouted_experts"] = unseen
+    return record
+
+
+def block_record(
+    index: int, name: str, linears: Sequence[Linear], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The zeros of one block."""
+    weights = sum(x.size for x in linears)
+    zeros = sum(row["zeros"] for row in rows)
+    return {
+        "index": index,
+        "name": name,
+        "weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / max(1, weights),
+        "linears": rows,
+    }
+
+
+def run_record(
+    checkpoint: Checkpoint,
+    settings: Mapping[str, Any],
+    blocks: list[dict[str, Any]],
+    shards: list[dict[str, Any]],
+    seconds: float,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What besa.json says."""
+    import safetensors
+    import transformers
+
+    zeros, weights = (sum(block[key] for block in blocks) for key in ("zeros", "weights"))
+    on_gpu = device.type == "cuda"
+    notes = [
+        f"{block['name']}.{linear['name']}: no calibration token reached experts "
+        f"{', '.join(map(str, linear['unrouted_experts']))}; they were pruned by magnitude"
+        for block in blocks
+        for linear in block["linears"]
+        if linear.get("unrouted_experts")
+    ]
+    return {
+        "besa_version": besa.__version__,
+        "format": 1,
+        "model": settings["model"],
+        "architecture": type(checkpoint.model).__name__,
+        "settings": dict(settings),
+        "versions": {
+            "besa": besa.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "dtype": settings["dtype"],
+        "threads": settings["threads"],
+        "sparsity": {
+            "target": settings["sparsity"],
+            "achieved": zeros / weights,
+            "zeros": zeros,
+            "weights": weights,
+        },
+        "blocks": blocks,
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
+        "digests": {shard["file"]: shard["sha256"] for shard in shards},
+        "notes": notes,
+    }

@@ -1,0 +1,85 @@
+"""The README.md of a pruned checkpoint: a Hugging Face model card, from the run's record.
+
+import json, pathlib
+from besa.report.card import model_card
+
+record = json.loads(pathlib.Path("pruned/besa.json").read_text())
+pathlib.Path("pruned/README.md").write_text(model_card(record), encoding="utf-8")
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from typing import Any
+
+from besa.report.figures import (
+    Record,
+    command,
+    duration,
+    hub_id,
+    percent,
+    rate,
+    short_name,
+    signed,
+    size,
+    small,
+    summarise,
+    unrouted,
+)
+from besa.report.page import clean, describe, environment
+
+
+def model_card(record: Record) -> str:
+    """Markdown with YAML front matter. A local folder's path is not published, only its name."""
+    model = str(record["model"])
+    summary = summarise(record)
+    public = hub_id(model)
+    card = (
+        environment(autoescape=False)
+        .get_template("card.md.j2")
+        .render(
+            base_model=_yaml(short_name(model)),
+            public=public,
+            name=_words(short_name(model)),
+            summary=summary,
+            kind=describe(record),
+            target=rate(summary.target),
+            achieved=percent(summary.achieved, 2),
+            zeros=f"{summary.zeros:,}",
+            weights=f"{summary.weights:,}",
+            blocks=len(record["blocks"]),
+            change=None if summary.change is None else signed(summary.change),
+            error=small(summary.error),
+            error_wanda=small(summary.error_wanda),
+            time=duration(record["seconds"]),
+            memory=size(record.get("peak_memory_bytes")),
+            device=_words(record["device"]),
+            dtype=_words(record["dtype"]),
+            settings=[
+                (_words(k), _words(v)) for k, v in record["settings"].items() if v is not None
+            ],
+            versions=", ".join(f"{_words(k)} {_words(v)}" for k, v in record["versions"].items()),
+            command=_code(command({**record, "model": short_name(model)})),
+            notes=[_words(n) for n in [*(record.get("notes") or []), *unrouted(record["blocks"])]],
+            version=_words(record.get("besa_version", "")),
+        )
+    )
+    return clean(card)
+
+
+def _yaml(value: Any) -> str:
+    """A JSON string is a YAML string, whatever is in it."""
+    return json.dumps(str(value))
+
+
+def _words(value: Any) -> str:
+    """On one line, and as plain words to Markdown and HTML alike."""
+    flat = html.escape(re.sub(r"\s+", " ", str(value)), quote=False)
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", flat)
+
+
+def _code(words: str) -> str:
+    """Inside a fenced block only a fence can end it: a line break or three backticks in a row."""
+    return re.sub(r"[\r\n]+", " ", words).replace("```", "` ` `")

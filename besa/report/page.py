@@ -1,0 +1,477 @@
+"""The pages: one self-contained HTML file from the record of a run (besa.json) or of a comparison.
+
+import json, pathlib
+from besa.report.page import render
+
+record = json.loads(pathlib.Path("pruned/besa.json").read_text())
+pathlib.Path("pruned/report.html").write_text(render(record), encoding="utf-8")
+
+The words and tables are made here, the pictures in charts.py, the layout in the templates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from besa.report import charts, palette
+from besa.report.figures import (
+    NONE,
+    Cell,
+    Record,
+    Summary,
+    command,
+    duration,
+    finite,
+    grid,
+    merge,
+    method_name,
+    percent,
+    quantile,
+    rate,
+    short_name,
+    short_names,
+    signed,
+    size,
+    small,
+    summarise,
+    unrouted,
+)
+
+WIDE, NARROW = 960.0, 328.0  # the text column of a desktop window and of a 360-pixel phone
+EVEN = 5e-4  # rates closer than this are one rate to the eye
+
+
+@cache
+def environment(autoescape: bool = True) -> Environment:
+    folder = Path(__file__).parent
+    return Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def render(record: Record) -> str:
+    """The page of a pruning run, from its besa.json."""
+    summary = summarise(record)
+    blocks = record["blocks"]
+    cells = grid(blocks)
+    cells = dict(zip(short_names(list(cells)), cells.values(), strict=True))
+    labels = [str(block["index"]) for block in blocks]
+    model = str(record["model"])
+    values = {
+        "model": model,
+        "name": short_name(model),
+        "target": rate(summary.target),
+        "lead": _lead(record, summary),
+        "headlines": _headlines(record, summary),
+        "notes": [str(note) for note in record.get("notes") or []],
+        "heat": _heat(blocks, cells, labels, summary) if cells else None,
+        "rows": _rows(cells, labels, summary.target),
+        "errors": _errors(blocks, labels, summary),
+        "learning": _learning(blocks, labels),
+        "command": command(record),
+        "settings": [(key, _plain(value)) for key, value in record["settings"].items()],
+        "versions": [
+            ("architecture", record.get("architecture", NONE)),
+            ("device, dtype", f"{record['device']}, {record['dtype']}"),
+            ("threads", record.get("threads", NONE)),
+            *record["versions"].items(),
+        ],
+        "unrouted": [tuple(line.split(": ", 1)) for line in unrouted(blocks)],
+        "digests": list((record.get("digests") or {}).items()),
+    }
+    return _page("page.html.j2", values, record)
+
+
+def render_comparison(record: Record) -> str:
+    """The page that `besa demo` ends with: perplexity by method at each setting."""
+    rows, dense = record["rows"], record["dense"]
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    groups = {s: [_dot(row) for row in rows if row["setting"] == s] for s in settings}
+    model = str(record["model"])
+    values = {
+        "model": model,
+        "name": short_name(model),
+        "lead": _comparison_lead(rows, settings),
+        "headlines": [
+            {
+                "label": "Dense perplexity",
+                "value": f"{dense['perplexity']:.2f}",
+                "more": f"± {small(finite(dense.get('standard_error')))} standard error",
+            },
+            *(_closed(rows, setting) for setting in settings),
+        ],
+        "caption": (
+            "Each dot is one pruned model: the further left, the less quality was lost. The "
+            "dashed line is the dense model. Whiskers are ± one standard error of the perplexity "
+            "over the text's windows; all methods read the same windows, so differences between "
+            "methods are surer than the whiskers alone suggest (see the margins in the table)."
+        ),
+        "picture": _both(lambda w: charts.dots(groups, dense=dense["perplexity"], width=w)),
+        "table_caption": (
+            "Recovered: the share of Wanda's loss over the dense model that a method wins back at "
+            "the same setting (negative: it loses more). Margin: how much lower its loss is than "
+            "Wanda's, in nats a token, ± the standard error of that difference."
+        ),
+        "table": {
+            "heads": ["Method", "Setting", "Perplexity", "± SE", "Recovered", "Margin", "Time"],
+            "rows": [_comparison_row(row, rows, index) for index, row in enumerate(rows)],
+        },
+        "versions": [
+            ("text", record["text"]),
+            ("tokens", f"{record['tokens']:,} in windows of {record['seqlen']:,}"),
+            ("machine", record.get("machine", NONE)),
+            *record["versions"].items(),
+        ],
+    }
+    return _page("comparison.html.j2", values, record)
+
+
+def _page(template: str, values: Record, record: Record) -> str:
+    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+    style += palette.rules(palette.LIGHT)
+    style += f"@media screen and (prefers-color-scheme: dark){{{palette.rules(palette.DARK)}}}"
+    version = record.get("besa_version") or record["versions"].get("besa", "")
+    page = (
+        environment().get_template(template).render(style=Markup(style), version=version, **values)
+    )
+    return clean(page)
+
+
+def clean(page: str) -> str:
+    """Without what no text file may hold: control characters and halves of surrogate pairs."""
+    page = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]", "\ufffd", page)
+    return page.encode("utf-8", "replace").decode()
+
+
+def _both(draw: Callable[[float], str]) -> dict[str, Markup]:
+    """A chart for the desk and one for the phone; the style sheet shows the one that fits."""
+    return {"wide": Markup(draw(WIDE)), "narrow": Markup(draw(NARROW))}
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return NONE
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or NONE
+    return str(value)
+
+
+def describe(record: Record) -> str:
+    """`unstructured, a learned rate for each row`, `2:4 pattern`: the kind of zeros, in words."""
+    settings = record["settings"]
+    pattern = str(settings.get("pattern", "unstructured"))
+    words = f"{pattern} pattern" if ":" in pattern else pattern
+    if settings.get("method") == "besa" and settings.get("granularity") and ":" not in pattern:
+        each = {"layer": "linear"}.get(settings["granularity"], settings["granularity"])
+        words += f", with a learned rate for each {each}"
+    return words
+
+
+def _lead(record: Record, summary: Summary) -> str:
+    words = (
+        f"{summary.method} set {summary.zeros:,} of {summary.weights:,} weights to zero "
+        f"({describe(record)})."
+    )
+    if summary.change is not None:
+        words += (
+            f" The mean squared error of a block's output is {percent(abs(summary.change))} "
+            f"{'lower' if summary.change < 0 else 'higher'} than with Wanda's mask at the same rate."
+        )
+    return words
+
+
+def _headlines(record: Record, summary: Summary) -> list[Record]:
+    blocks = len(record["blocks"])
+    device = record.get("peak_device_memory_bytes")
+    error: Record
+    if summary.change is None:
+        error = {
+            "label": "Block error",
+            "value": small(summary.error),
+            "more": "of the dense output's squared size",
+        }
+    else:
+        error = {
+            "label": "Error vs Wanda",
+            "value": signed(summary.change),
+            "more": f"mean of the blocks: {small(summary.error)} against "
+            f"{small(summary.error_wanda)}; lower in {summary.better} of {summary.compared}",
+            "key": summary.change < 0,
+        }
+    memory = record.get("peak_memory_bytes")
+    return [
+        {"label": "Method", "value": summary.method, "more": describe(record)},
+        {"label": "Target", "value": rate(summary.target), "more": "of the pruned linears"},
+        {
+            "label": "Achieved",
+            "value": percent(summary.achieved, 2),
+            "more": f"{summary.zeros:,} zeros",
+        },
+        error,
+        {
+            "label": "Time",
+            "value": duration(record["seconds"]),
+            "more": f"{blocks} block{'s' if blocks != 1 else ''} on {record['device']}, "
+            f"{record['dtype']}",
+        },
+        {
+            "label": "Peak memory",
+            "value": size(memory),
+            "more": f"and {size(device)} on the device" if device else "of the process",
+        },
+    ]
+
+
+def _heat(
+    blocks: list[Record], cells: dict[str, list[Cell | None]], labels: list[str], summary: Summary
+) -> Record:
+    rows = {name: [c.sparsity if c else None for c in line] for name, line in cells.items()}
+    means = [merge(line).sparsity for line in cells.values()]
+    tips = {
+        (name, label): f"block {label} · {name}\n{percent(c.sparsity)} of {c.weights:,} zero"
+        + (f"\nrows from {percent(c.low)} to {percent(c.high)}" if c.rows else "")
+        for name, line in cells.items()
+        for label, c in zip(labels, line, strict=True)
+        if c
+    }
+    known = [value for line in rows.values() for value in line if value is not None]
+    reach = charts.extent(known, summary.target)
+    target = summary.target
+    if max(known) - min(known) < EVEN:
+        caption = (
+            f"One cell for each linear of each block. All have the same rate, "
+            f"{percent(known[0])}, as this method asks: the map is even."
+        )
+    else:
+        caption = (
+            "One cell for each linear of each block. Blue: fewer of its weights were pruned "
+            "than the target asks, because it matters more. Orange: more of them were. Strong "
+            "colours are far from the target."
+        )
+    heads = ["block", *rows, "whole block"]
+    table = [
+        [
+            label,
+            *(NONE if (v := line[i]) is None else percent(v, 2) for line in rows.values()),
+            percent(block["sparsity"], 2),
+        ]
+        for i, (label, block) in enumerate(zip(labels, blocks, strict=True))
+    ]
+    table.append(["mean", *(percent(m, 2) for m in means), percent(summary.achieved, 2)])
+    return {
+        "caption": caption,
+        "legend": Markup(charts.scale_bar(target, reach)),
+        "chart": _both(
+            lambda w: charts.heatmap(rows, labels, target=target, width=w, means=means, tips=tips)
+        ),
+        "table": {"heads": heads, "rows": table},
+    }
+
+
+def _rows(cells: dict[str, list[Cell | None]], labels: list[str], target: float) -> Record | None:
+    groups = {n: c for n, c in ((n, merge(line)) for n, line in cells.items()) if c.rows}
+    by_block = [
+        (label, merge(present))
+        for label, column in zip(labels, zip(*cells.values(), strict=True), strict=True)
+        if any(present := [c for c in column if c and c.rows])
+    ]
+    if not groups:
+        return None
+    names, merged = [b for b, _ in by_block], [c for _, c in by_block]
+    low, high = min(c.low for c in groups.values()), max(c.high for c in groups.values())
+    total = sum(c.rows for c in groups.values())
+    if high - low < EVEN:
+        caption = (
+            f"A row is one output of a linear. All {total:,} rows have the same rate, "
+            f"{percent(high)}: nothing was allocated between them."
+        )
+    else:
+        caption = (
+            f"A row is one output of a linear. The {total:,} rows range from {percent(low)} "
+            f"to {percent(high)}: what one row keeps, another gives."
+        )
+    return {
+        "caption": caption,
+        "ridges": _both(lambda w: charts.ridges(groups, target=target, width=w)),
+        "ranges": _both(lambda w: charts.ranges(merged, names, target=target, width=w))
+        if len(merged) > 1
+        else None,
+        "table": _spread("linear", list(groups.items())),
+        "by_block": _spread("block", by_block),
+    }
+
+
+def _spread(head: str, entries: list[tuple[str, Cell]]) -> Record:
+    shares = (0.05, 0.25, 0.5, 0.75, 0.95)
+    return {
+        "heads": [head, "rows", "lowest", "5%", "25%", "median", "75%", "95%", "highest", "mean"],
+        "rows": [
+            [
+                name,
+                f"{c.rows:,}",
+                percent(c.low),
+                *(percent(quantile(c, share)) for share in shares),
+                percent(c.high),
+                percent(c.sparsity),
+            ]
+            for name, c in entries
+        ],
+    }
+
+
+def _errors(blocks: list[Record], labels: list[str], summary: Summary) -> Record | None:
+    own = [finite(block.get("error")) for block in blocks]
+    wanda = [finite(block.get("error_wanda")) for block in blocks]
+    if all(e is None for e in own):
+        return None
+    if not summary.compared:
+        wanda = [None] * len(blocks)
+    words = (
+        "How far each block's output is from the dense block's on the same input: squared error "
+        "over the output's squared size, so 0.01 is 1%. "
+    )
+    if summary.compared:
+        words += (
+            f"Filled dots are {summary.method}, open ones Wanda's mask at the same rate; the bars "
+            "below are the difference between the two in percent (blue: lower than Wanda's)."
+        )
+    else:
+        words += "Each block reads what the pruned blocks before it put out."
+    method = summary.method
+    changes = [None if e is None or not w else e / w - 1 for e, w in zip(own, wanda, strict=True)]
+    return {
+        "title": "Against Wanda, block by block" if summary.compared else "Error, block by block",
+        "caption": words,
+        "chart": _both(lambda w: charts.errors(own, wanda, labels, method=method, width=w)),
+        "table": {
+            "heads": ["block", "name", method, "Wanda", "difference", "time"],
+            "rows": [
+                [
+                    label,
+                    block.get("name", ""),
+                    small(e),
+                    small(w),
+                    NONE if change is None else signed(change),
+                    duration(block.get("seconds") or 0.0),
+                ]
+                for label, block, e, w, change in zip(
+                    labels, blocks, own, wanda, changes, strict=True
+                )
+            ],
+        },
+    }
+
+
+def _learning(blocks: list[Record], labels: list[str]) -> Record | None:
+    losses = {
+        label: values
+        for label, block in zip(labels, blocks, strict=True)
+        if len(values := [v for v in map(finite, block.get("loss") or []) if v is not None]) > 1
+        and values[0]
+    }
+    if not losses:
+        return None
+    return {
+        "caption": (
+            "The loss while the rates were learned, as a share of its first value: a thin line for "
+            "each block, the strong one their median. A line that still falls at the end would "
+            "gain from more epochs."
+        ),
+        "chart": _both(lambda w: charts.curves(losses, width=w)),
+        "table": {
+            "heads": ["block", "first", "last", "change", "points"],
+            "rows": [
+                [label, small(v[0]), small(v[-1]), signed(v[-1] / v[0] - 1), str(len(v))]
+                for label, v in losses.items()
+            ],
+        },
+    }
+
+
+def _label(row: Record) -> str:
+    granularity = row.get("granularity")
+    return method_name(row["method"]) + (f", by {granularity}" if granularity else "")
+
+
+def _dot(row: Record) -> charts.Dot:
+    recovered = finite(row.get("recovered"))
+    note = "" if recovered is None else f"{signed(recovered, 0).lstrip('+')} won back"
+    if row["method"] == "wanda":
+        note = ""
+    error = finite(row.get("standard_error")) or 0.0
+    return charts.Dot(_label(row), row["perplexity"], error, note, row["method"] == "besa")
+
+
+def _best(rows: list[Record], setting: str) -> Record | None:
+    known = [r for r in rows if r["setting"] == setting and r["method"] == "besa"]
+    return min(known, key=lambda r: r["perplexity"], default=None)
+
+
+def _closed(rows: list[Record], setting: str) -> Record:
+    """The headline of one setting: what BESA wins back of Wanda's loss."""
+    best = _best(rows, setting) or min(
+        (r for r in rows if r["setting"] == setting), key=lambda r: r["perplexity"]
+    )
+    wanda = next((r for r in rows if r["setting"] == setting and r["method"] == "wanda"), None)
+    recovered = finite(best.get("recovered"))
+    more = f"{_label(best)}: {best['perplexity']:.2f}"
+    if wanda:
+        more += f" against {wanda['perplexity']:.2f}"
+    if recovered is None:
+        value = f"{best['perplexity']:.2f}"
+        return {"label": f"{setting}: perplexity", "value": value, "more": more}
+    return {
+        "label": f"At {setting}",
+        "value": signed(recovered, 0).lstrip("+"),
+        "more": f"of Wanda's loss won back. {more}",
+        "key": recovered > 0,
+    }
+
+
+def _comparison_lead(rows: list[Record], settings: list[str]) -> str:
+    words = (
+        "Perplexity says how unsure the model is about the next token: 1 would be certain, "
+        "and pruning raises it."
+    )
+    lowest: dict[str, list[str]] = {}
+    for setting in settings:
+        members = [row for row in rows if row["setting"] == setting]
+        lowest.setdefault(_label(min(members, key=lambda r: r["perplexity"])), []).append(setting)
+    parts = [f"{label} at {', '.join(where)}" for label, where in lowest.items()]
+    return f"{words} Lowest here: {'; '.join(parts)}."
+
+
+def _comparison_row(row: Record, rows: list[Record], index: int) -> Record:
+    margin, error = finite(row.get("margin")), finite(row.get("margin_se"))
+    recovered = finite(row.get("recovered"))
+    words = NONE
+    if margin is not None:
+        words = f"{margin:.4f}".replace("-", "\N{MINUS SIGN}") + (
+            f" ± {error:.4f}" if error is not None else ""
+        )
+    kind = "own" if row["method"] == "besa" else ""
+    if index and rows[index - 1]["setting"] != row["setting"]:
+        kind += " first"
+    return {
+        "kind": kind.strip(),
+        "entries": [
+            _label(row),
+            row["setting"],
+            f"{row['perplexity']:,.2f}",
+            small(finite(row.get("standard_error"))),
+            NONE if recovered is None else signed(recovered).lstrip("+"),
+            words,
+            duration(row.get("seconds") or 0.0),
+        ],
+    }

@@ -1,0 +1,82 @@
+"""Importance of weights, and the input statistics that it is made from.
+
+`InputNorms` gathers what Wanda needs (Sun et al., "A Simple and Effective Pruning Approach for
+Large Language Models", arXiv 2306.11695): s_ij = |W_ij| * ||X_j||_2 over the calibration tokens.
+`Hessians` gathers what SparseGPT needs (Frantar and Alistarh, arXiv 2301.00774): H = X^T X.
+Both are fed by `besa.blocks.observe` and keep one entry per group, so that an expert's weights
+are judged by the tokens routed to it.
+
+    norms = InputNorms(linears, device)
+    with observe(block, linears, norms.add):
+        call.run(block, hidden)
+    scores = wanda(weight, norms.of(linear))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from besa.blocks import Linear
+
+
+class InputNorms:
+    """Sums of squares of every linear's inputs, per column and group."""
+
+    def __init__(self, linears: Sequence[Linear], device: torch.device) -> None:
+        self.squares = {x.name: torch.zeros(x.groups, x.cols, device=device) for x in linears}
+        self.tokens = {x.name: torch.zeros(x.groups, dtype=torch.int64) for x in linears}
+
+    def add(self, linear: Linear, group: int, inputs: Tensor) -> None:
+        """Adds inputs [tokens, cols] of one group."""
+        self.squares[linear.name][group] += inputs.detach().float().square().sum(0)
+        self.tokens[linear.name][group] += len(inputs)
+
+    def of(self, linear: Linear) -> Tensor:
+        """||X_j||_2 as float32 [groups, cols]; ones for a group that saw no token."""
+        norms = self.squares[linear.name].sqrt()
+        unseen = self.tokens[linear.name] == 0
+        norms[unseen.to(norms.device)] = 1.0
+        return norms
+
+    def unseen(self, linear: Linear) -> list[int]:
+        """The groups that no token was routed to: their scores are plain magnitudes."""
+        return (self.tokens[linear.name] == 0).nonzero().flatten().tolist()
+
+
+class Hessians:
+    """X^T X of every linear's inputs, per group."""
+
+    def __init__(self, linears: Sequence[Linear], device: torch.device) -> None:
+        self.sums = {
+            x.name: torch.zeros(x.groups, x.cols, x.cols, device=device) for x in linears
+        }
+
+    def add(self, linear: Linear, group: int, inputs: Tensor) -> None:
+        """Adds inputs [tokens, cols] of one group."""
+        inputs = inputs.detach().float()
+        self.sums[linear.name][group].addmm_(inputs.T, inputs)
+
+    def of(self, linear: Linear) -> Tensor:
+        """X^T X as float32 [groups, cols, cols]."""
+        return self.sums[linear.name]
+
+
+def wanda(weight: Tensor, norms: Tensor) -> Tensor:
+    """|W_ij| * ||X_j||_2.
+
+    Args:
+        weight: [groups, rows, cols].
+        norms: float32 [groups, cols].
+
+    Returns:
+        float32 [groups, rows, cols].
+    """
+    return weight.float().abs() * norms.unsqueeze(1)
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """|W_ij| as float32."""
+    return weight.float().abs()

@@ -1,0 +1,111 @@
+"""Zero-shot and few-shot tasks, run by EleutherAI's lm-evaluation-harness.
+
+    from besa import tasks
+
+    tasks.check(("piqa", "arc_easy"))
+    scores = tasks.run(model, tokenizer, ("piqa", "arc_easy"))
+    scores["piqa"]["acc"], scores["piqa"]["acc_stderr"]
+
+The harness is the extra `eval` (https://github.com/EleutherAI/lm-evaluation-harness). Its tasks
+come from the hub; definitions of one's own, on local data, come from a directory.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from besa.errors import BesaError
+
+
+def check(names: Sequence[str], task_path: Path | None = None) -> None:
+    """Finds every task, so that a wrong name costs no model's loading.
+
+    Raises:
+        BesaError: no harness, no such directory, or no such task.
+    """
+    if task_path is not None and not task_path.is_dir():
+        raise BesaError(f"--task-path {task_path} is no directory")
+    manager = _manager(task_path)
+    for name in names:
+        if not manager.match_tasks([name]):
+            raise BesaError(f"lm-evaluation-harness has no task {name}: see `lm-eval ls tasks`")
+
+
+def run(
+    model: nn.Module,
+    tokenizer: Any,
+    names: Sequence[str],
+    num_fewshot: int | None = None,
+    task_path: Path | None = None,
+    batch_size: int = 1,
+) -> dict[str, dict[str, float]]:
+    """Runs tasks on a loaded model.
+
+    Args:
+        names: tasks, groups or globs of them.
+        num_fewshot: examples before each question; None for each task's own default.
+        task_path: a directory with task definitions besides the harness's own.
+        batch_size: sequences in one call of the model.
+
+    Returns:
+        {task: {metric: value}}; the standard error of `acc` is `acc_stderr`. A metric that is
+        taken after a filter is named `metric,filter`.
+
+    Raises:
+        BesaError: no harness, or it fails, as when the tasks' data cannot be had.
+    """
+    manager = _manager(task_path)
+    with _harness():
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        try:
+            outcome = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),  # type: ignore[arg-type]
+                tasks=manager.match_tasks(list(names)),
+                num_fewshot=num_fewshot,
+                task_manager=manager,
+                log_samples=False,
+            )
+        except Exception as error:  # it raises what data sets, models and metrics raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BesaError(f"lm-evaluation-harness could not run the tasks: {reason}") from None
+    return {
+        task: {
+            metric.removesuffix(",none"): float(value)
+            for metric, value in metrics.items()
+            if "," in metric and isinstance(value, (int, float))
+        }
+        for task, metrics in outcome["results"].items()
+    }
+
+
+def _manager(task_path: Path | None) -> Any:
+    with _harness():
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_path=str(task_path) if task_path else None)
+
+
+@contextmanager
+def _harness() -> Iterator[None]:
+    """The harness, when it is there, without its log; what it prints goes to standard error."""
+    try:
+        import lm_eval
+    except ImportError:
+        raise BesaError("--tasks needs lm-evaluation-harness: pip install 'besa[eval]'") from None
+    logger = logging.getLogger(lm_eval.__name__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.setLevel(level)

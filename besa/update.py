@@ -1,0 +1,97 @@
+"""SparseGPT: masks a weight and updates what is left to make up for what is gone.
+
+Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+arXiv 2301.00774, Algorithm 1. Columns are visited from left to right; a pruned weight's error is
+spread over the columns still to come by the inverse Hessian's Cholesky factor. The mask of a
+block of columns is chosen when the block is reached, from the weights as updated so far, by
+w^2 / [H^-1]_jj^2.
+
+    pruned, mask = sparsegpt(weight, x.T @ x, zeros=weight.numel() // 2)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from besa.config import Pattern
+from besa.patterns import n_of_m
+
+_DENSE = Pattern()
+
+
+def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
+    """Upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U.
+
+    Args:
+        hessian: float32 [cols, cols], X^T X.
+        damping: what is added to the diagonal, as a fraction of its mean; tenfold more is tried
+            where the matrix is not positive definite.
+
+    Returns:
+        float32 [cols, cols], upper triangular.
+    """
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1.0  # an input that never fires: its weights are free to go
+    mean = diagonal.mean()
+    while True:
+        damped = hessian + torch.eye(len(hessian), device=hessian.device) * (damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return factor
+        damping *= 10
+
+
+def sparsegpt(
+    weight: Tensor,
+    hessian: Tensor,
+    zeros: int,
+    pattern: Pattern = _DENSE,
+    blocksize: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """Prunes one matrix to exactly `zeros` zeros (ignored for N:M) and updates the rest.
+
+    Args:
+        weight: [rows, cols].
+        hessian: float32 [cols, cols], X^T X over the calibration tokens.
+        zeros: weights to prune.
+        pattern: unstructured or N:M along the columns.
+        blocksize: columns whose mask is chosen at once; a multiple of M for N:M.
+
+    Returns:
+        The new weight, float32 [rows, cols], and the bool keep-mask.
+    """
+    weight = weight.float().clone()
+    rows, cols = weight.shape
+    factor = inverse_factor(hessian)
+    mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+    if pattern.m:
+        blocksize -= blocksize % pattern.m
+    done = 0
+    for start in range(0, cols, blocksize):
+        stop = min(start + blocksize, cols)
+        block = weight[:, start:stop]
+        errors = torch.zeros_like(block)
+        local = factor[start:stop, start:stop]
+        if not pattern.m:
+            share = zeros * stop // cols - done
+            done += share
+            scores = (block / local.diagonal()).square()
+            order = scores.flatten().argsort(stable=True)
+            keep = torch.ones(block.numel(), dtype=torch.bool, device=weight.device)
+            keep[order[:share]] = False
+            mask[:, start:stop] = keep.reshape(block.shape)
+        for j in range(stop - start):
+            if pattern.m and j % pattern.m == 0:
+                ahead = slice(j, j + pattern.m)
+                scores = (block[:, ahead] / local.diagonal()[ahead]).square()
+                mask[:, start + j : start + j + pattern.m] = n_of_m(scores, pattern.n, pattern.m)
+            column = block[:, j]
+            error = torch.where(mask[:, start + j], 0.0, column) / local[j, j]
+            block[:, j:] -= error.unsqueeze(1) * local[j, j:].unsqueeze(0)
+            errors[:, j] = error
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    return torch.where(mask, weight, 0.0), mask

@@ -1,0 +1,175 @@
+"""The output directory of a long run: resumable while it grows, whole when it appears.
+
+All work goes to `OUT.partial` beside the output. A finished block is a shard and a record there;
+the same command goes on from the last one. Only when everything is written does one rename make
+it `OUT`, so that nothing that looks finished exists before it is.
+
+    with Workspace.open(Path("pruned"), settings, overwrite=False) as workspace:
+        workspace.finish_block(0, tensors, record)
+        workspace.publish()
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor
+
+from besa.checkpoint import INDEX, sha256, write_tensors, write_text
+from besa.errors import BesaError
+
+
+@dataclass
+class Workspace:
+    """An unfinished output. `path` is where it grows, `out` what it will be."""
+
+    out: Path
+    path: Path
+    overwrite: bool
+    _lock: IO[str]
+
+    @classmethod
+    def open(
+        cls, out: Path, settings: Mapping[str, Any], overwrite: bool, needed_bytes: int
+    ) -> Workspace:
+        """Makes the workspace, or finds the one that the same command left.
+
+        Raises:
+            BesaError: the output is not empty, another run is writing it or left it with other
+                settings, or the disk has not `needed_bytes` left.
+        """
+        path = out.with_name(out.name + ".partial")
+        check_free(out, overwrite)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(exist_ok=True)
+            lock = (path / "lock").open("w")
+        except OSError as error:
+            raise BesaError(f"cannot write to {path}: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise BesaError(f"another besa is writing {path}: let it end, or end it") from None
+        workspace = cls(out, path, overwrite, lock)
+        try:
+            workspace._settle(settings, needed_bytes)
+        except BaseException:
+            workspace.close()
+            raise
+        return workspace
+
+    def _settle(self, settings: Mapping[str, Any], needed_bytes: int) -> None:
+        written = self.path / "settings.json"
+        wished = json.loads(json.dumps(settings))
+        if written.exists():
+            found = json.loads(written.read_text())
+            differing = [k for k in wished | found if wished.get(k) != found.get(k)]
+            if not differing:
+                return
+            if not self.overwrite:
+                name = differing[0]
+                raise BesaError(
+                    f"{self.path} holds an unfinished run with {name} = {found.get(name)}, not "
+                    f"{wished.get(name)}: use the same settings, another --out, or --overwrite"
+                )
+            self._clear()
+        free = shutil.disk_usage(self.path).free
+        if free < needed_bytes:
+            shutil.rmtree(self.path)
+            raise BesaError(
+                f"the disk is too full for {self.out}: {needed_bytes / 1e9:.1f} GB are needed, "
+                f"{free / 1e9:.1f} GB are free"
+            )
+        write_text(json.dumps(settings, indent=2), written)
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != "lock":
+                entry.unlink()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the lock."""
+        self._lock.close()
+
+    def shard(self, number: int, of: int) -> Path:
+        """The file of shard `number`, counted from 1."""
+        return self.path / f"model-{number:05d}-of-{of:05d}.safetensors"
+
+    def finish(
+        self, name: str, shard: Path, tensors: dict[str, Tensor], record: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Writes a shard, then the record that says that it is finished."""
+        write_tensors(tensors, shard)
+        record = {"file": shard.name, "sha256": sha256(shard), "keys": list(tensors), **record}
+        write_text(json.dumps(record), self.path / f"{name}.finished.json")
+        return record
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        """The record of a shard that is finished and unharmed, or None."""
+        path = self.path / f"{name}.finished.json"
+        if not path.exists():
+            return None
+        record: dict[str, Any] = json.loads(path.read_text())
+        shard = self.path / record["file"]
+        if not shard.exists() or sha256(shard) != record["sha256"]:
+            return None
+        return record
+
+    def log(self, event: Mapping[str, Any]) -> None:
+        """Adds a line to log.jsonl."""
+        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+
+    def write_index(self, records: list[dict[str, Any]]) -> None:
+        """Writes the index that says which shard holds which tensor."""
+        weight_map = {key: record["file"] for record in records for key in record["keys"]}
+        size = sum((self.path / record["file"]).stat().st_size for record in records)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(json.dumps(index, indent=2), self.path / INDEX)
+
+    def publish(self) -> None:
+        """Turns the workspace into the output."""
+        for path in self.path.glob("*.finished.json"):
+            path.unlink()
+        (self.path / "settings.json").unlink()
+        (self.path / "lock").unlink()
+        try:
+            if self.overwrite and self.out.exists():
+                replaced = self.out.with_name(self.out.name + ".replaced")
+                self.out.rename(replaced)
+                self.path.rename(self.out)
+                shutil.rmtree(replaced)
+            else:
+                self.path.rename(self.out)
+        except OSError as error:
+            raise BesaError(
+                f"all is done, but {self.path} could not be renamed to {self.out} "
+                f"({error.strerror}): rename it by hand"
+            ) from None
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raises a BesaError if `out` cannot become the output."""
+    if out.is_mount():
+        raise BesaError(f"{out} is a mount point: give a new directory in it, {out}/pruned")
+    if out.exists() and not out.is_dir():
+        raise BesaError(f"{out} is a file: give another --out")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise BesaError(f"{out} is not empty: give another --out, or --overwrite")
+

@@ -1,0 +1,1 @@
+"""`besa.export`: will hold the packed checkpoint and the ONNX exporter. Neither is there yet."""
