@@ -34,8 +34,7 @@ types: $(VENV)/.installed
 	rm -rf build/types
 	mkdir -p build/types/besa
 	ln -s $(CURDIR)/besa/* $(CURDIR)/export $(CURDIR)/serve build/types/besa
-	ln -s $(CURDIR)/benchmarks build/types
-	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml besa benchmarks
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml besa
 
 # torch first and alone (its dependencies follow with besa's), or the newest one would be taken.
 $(VENV)/.installed: pyproject.toml CMakeLists.txt $(wildcard besa/kernels/*.cpp besa/kernels/*.h)

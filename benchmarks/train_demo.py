@@ -35,7 +35,7 @@ CONFIG = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": SEQLEN,
     "tie_word_embeddings": True,
     "rms_norm_eps": 1e-6,
     "bos_token_id": 0,
@@ -67,7 +67,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=512
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=SEQLEN
     )
 
 
@@ -113,16 +113,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--init", type=Path, help="go on from these weights, not from scratch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
     texts = [*documents("train"), *cpython_tests()]
-    tokenizer = train_tokenizer(texts)
+    if args.init:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
+        model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer(texts)
+        model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    model.to(args.device)
     stream = tokens_of(tokenizer, texts)
     held_out = tokens_of(tokenizer, list(documents("validation"))).to(args.device)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(args.device)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW(
@@ -136,13 +142,14 @@ def main() -> None:
         lambda s: min((s + 1) / warmup, (args.steps - s) / (args.steps - warmup)),
     )
     args.log.parent.mkdir(parents=True, exist_ok=True)
-    log = args.log.open("w")
+    log = args.log.open("a")
     print(
         json.dumps(
             {
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "train_tokens": len(stream),
                 "seen_tokens": args.steps * args.batch * SEQLEN,
+                "init": str(args.init) if args.init else None,
                 "steps": args.steps,
                 "batch": args.batch,
                 "seqlen": SEQLEN,

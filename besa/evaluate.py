@@ -72,7 +72,7 @@ def window_losses(
     for batch in windows.split(batch_size):
         tokens = batch.to(device)
         logits = model(input_ids=tokens, use_cache=False).logits
-        losses += [_loss(l[:-1], t[1:]) for l, t in zip(logits, tokens, strict=True)]
+        losses += [_loss(own[:-1], window[1:]) for own, window in zip(logits, tokens, strict=True)]
         if progress:
             progress(len(losses), len(windows))
     return torch.stack(losses).cpu()

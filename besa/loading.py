@@ -124,7 +124,7 @@ def fitting_in_memory(what: str, remedy: str) -> Iterator[None]:
 def _one_line(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # transformers raises what its many layers raise
+    except Exception as error:  # noqa: BLE001 - transformers raises what its many layers raise
         lines = (str(error).strip() or type(error).__name__).splitlines()
         raise BesaError(f"{what}: {lines[0]}") from None
 

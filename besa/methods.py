@@ -16,6 +16,7 @@ from torch import Tensor
 
 from besa.blocks import Linear
 from besa.config import Pattern
+from besa.errors import BesaError
 from besa.patterns import counts_for, lowest_pruned, lowest_pruned_overall, n_of_m
 from besa.scores import Hessians, magnitude
 from besa.update import sparsegpt
@@ -101,6 +102,11 @@ def sparsegpt_weights(
         kept, matrices = [], []
         for group, matrix in enumerate(weights[linear.name]):
             hessian = hessians.of(linear)[group]
+            if not hessian.isfinite().all():
+                raise BesaError(
+                    f"the inputs of {linear.name} are too large for SparseGPT's statistics: "
+                    "choose another method"
+                )
             if hessian.any():
                 share = shares[linear.name][group]
                 matrix, mask = sparsegpt(matrix, hessian, share, pattern)

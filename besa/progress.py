@@ -36,6 +36,33 @@ def progress_for(file: IO[str]) -> Iterator[Tell]:
         yield _Live(progress, console)
 
 
+@contextmanager
+def steps_for(file: IO[str]) -> Iterator[Tell]:
+    """A receiver of events {phase, what, done, total}: one bar on a terminal, else lines."""
+    console = Console(file=file)
+    if not console.is_terminal:
+        said: set[tuple[str, str]] = set()
+
+        def line(event: Mapping[str, Any]) -> None:
+            step = (event["phase"], event["what"])
+            if step not in said:
+                said.add(step)
+                print(*step, file=file, flush=True)
+
+        yield line
+        return
+    columns = (TextColumn("{task.fields[phase]} {task.fields[what]}"), BarColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", phase="", what="")
+        yield lambda event: progress.update(
+            task,
+            completed=event["done"],
+            total=event["total"],
+            phase=event["phase"],
+            what=event["what"],
+        )
+
+
 class _Clock:
     """Time left, from the blocks that this run did."""
 

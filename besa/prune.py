@@ -17,7 +17,7 @@ import copy
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from besa.calibration import calibration_windows, token_stream
 from besa.checkpoint import Checkpoint, write_text
 from besa.config import Pattern, PruneConfig
 from besa.errors import BesaError
+from besa.loading import load_tokenizer, max_positions, pick_device
 from besa.methods import Masks, allocated_masks, magnitude_masks, sparsegpt_weights, wanda_masks
+from besa.progress import Tell
 from besa.record import block_record, linear_record, run_record, settings_of
 from besa.report import model_card, render
 from besa.scores import Hessians, InputNorms, wanda
@@ -44,9 +46,6 @@ _BATCH_TOKENS = 2048
 
 # The share of the batches on which a block's error is measured for the record.
 _JUDGED = 8
-
-Tell = Callable[[Mapping[str, Any]], None]
-
 
 @dataclass(frozen=True)
 class PruneResult:
@@ -80,7 +79,7 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
     started = time.monotonic()
     out = Path(config.out)
     check_free(out, config.overwrite)
-    device = _device(config.device)
+    device = pick_device(config.device)
     checkpoint = Checkpoint.open(model)
     dtype = _dtype(config.dtype, device, checkpoint.dtype)
     plan = _plan(checkpoint, config)
@@ -221,7 +220,7 @@ class _Run:
             masks, updated = sparsegpt_weights(linears, weights, hessians, zeros, rate, pattern)
         elif self.config.method == "besa" and linears and not pattern.m:
             masks, losses = self._besa(index, block, weights, scored, stream, dense, calls, zeros)
-        del scored, hessians
+        del scored
 
         error_wanda = None
         if masks is not uniform:
@@ -331,17 +330,6 @@ class _Run:
         return allocated_masks(linears, scored, rates, zeros), per_epoch
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise BesaError(f"device {name} is not there") from None
-    return device
-
-
 def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
@@ -379,18 +367,10 @@ def _plan(checkpoint: Checkpoint, config: PruneConfig) -> list[list[Linear]]:
 
 def _calibration(checkpoint: Checkpoint, config: PruneConfig) -> Tensor:
     """Token windows [samples, seqlen]."""
-    from transformers import AutoTokenizer
-
-    text_config = checkpoint.config.get_text_config()
-    longest = getattr(text_config, "max_position_embeddings", None) or 2048
-    seqlen = config.seqlen or min(2048, longest)
-    if seqlen > longest:
-        raise BesaError(f"seqlen {seqlen} is more than the {longest} positions of the model")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise BesaError(f"{checkpoint.directory} has no usable tokenizer: {reason}") from None
-    documents = documents_from(config.calibration, "calibration")
-    stream = token_stream(tokenizer, documents)
+    most = max_positions(checkpoint.directory) or 2048
+    seqlen = config.seqlen or min(2048, most)
+    if seqlen > most:
+        raise BesaError(f"{checkpoint.directory} takes {most} tokens at once: lower --seqlen")
+    tokenizer = load_tokenizer(checkpoint.directory)
+    stream = token_stream(tokenizer, documents_from(config.calibration, "calibration"))
     return calibration_windows(stream, config.samples, seqlen, config.seed)

@@ -74,7 +74,7 @@ def run(
                 task_manager=manager,
                 log_samples=False,
             )
-        except Exception as error:  # it raises what data sets, models and metrics raise
+        except Exception as error:  # noqa: BLE001 - what data sets, models, metrics raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BesaError(f"lm-evaluation-harness could not run the tasks: {reason}") from None
     return {

@@ -194,8 +194,7 @@ def _hub(
             yield row[column]
     except BesaError:
         raise
-    except Exception as error:
-        # `datasets` raises whatever its layers raise: no such set, config or split; no network.
+    except Exception as error:  # noqa: BLE001 - no such set, config or split; no network; …
         raise BesaError(
             f"{source} ({split} split) could not be had from the Hugging Face hub: "
             f"{_first_line(error)}; or give a local file"

@@ -33,8 +33,8 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
     """
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1.0  # an input that never fires: its weights are free to go
     mean = diagonal.mean()
+    diagonal[diagonal == 0] = mean  # an input that never fires
     while True:
         damped = hessian + torch.eye(len(hessian), device=hessian.device) * (damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -67,10 +67,16 @@ def sparsegpt(
     weight = weight.float().clone()
     rows, cols = weight.shape
     factor = inverse_factor(hessian)
+    dead = hessian.diagonal() == 0
     mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     if pattern.m:
-        blocksize -= blocksize % pattern.m
+        blocksize = max(pattern.m, blocksize - blocksize % pattern.m)
     done = 0
+
+    def scores(columns: Tensor, start: int, stop: int) -> Tensor:
+        found = (columns / factor.diagonal()[start:stop]).square()
+        return found.masked_fill(dead[start:stop], 0.0)  # no output needs them
+
     for start in range(0, cols, blocksize):
         stop = min(start + blocksize, cols)
         block = weight[:, start:stop]
@@ -79,16 +85,15 @@ def sparsegpt(
         if not pattern.m:
             share = zeros * stop // cols - done
             done += share
-            scores = (block / local.diagonal()).square()
-            order = scores.flatten().argsort(stable=True)
+            order = scores(block, start, stop).flatten().argsort(stable=True)
             keep = torch.ones(block.numel(), dtype=torch.bool, device=weight.device)
             keep[order[:share]] = False
             mask[:, start:stop] = keep.reshape(block.shape)
         for j in range(stop - start):
             if pattern.m and j % pattern.m == 0:
-                ahead = slice(j, j + pattern.m)
-                scores = (block[:, ahead] / local.diagonal()[ahead]).square()
-                mask[:, start + j : start + j + pattern.m] = n_of_m(scores, pattern.n, pattern.m)
+                first, last = start + j, start + j + pattern.m
+                found = scores(block[:, j : j + pattern.m], first, last)
+                mask[:, first:last] = n_of_m(found, pattern.n, pattern.m)
             column = block[:, j]
             error = torch.where(mask[:, start + j], 0.0, column) / local[j, j]
             block[:, j:] -= error.unsqueeze(1) * local[j, j:].unsqueeze(0)

@@ -11,7 +11,7 @@ from typing import NoReturn
 from besa import __version__
 from besa.errors import BesaError
 
-COMMANDS = ("prune", "eval")
+COMMANDS = ("prune", "eval", "demo")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -156,10 +156,11 @@ def _print_tables(results: list[Result], config: EvalConfig) -> None:
             f"{text}: {first.tokens:,} tokens predicted in {first.windows:,} windows "
             f"of {first.seqlen}",
             markup=False,
+            soft_wrap=True,
         )
     dtypes = ", ".join(dict.fromkeys(result.dtype for result in results))
     versions = ", ".join(f"{name} {number}" for name, number in _versions(config).items())
-    console.print(f"{dtypes} on {results[0].device}; {versions}", markup=False)
+    console.print(f"{dtypes} on {results[0].device}; {versions}", markup=False, soft_wrap=True)
 
 
 def _perplexity_table(results: list[Result], texts: tuple[str, ...]) -> Table:
@@ -246,5 +247,5 @@ def _progress() -> Iterator[Callable[[str, str, int, int], None]]:
 
 def _print_progress(model: str, text: str, done: int, total: int) -> None:
     step = max(1, total // 10)
-    if done == total or done and done % step == 0:
+    if done == total or (done and done % step == 0):
         print(f"{model} on {text}: {done} of {total} windows", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ pathlib.Path("pruned/README.md").write_text(model_card(record), encoding="utf-8"
 """
 
 from besa.report.card import model_card
-from besa.report.page import render, render_comparison
+from besa.report.comparison import render_comparison
+from besa.report.page import render
 
 __all__ = ["model_card", "render", "render_comparison"]

@@ -28,7 +28,8 @@ from besa.report.figures import (
     summarise,
     unrouted,
 )
-from besa.report.page import clean, describe, environment
+from besa.report.layout import clean, environment
+from besa.report.page import describe
 
 
 def model_card(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""The pages: one self-contained HTML file from the record of a run (besa.json) or of a comparison.
+"""The page of a pruning run: one self-contained HTML file from its record (besa.json).
 
 import json, pathlib
 from besa.report.page import render
@@ -6,21 +6,17 @@ from besa.report.page import render
 record = json.loads(pathlib.Path("pruned/besa.json").read_text())
 pathlib.Path("pruned/report.html").write_text(render(record), encoding="utf-8")
 
-The words and tables are made here, the pictures in charts.py, the layout in the templates.
+The words and tables are made here, the pictures in heat.py, spread.py and charts.py, and the
+templates lay them out.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from besa.report import charts, palette
+from besa.report import charts, heat, spread
 from besa.report.figures import (
     NONE,
     Cell,
@@ -31,7 +27,6 @@ from besa.report.figures import (
     finite,
     grid,
     merge,
-    method_name,
     percent,
     quantile,
     rate,
@@ -43,21 +38,9 @@ from besa.report.figures import (
     summarise,
     unrouted,
 )
+from besa.report.layout import both, fill
 
-WIDE, NARROW = 960.0, 328.0  # the text column of a desktop window and of a 360-pixel phone
 EVEN = 5e-4  # rates closer than this are one rate to the eye
-
-
-@cache
-def environment(autoescape: bool = True) -> Environment:
-    folder = Path(__file__).parent
-    return Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
 
 
 def render(record: Record) -> str:
@@ -90,73 +73,7 @@ def render(record: Record) -> str:
         "unrouted": [tuple(line.split(": ", 1)) for line in unrouted(blocks)],
         "digests": list((record.get("digests") or {}).items()),
     }
-    return _page("page.html.j2", values, record)
-
-
-def render_comparison(record: Record) -> str:
-    """The page that `besa demo` ends with: perplexity by method at each setting."""
-    rows, dense = record["rows"], record["dense"]
-    settings = list(dict.fromkeys(row["setting"] for row in rows))
-    groups = {s: [_dot(row) for row in rows if row["setting"] == s] for s in settings}
-    model = str(record["model"])
-    values = {
-        "model": model,
-        "name": short_name(model),
-        "lead": _comparison_lead(rows, settings),
-        "headlines": [
-            {
-                "label": "Dense perplexity",
-                "value": f"{dense['perplexity']:.2f}",
-                "more": f"± {small(finite(dense.get('standard_error')))} standard error",
-            },
-            *(_closed(rows, setting) for setting in settings),
-        ],
-        "caption": (
-            "Each dot is one pruned model: the further left, the less quality was lost. The "
-            "dashed line is the dense model. Whiskers are ± one standard error of the perplexity "
-            "over the text's windows; all methods read the same windows, so differences between "
-            "methods are surer than the whiskers alone suggest (see the margins in the table)."
-        ),
-        "picture": _both(lambda w: charts.dots(groups, dense=dense["perplexity"], width=w)),
-        "table_caption": (
-            "Recovered: the share of Wanda's loss over the dense model that a method wins back at "
-            "the same setting (negative: it loses more). Margin: how much lower its loss is than "
-            "Wanda's, in nats a token, ± the standard error of that difference."
-        ),
-        "table": {
-            "heads": ["Method", "Setting", "Perplexity", "± SE", "Recovered", "Margin", "Time"],
-            "rows": [_comparison_row(row, rows, index) for index, row in enumerate(rows)],
-        },
-        "versions": [
-            ("text", record["text"]),
-            ("tokens", f"{record['tokens']:,} in windows of {record['seqlen']:,}"),
-            ("machine", record.get("machine", NONE)),
-            *record["versions"].items(),
-        ],
-    }
-    return _page("comparison.html.j2", values, record)
-
-
-def _page(template: str, values: Record, record: Record) -> str:
-    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-    style += palette.rules(palette.LIGHT)
-    style += f"@media screen and (prefers-color-scheme: dark){{{palette.rules(palette.DARK)}}}"
-    version = record.get("besa_version") or record["versions"].get("besa", "")
-    page = (
-        environment().get_template(template).render(style=Markup(style), version=version, **values)
-    )
-    return clean(page)
-
-
-def clean(page: str) -> str:
-    """Without what no text file may hold: control characters and halves of surrogate pairs."""
-    page = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]", "\ufffd", page)
-    return page.encode("utf-8", "replace").decode()
-
-
-def _both(draw: Callable[[float], str]) -> dict[str, Markup]:
-    """A chart for the desk and one for the phone; the style sheet shows the one that fits."""
-    return {"wide": Markup(draw(WIDE)), "narrow": Markup(draw(NARROW))}
+    return fill("page.html.j2", values, record)
 
 
 def _plain(value: Any) -> str:
@@ -186,7 +103,8 @@ def _lead(record: Record, summary: Summary) -> str:
     if summary.change is not None:
         words += (
             f" The mean squared error of a block's output is {percent(abs(summary.change))} "
-            f"{'lower' if summary.change < 0 else 'higher'} than with Wanda's mask at the same rate."
+            f"{'lower' if summary.change < 0 else 'higher'} than with Wanda's mask at the same "
+            "rate."
         )
     return words
 
@@ -246,7 +164,7 @@ def _heat(
         if c
     }
     known = [value for line in rows.values() for value in line if value is not None]
-    reach = charts.extent(known, summary.target)
+    reach = heat.extent(known, summary.target)
     target = summary.target
     if max(known) - min(known) < EVEN:
         caption = (
@@ -271,9 +189,9 @@ def _heat(
     table.append(["mean", *(percent(m, 2) for m in means), percent(summary.achieved, 2)])
     return {
         "caption": caption,
-        "legend": Markup(charts.scale_bar(target, reach)),
-        "chart": _both(
-            lambda w: charts.heatmap(rows, labels, target=target, width=w, means=means, tips=tips)
+        "legend": Markup(heat.scale_bar(target, reach)),
+        "chart": both(
+            lambda w: heat.heatmap(rows, labels, target=target, width=w, means=means, tips=tips)
         ),
         "table": {"heads": heads, "rows": table},
     }
@@ -303,8 +221,8 @@ def _rows(cells: dict[str, list[Cell | None]], labels: list[str], target: float)
         )
     return {
         "caption": caption,
-        "ridges": _both(lambda w: charts.ridges(groups, target=target, width=w)),
-        "ranges": _both(lambda w: charts.ranges(merged, names, target=target, width=w))
+        "ridges": both(lambda w: spread.ridges(groups, target=target, width=w)),
+        "ranges": both(lambda w: spread.ranges(merged, names, target=target, width=w))
         if len(merged) > 1
         else None,
         "table": _spread("linear", list(groups.items())),
@@ -353,7 +271,7 @@ def _errors(blocks: list[Record], labels: list[str], summary: Summary) -> Record
     return {
         "title": "Against Wanda, block by block" if summary.compared else "Error, block by block",
         "caption": words,
-        "chart": _both(lambda w: charts.errors(own, wanda, labels, method=method, width=w)),
+        "chart": both(lambda w: charts.errors(own, wanda, labels, method=method, width=w)),
         "table": {
             "heads": ["block", "name", method, "Wanda", "difference", "time"],
             "rows": [
@@ -388,7 +306,7 @@ def _learning(blocks: list[Record], labels: list[str]) -> Record | None:
             "each block, the strong one their median. A line that still falls at the end would "
             "gain from more epochs."
         ),
-        "chart": _both(lambda w: charts.curves(losses, width=w)),
+        "chart": both(lambda w: charts.curves(losses, width=w)),
         "table": {
             "heads": ["block", "first", "last", "change", "points"],
             "rows": [
@@ -396,82 +314,4 @@ def _learning(blocks: list[Record], labels: list[str]) -> Record | None:
                 for label, v in losses.items()
             ],
         },
-    }
-
-
-def _label(row: Record) -> str:
-    granularity = row.get("granularity")
-    return method_name(row["method"]) + (f", by {granularity}" if granularity else "")
-
-
-def _dot(row: Record) -> charts.Dot:
-    recovered = finite(row.get("recovered"))
-    note = "" if recovered is None else f"{signed(recovered, 0).lstrip('+')} won back"
-    if row["method"] == "wanda":
-        note = ""
-    error = finite(row.get("standard_error")) or 0.0
-    return charts.Dot(_label(row), row["perplexity"], error, note, row["method"] == "besa")
-
-
-def _best(rows: list[Record], setting: str) -> Record | None:
-    known = [r for r in rows if r["setting"] == setting and r["method"] == "besa"]
-    return min(known, key=lambda r: r["perplexity"], default=None)
-
-
-def _closed(rows: list[Record], setting: str) -> Record:
-    """The headline of one setting: what BESA wins back of Wanda's loss."""
-    best = _best(rows, setting) or min(
-        (r for r in rows if r["setting"] == setting), key=lambda r: r["perplexity"]
-    )
-    wanda = next((r for r in rows if r["setting"] == setting and r["method"] == "wanda"), None)
-    recovered = finite(best.get("recovered"))
-    more = f"{_label(best)}: {best['perplexity']:.2f}"
-    if wanda:
-        more += f" against {wanda['perplexity']:.2f}"
-    if recovered is None:
-        value = f"{best['perplexity']:.2f}"
-        return {"label": f"{setting}: perplexity", "value": value, "more": more}
-    return {
-        "label": f"At {setting}",
-        "value": signed(recovered, 0).lstrip("+"),
-        "more": f"of Wanda's loss won back. {more}",
-        "key": recovered > 0,
-    }
-
-
-def _comparison_lead(rows: list[Record], settings: list[str]) -> str:
-    words = (
-        "Perplexity says how unsure the model is about the next token: 1 would be certain, "
-        "and pruning raises it."
-    )
-    lowest: dict[str, list[str]] = {}
-    for setting in settings:
-        members = [row for row in rows if row["setting"] == setting]
-        lowest.setdefault(_label(min(members, key=lambda r: r["perplexity"])), []).append(setting)
-    parts = [f"{label} at {', '.join(where)}" for label, where in lowest.items()]
-    return f"{words} Lowest here: {'; '.join(parts)}."
-
-
-def _comparison_row(row: Record, rows: list[Record], index: int) -> Record:
-    margin, error = finite(row.get("margin")), finite(row.get("margin_se"))
-    recovered = finite(row.get("recovered"))
-    words = NONE
-    if margin is not None:
-        words = f"{margin:.4f}".replace("-", "\N{MINUS SIGN}") + (
-            f" ± {error:.4f}" if error is not None else ""
-        )
-    kind = "own" if row["method"] == "besa" else ""
-    if index and rows[index - 1]["setting"] != row["setting"]:
-        kind += " first"
-    return {
-        "kind": kind.strip(),
-        "entries": [
-            _label(row),
-            row["setting"],
-            f"{row['perplexity']:,.2f}",
-            small(finite(row.get("standard_error"))),
-            NONE if recovered is None else signed(recovered).lstrip("+"),
-            words,
-            duration(row.get("seconds") or 0.0),
-        ],
     }

@@ -11,7 +11,9 @@ from __future__ import annotations
 import html
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+NARROW = 480  # below this many pixels a chart is drawn for a phone
 
 Scale = Callable[[float], float]
 
@@ -98,11 +100,35 @@ def log_ticks(low: float, high: float, count: int) -> list[float]:
 
 def every(count: int, room: float, label: float) -> int:
     """Label every n-th of `count` marks in `room` pixels when a label needs `label` pixels."""
-    return next(
-        n for m in range(9) for n in (10**m, 2 * 10**m, 5 * 10**m) if room * n >= label * count
-    )
+    strides: list[int] = [n * 10**power for power in range(9) for n in (1, 2, 5)]
+    return next(stride for stride in strides if room * stride >= label * count)
 
 
 def clip(words: str, letters: int) -> str:
     """The end of a dotted name says more than its beginning."""
     return words if len(words) <= letters else "…" + words[-(letters - 1) :]
+
+
+def anchor(x: float, left: float, right: float) -> str:
+    if x < left + 14:
+        return "small"
+    return "small end" if x > right - 14 else "small mid"
+
+
+def rules(marks: Sequence[tuple[float, str]], left: float, right: float) -> str:
+    return "".join(
+        line(left, y, right, y, "grid") + text(left - 7, y + 3.6, words, "small end")
+        for y, words in marks
+    )
+
+
+def block_axis(blocks: Sequence[str], left: float, step: float, y: float) -> str:
+    stride = every(len(blocks), step * len(blocks), 26)
+    marks = range(0, len(blocks), stride)
+    body = "".join(text(left + (i + 0.5) * step, y, blocks[i], "small mid") for i in marks)
+    return body + text(left, y + 15, "block", "small")
+
+
+def catcher(x: float, y: float, width: float, height: float, tip: str) -> str:
+    """An invisible column that shows its tip wherever the pointer is in it."""
+    return tag("rect", x=float(x), y=y, width=width, height=height, class_="catch", data_tip=tip)

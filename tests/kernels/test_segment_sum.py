@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from besa.kernels import native, segment_sum as module
+from besa.kernels import native
+from besa.kernels import segment_sum as module
 from besa.kernels.segment_sum import segment_sum, segment_sum_reference
 
 needs_compiler = pytest.mark.skipif(
@@ -83,7 +84,9 @@ def test_wide_rows_of_reals(function):
 @both
 def test_layout_does_not_matter(function):
     values, weight, buckets = integers(33, 20), integers(33, 20, seed=2), bytes_below(7, 33, 20)
-    expected = function(values.t().contiguous(), buckets.t().contiguous(), 7, weight.t().contiguous())
+    expected = function(
+        values.t().contiguous(), buckets.t().contiguous(), 7, weight.t().contiguous()
+    )
     for arguments in (
         (values.t(), buckets.t(), weight.t()),
         (values.t().contiguous(), buckets.t(), weight.t().contiguous()),
@@ -137,9 +140,9 @@ def test_wrong_arguments_are_named(function, values, buckets, n_buckets, weight,
 @pytest.mark.parametrize("weighted", [False, True])
 def test_contiguous_float32_is_native_and_the_same_on_any_threads(monkeypatch, weighted):
     generator = torch.Generator().manual_seed(0)
-    values, factors = torch.randn(2, 37, 517, generator=generator)
+    values, factors = torch.randn(2, 370, 1517, generator=generator)
     weight = factors if weighted else None
-    buckets = bytes_below(101, 37, 517)
+    buckets = bytes_below(101, 370, 1517)
     expected = oracle(values, buckets, 101, weight)
 
     def not_the_reference(*_):

@@ -1,0 +1,257 @@
+"""What the benchmarks share: the conditions of a figure, child processes, random models.
+
+    from common import conditions, llama_block, spread, write_json
+
+Run as scripts (`python benchmarks/allocation.py`), they find this file beside them. torch is
+imported where it is used only: who measures the memory of child processes must stay small itself
+(see `run_measured`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from besa.blocks import Call
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The widths of a Llama block."""
+
+    hidden: int
+    inter: int
+    heads: int
+    kv_heads: int
+
+
+SHAPES = {
+    "llama-7b": Shape(4096, 11008, 32, 32),
+    "tinyllama": Shape(2048, 5632, 32, 4),
+    "small": Shape(512, 1408, 8, 8),
+    "tiny": Shape(64, 176, 4, 2),
+}
+
+
+def conditions(device: str = "cpu") -> dict[str, Any]:
+    """What a figure depends on besides its settings: machine, threads, versions."""
+    import safetensors
+    import torch
+    import transformers
+
+    import besa
+    from besa.kernels import native
+    from besa.machine import cpu_name
+
+    there = {
+        "cpu": cpu_name(),
+        "instructions": _instructions(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "native_kernels": native.library() is not None,
+        "python": platform.python_version(),
+        "besa": besa.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if torch.device(device).type == "cuda":
+        there["gpu"] = torch.cuda.get_device_name(device)
+        there["cuda"] = torch.version.cuda
+    return there
+
+
+def _instructions() -> list[str]:
+    """Which of the widest instructions the processor has, as Linux tells them."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return []
+    return sorted(words & {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16"})
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, extremes and count of repeated measurements."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "runs": len(values),
+    }
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Text in columns, the first to the left, the others to the right."""
+    lines = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes a result where the README's figures are taken from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}", flush=True)
+
+
+def seconds_of(work: Callable[[], object], device: str = "cpu") -> float:
+    """How long `work` takes, to the end of what it queued on the device."""
+    import torch
+
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished child process: wall clock and the most memory it held."""
+
+    seconds: float
+    peak_rss: int  # bytes
+
+
+def run_measured(command: Sequence[str]) -> Measured:
+    """Runs a command to its end; if it fails, so does the benchmark, with its output.
+
+    The kernel counts what this process holds as the child's until the child's program starts, so
+    the caller must be smaller than what it measures: no torch in it.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as output:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            list(command), env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed:\n{output.read()}")
+    return Measured(seconds, usage.ru_maxrss * 1024)
+
+
+def besa_prune(model: Path, out: Path, *options: object) -> Measured:
+    """`besa prune MODEL --out OUT ...` as a user starts it."""
+    command = [sys.executable, "-m", "besa", "prune", str(model), "--out", str(out)]
+    return run_measured([*command, *map(str, options)])
+
+
+def llama_block(
+    shape: Shape, dtype: torch.dtype, device: str, tokens: int, seed: int = 0
+) -> tuple[nn.Module, Call]:
+    """One decoder block with seeded random weights, and its call on windows of `tokens` tokens.
+
+    The same weights whatever the device.
+    """
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    from besa.blocks import Call
+
+    config = _llama_config(shape, layers=1, vocab=8, positions=tokens)
+    with torch.device("meta"):
+        block = LlamaDecoderLayer(config, 0).to(dtype)
+    block = block.to_empty(device=device).requires_grad_(False).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in block.parameters():
+        if parameter.ndim == 2:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        else:
+            parameter.fill_(1.0)
+    positions = torch.arange(tokens, device=device).unsqueeze(0)
+    embed = LlamaRotaryEmbedding(config).to(device)
+    cos_sin = embed(torch.empty(1, tokens, shape.hidden, dtype=dtype, device=device), positions)
+    call = Call((), {"position_embeddings": cos_sin, "position_ids": positions})
+    return block, call
+
+
+def random_llama(directory: Path, shape: Shape, layers: int, vocab: int = 4096) -> None:
+    """Writes a Llama with seeded random bfloat16 weights and a tokenizer, a byte a token.
+
+    Call it through `apart`, which leaves no torch in the caller.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    alphabet = [end, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={x: i for i, x in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end
+    ).save_pretrained(directory)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(_llama_config(shape, layers, vocab, 2048)).save_pretrained(directory)
+
+
+def write_words(path: Path, count: int = 40_000) -> None:
+    """Writes a calibration text of `count` words: numbers in words, the same every time."""
+    digits = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    numbers = (" ".join(digits[int(digit)] for digit in str(n)) for n in range(count // 4))
+    path.write_text("\n".join(numbers), encoding="utf-8")
+
+
+def apart(work: Callable[..., Any], *args: Any) -> Any:
+    """`work(*args)` in a fresh process; gives what it returns."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
+
+
+def _llama_config(shape: Shape, layers: int, vocab: int, positions: int) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inter,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=positions,
+        attn_implementation="sdpa",
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )

@@ -1,0 +1,370 @@
+"""Prunes one block of LLaMA-7B's shape with every method on a GPU, and checks the masks.
+
+    PYTHONPATH=. python benchmarks/gpu.py --json gpu.json     # or benchmarks/gpu.sh
+
+Weights and hidden states are random and seeded; a hundredth of the hidden columns is twenty times
+larger than the rest, as in trained models, so that Wanda and magnitude disagree. Times run from
+the block's weights and input statistics to its masks (BESA: all of the learning), and are
+medians after one run that does not count; gathering the statistics is timed by itself. Memory is
+the most that torch's allocator handed out during a run, beyond what was there before.
+
+What the masks are checked for:
+
+- the number of zeros, to the weight; for N:M, of every group.
+- magnitude and Wanda: the same masks as on the CPU from the same float32 statistics. Scores are
+  products of two floats and sorting is stable, so nothing may differ.
+- BESA: the same rank buckets, and from the same learned rates the same projected masks. The
+  learning itself is repeated in float32 on a small block on both devices.
+- SparseGPT: a slice of rows of one linear, from the same Hessian.
+
+The last two are long chains of floating-point steps whose order differs between the devices, so a
+few near ties fall the other way: hence a least share of equal entries instead of equality.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, SHAPES, conditions, llama_block, seconds_of, spread, table, write_json
+from torch import Tensor
+
+from besa.allocate import AllocatedLinear, learn_rates, rank_buckets
+from besa.blocks import find_linears, observe
+from besa.config import Pattern, PruneConfig
+from besa.methods import Masks, allocated_masks, magnitude_masks, sparsegpt_weights, wanda_masks
+from besa.scores import Hessians, InputNorms, wanda
+from besa.update import sparsegpt
+
+RATE = 0.5
+UNSTRUCTURED, TWO_OF_FOUR = "unstructured", "2:4"
+RUNS = [
+    ("magnitude", UNSTRUCTURED),
+    ("magnitude", TWO_OF_FOUR),
+    ("wanda", UNSTRUCTURED),
+    ("wanda", TWO_OF_FOUR),
+    ("sparsegpt", UNSTRUCTURED),
+    ("sparsegpt", TWO_OF_FOUR),
+    ("besa row", UNSTRUCTURED),
+    ("besa layer", UNSTRUCTURED),
+]
+
+# Rows of the linear on which SparseGPT is compared: each costs the CPU time.
+SPARSEGPT_ROWS = 256
+# Least shares of equal mask entries. Perturbing what goes in by single float32 roundings on one
+# CPU leaves more than these (the measured shares are in the results).
+LEAST_SPARSEGPT = 0.99
+LEAST_LEARNED = 0.99
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a method gives: masks, and new weights or rates where it has them."""
+
+    masks: Masks
+    weights: Mapping[str, Tensor]
+    rates: list[Tensor]
+
+
+class Bench:
+    """A block with its calibration samples and their statistics."""
+
+    def __init__(
+        self, shape: str, dtype: torch.dtype, device: str, samples: int, tokens: int
+    ) -> None:
+        self.device = device
+        hidden = SHAPES[shape].hidden
+        self.block, self.call = llama_block(SHAPES[shape], dtype, device, tokens)
+        self.linears = find_linears(self.block, "block", None)
+        self.zeros = round(RATE * sum(x.size for x in self.linears))
+        generator = torch.Generator().manual_seed(2)
+        scale = torch.ones(hidden)
+        scale[torch.randperm(hidden, generator=generator)[: max(1, hidden // 100)]] = 20.0
+        self.hidden = [
+            (torch.randn(1, tokens, hidden, generator=generator) * scale).to(device, dtype)
+            for _ in range(samples)
+        ]
+        self.weights = {
+            x.name: x.matrix(self.block.get_parameter(x.parameter)) for x in self.linears
+        }
+        self.targets: list[Tensor] = []
+        self.norms = InputNorms([], torch.device(device))
+        self.hessians = Hessians([], torch.device(device))
+
+    @torch.no_grad()
+    def gather(self, with_hessians: bool) -> None:
+        """Runs the dense block on all samples; keeps its outputs and the inputs' statistics."""
+        device = torch.device(self.device)
+        self.norms = InputNorms(self.linears, device)
+        if with_hessians:
+            self.hessians = Hessians(self.linears, device)
+
+        def see(linear: Any, group: int, inputs: Tensor) -> None:
+            self.norms.add(linear, group, inputs)
+            if with_hessians:
+                self.hessians.add(linear, group, inputs)
+
+        with observe(self.block, self.linears, see):
+            self.targets = [self.call.run(self.block, hidden) for hidden in self.hidden]
+
+    def scored(self) -> dict[str, Tensor]:
+        """Wanda's importance by name."""
+        return {x.name: wanda(self.weights[x.name], self.norms.of(x)) for x in self.linears}
+
+    def prune(self, method: str, pattern: Pattern) -> Pruned:
+        """One method, from weights and statistics to masks."""
+        linears, weights, zeros = self.linears, self.weights, self.zeros
+        if method == "magnitude":
+            return Pruned(magnitude_masks(linears, weights, zeros, RATE, pattern), weights, [])
+        if method == "wanda":
+            return Pruned(wanda_masks(linears, self.scored(), zeros, RATE, pattern), weights, [])
+        if method == "sparsegpt":
+            masks, updated = sparsegpt_weights(
+                linears, weights, self.hessians, zeros, RATE, pattern
+            )
+            return Pruned(masks, updated, [])
+        scored = self.scored()
+        allocated = [
+            AllocatedLinear(weights[x.name][0], rank_buckets(scored[x.name][0])) for x in linears
+        ]
+
+        def forward(i: int, masked: Any) -> Tensor:
+            stand_ins = {x.parameter: m for x, m in zip(linears, masked, strict=True)}
+            return self.call.run(self.block, self.hidden[i], stand_ins)
+
+        rates: list[Tensor] = []
+        for step in learn_rates(
+            forward,
+            self.targets,
+            allocated,
+            RATE,
+            granularity=method.removeprefix("besa "),
+            epochs=PruneConfig.epochs,
+            generator=torch.Generator().manual_seed(0),
+        ):
+            rates = step[2]
+        return Pruned(allocated_masks(linears, scored, rates, zeros), weights, rates)
+
+    @torch.no_grad()
+    def error(self, pruned: Pruned) -> float:
+        """||dense - pruned||^2 / ||dense||^2 of the block's output over the samples."""
+        stand_ins = {
+            x.parameter: torch.where(
+                pruned.masks[x.name][0],
+                pruned.weights[x.name][0].to(self.hidden[0].dtype),
+                0.0,
+            )
+            for x in self.linears
+        }
+        wrong = right = 0.0
+        for hidden, target in zip(self.hidden, self.targets, strict=True):
+            output = self.call.run(self.block, hidden, stand_ins).float()
+            wrong += (output - target.float()).square().sum().item()
+            right += target.float().square().sum().item()
+        return wrong / right
+
+
+def measure(bench: Bench, method: str, pattern: str, runs: int) -> tuple[dict[str, Any], Pruned]:
+    """Time, memory and exactness of one method."""
+    kept: list[Pruned] = []
+
+    def work() -> None:
+        kept.clear()
+        kept.append(bench.prune(method, Pattern.parse(pattern)))
+
+    work()
+    kept.clear()
+    on_gpu = bench.device == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = [seconds_of(work, bench.device) for _ in range(runs)]
+    result = {
+        "method": method,
+        "pattern": pattern,
+        "seconds": spread(seconds),
+        "peak_extra_bytes": torch.cuda.max_memory_allocated() - before if on_gpu else None,
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "error": bench.error(kept[0]),
+        "zeros": sum(int((~mask).sum()) for mask in kept[0].masks.values()),
+        "zeros_wanted": bench.zeros,
+    }
+    return result, kept[0]
+
+
+def exact(bench: Bench, pruned: Pruned, pattern: Pattern) -> float:
+    """1.0 if the masks have the zeros asked for; for N:M the share of groups that do."""
+    if not pattern.m:
+        return float(sum(int((~m).sum()) for m in pruned.masks.values()) == bench.zeros)
+    groups = [m.reshape(-1, pattern.m).sum(1) == pattern.n for m in pruned.masks.values()]
+    return float(torch.cat(groups).float().mean())
+
+
+def equal_share(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """The share of equal entries in two sets of tensors, of the same names and shapes."""
+    same = sum(int((a[name].cpu() == b[name].cpu()).sum()) for name in a)
+    return same / sum(tensor.numel() for tensor in a.values())
+
+
+@dataclass
+class Checks:
+    """What was checked, and how it went."""
+
+    rows: list[dict[str, Any]]
+
+    def add(self, what: str, share: float, least: float = 1.0) -> None:
+        row = {"check": what, "equal": share, "least": least, "passed": share >= least}
+        self.rows.append(row)
+        print(f"{'ok  ' if row['passed'] else 'FAIL'} {what}: {share:.6f} (at least {least})")
+
+
+def check_simple(bench: Bench, masks: Mapping[tuple[str, str], Masks], checks: Checks) -> None:
+    """Magnitude and Wanda on the CPU, from the same weights and norms."""
+    weights = {name: weight.cpu() for name, weight in bench.weights.items()}
+    scored = {x.name: wanda(weights[x.name], bench.norms.of(x).cpu()) for x in bench.linears}
+    for (method, pattern), on_gpu in masks.items():
+        given = (bench.zeros, RATE, Pattern.parse(pattern))
+        if method == "magnitude":
+            on_cpu = magnitude_masks(bench.linears, weights, *given)
+        elif method == "wanda":
+            on_cpu = wanda_masks(bench.linears, scored, *given)
+        else:
+            continue
+        checks.add(f"{method} {pattern}: masks as on the CPU", equal_share(on_gpu, on_cpu))
+
+
+def check_projection(bench: Bench, learned: Pruned, checks: Checks) -> None:
+    """BESA's buckets and projection on the CPU, from the same weights, norms and rates."""
+    scored = {name: scores.cpu() for name, scores in bench.scored().items()}
+    first = bench.linears[0].name
+    checks.add(
+        f"besa: rank buckets of {first} as on the CPU",
+        equal_share(
+            {first: rank_buckets(bench.scored()[first][0])},
+            {first: rank_buckets(scored[first][0])},
+        ),
+    )
+    on_cpu = allocated_masks(bench.linears, scored, [r.cpu() for r in learned.rates], bench.zeros)
+    checks.add(
+        "besa: projected masks as on the CPU, from the same rates",
+        equal_share(learned.masks, on_cpu),
+    )
+
+
+def check_learning(device: str, shape: str, checks: Checks) -> None:
+    """BESA from start to end on a small float32 block, here and on the CPU."""
+    for granularity in ("row", "layer"):
+        masks = []
+        for where in (device, "cpu"):
+            small = Bench(shape, torch.float32, where, samples=8, tokens=128)
+            small.gather(with_hessians=False)
+            masks.append(small.prune(f"besa {granularity}", Pattern()).masks)
+        checks.add(
+            f"besa {granularity}: masks of a small block learned as on the CPU",
+            equal_share(*masks),
+            LEAST_LEARNED,
+        )
+
+
+def check_sparsegpt(bench: Bench, checks: Checks) -> None:
+    """SparseGPT on some rows of the first linear, here and on the CPU, from the same Hessian."""
+    linear = bench.linears[0]
+    weight = bench.weights[linear.name][0][:SPARSEGPT_ROWS]
+    hessian = bench.hessians.of(linear)[0]
+    zeros = round(RATE * weight.numel())
+    for pattern in (UNSTRUCTURED, TWO_OF_FOUR):
+        masks = [
+            sparsegpt(weight.to(where), hessian.to(where), zeros, Pattern.parse(pattern))[1]
+            for where in (bench.device, "cpu")
+        ]
+        checks.add(
+            f"sparsegpt {pattern}: mask of {len(weight)} rows of {linear.name} as on the CPU",
+            equal_share({"": masks[0]}, {"": masks[1]}),
+            LEAST_SPARSEGPT,
+        )
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--shape", default="llama-7b", choices=SHAPES)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=2048, help="in a sample")
+    parser.add_argument("--runs", type=int, default=3, help="runs of a method that count")
+    parser.add_argument("--json", type=Path, default=RESULTS / "gpu.json")
+    parser.add_argument("--tiny", action="store_true", help="a quick look that it runs")
+    args = parser.parse_args()
+    if args.tiny:
+        args.shape, args.samples, args.tokens, args.runs = "tiny", 2, 16, 1
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU: give --device cpu")
+
+    bench = Bench(args.shape, getattr(torch, args.dtype), args.device, args.samples, args.tokens)
+    gathering: dict[str, list[float]] = {"norms": [], "norms and Hessians": []}
+    for counts in [False, *[True] * args.runs]:
+        for what, with_hessians in (("norms", False), ("norms and Hessians", True)):
+
+            def gather(with_hessians: bool = with_hessians) -> None:
+                bench.gather(with_hessians)
+
+            taken = seconds_of(gather, args.device)
+            if counts:
+                gathering[what].append(taken)
+
+    checks = Checks([])
+    results: list[dict[str, Any]] = []
+    masks: dict[tuple[str, str], Masks] = {}
+    for method, pattern in RUNS:
+        result, pruned = measure(bench, method, pattern, args.runs)
+        results.append(result)
+        print(table(["method", "s", "error"], [_row(result)]), flush=True)
+        checks.add(
+            f"{method} {pattern}: zeros as asked", exact(bench, pruned, Pattern.parse(pattern))
+        )
+        masks[method, pattern] = {name: mask.cpu() for name, mask in pruned.masks.items()}
+        if method == "besa row":
+            check_projection(bench, pruned, checks)
+        del pruned
+    check_simple(bench, masks, checks)
+    check_sparsegpt(bench, checks)
+    check_learning(args.device, "tiny" if args.tiny else "small", checks)
+
+    print(table(["method", "s", "error", "extra MiB"], map(_row, results)))
+    write_json(
+        args.json,
+        {
+            "conditions": conditions(args.device),
+            "shape": {"name": args.shape, **vars(SHAPES[args.shape])},
+            "dtype": args.dtype,
+            "samples": args.samples,
+            "tokens": args.tokens,
+            "epochs": PruneConfig.epochs,
+            "rate": RATE,
+            "statistics_seconds": {what: spread(times) for what, times in gathering.items()},
+            "methods": results,
+            "checks": checks.rows,
+        },
+    )
+    failed = [row["check"] for row in checks.rows if not row["passed"]]
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(failed)}")
+
+
+def _row(result: dict[str, Any]) -> list[str]:
+    extra = result["peak_extra_bytes"]
+    return [
+        f"{result['method']} {result['pattern']}",
+        f"{result['seconds']['median']:.3f}",
+        f"{result['error']:.5f}",
+        "-" if extra is None else f"{extra / 2**20:.0f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()

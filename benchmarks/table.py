@@ -1,0 +1,47 @@
+"""The table of methods on the embedded model: every method at 50%, 60%, 70% and 2:4.
+
+    python benchmarks/table.py --work /tmp/table
+
+Perplexity on the built-in corpus's test split, with the shipped defaults; choices were made on its
+validation split (`--text builtin:validation`). The record goes to benchmarks/results/table.json
+and from there into the README (benchmarks/readme.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from besa.cli.comparison import print_comparison
+from besa.demo import MODEL, SEQLEN
+from besa.demo.compare import CONTENDERS, SETTINGS, compare
+from besa.progress import steps_for
+from besa.report import render_comparison
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, required=True, help="where the models go")
+    parser.add_argument("--text", default="builtin:test")
+    parser.add_argument("--results", type=Path, default=RESULTS / "table.json")
+    args = parser.parse_args()
+    settings = {**SETTINGS, "70%": {"sparsity": 0.7}}
+    settings = {name: settings[name] for name in ("50%", "60%", "70%", "2:4")}
+    contenders = [*CONTENDERS, ("besa", "layer")]
+    args.work.mkdir(parents=True, exist_ok=True)
+    with steps_for(sys.stderr) as tell:
+        record = compare(
+            MODEL, args.work, settings, contenders, seqlen=SEQLEN, text=args.text, tell=tell
+        )
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(json.dumps(record, indent=1) + "\n")
+    (args.work / "report.html").write_text(render_comparison(record), encoding="utf-8")
+    print_comparison(record)
+
+
+if __name__ == "__main__":
+    main()

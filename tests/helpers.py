@@ -1,0 +1,333 @@
+"""What the tests of pruning share: tiny models of every family, checkpoints as bytes, quick runs.
+
+Importing torch and transformers takes seconds, a run on a tiny model does not. So `start` and
+`run` fork their `besa` from one process that has imported all of it (`python -m tests.helpers`).
+What they start is a process of its own, to be killed, limited and timed like any other.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+REPOSITORY = Path(__file__).parents[1]
+
+# --------------------------------------------------------------------------- processes
+
+
+@dataclass
+class Process:
+    """A `besa` that runs."""
+
+    pid: int
+    stdout: Path
+    stderr: Path
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            self.returncode = _ask({"wait": self.pid})["returncode"]
+        return self.returncode
+
+    def wait(self, timeout: float = 120) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                self.send(signal.SIGKILL)
+                raise TimeoutError(f"besa ran for {timeout} s: {self.errors}")
+            time.sleep(0.005)
+        return code
+
+    def send(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def wait_for(self, condition: Callable[[], object], timeout: float = 120) -> bool:
+        """Whether `condition` came true before the process ended."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if self.poll() is not None:
+                return bool(condition())
+            assert time.monotonic() < deadline, self.errors
+            time.sleep(0.001)
+        return True
+
+    @property
+    def output(self) -> str:
+        return self.stdout.read_text()
+
+    @property
+    def errors(self) -> str:
+        return self.stderr.read_text()
+
+
+def start(
+    *arguments: object,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    largest_file: int | None = None,
+) -> Process:
+    """Starts `besa ARGUMENTS` in `cwd`; its output goes to files there.
+
+    Args:
+        env: what its environment has more.
+        largest_file: the bytes that a file of it may have (RLIMIT_FSIZE).
+    """
+    number = len(list(cwd.glob("stdout-*")))
+    stdout, stderr = cwd / f"stdout-{number}", cwd / f"stderr-{number}"
+    request = {
+        "arguments": [str(argument) for argument in arguments],
+        "cwd": str(cwd),
+        "env": dict(env or {}),
+        "largest_file": largest_file,
+        "files": [str(stdout), str(stderr)],
+    }
+    return Process(_ask(request)["pid"], stdout, stderr)
+
+
+def run(*arguments: object, cwd: Path, **options: Any) -> Process:
+    """`start`, and its end."""
+    process = start(*arguments, cwd=cwd, **options)
+    process.wait()
+    return process
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(server.communicate)  # the end of its input ends it
+    return server
+
+
+def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    print(json.dumps(request), file=server.stdin, flush=True)
+    answer: dict[str, Any] = json.loads(server.stdout.readline())
+    return answer
+
+
+def _serve(requests: IO[str], answers: IO[str]) -> None:
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import besa.prune  # noqa: F401
+
+    for line in requests:
+        request = json.loads(line)
+        if "wait" in request:
+            pid, status = os.waitpid(request["wait"], os.WNOHANG)
+            answer = {"returncode": os.waitstatus_to_exitcode(status) if pid else None}
+        else:
+            answer = {"pid": os.fork()}
+            if answer["pid"] == 0:
+                _become_besa(request)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _become_besa(request: Mapping[str, Any]) -> None:
+    from besa.cli import main
+
+    code = 1
+    try:
+        os.chdir(request["cwd"])
+        os.environ.update(request["env"])
+        for number, name in enumerate(request["files"], start=1):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        if request["largest_file"] is not None:
+            limit = request["largest_file"]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        code = main(request["arguments"])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:  # noqa: BLE001 (what the interpreter itself does at the end)
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+# ------------------------------------------------------------------------- checkpoints
+
+
+def stored(directory: Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint by its name in the files."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Any] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        part = load_file(path)
+        assert not tensors.keys() & part.keys()
+        tensors |= part
+    return tensors
+
+
+def same_bytes(a: Any, b: Any) -> bool:
+    """Whether two tensors have one dtype, one shape and the same bits."""
+    import torch
+
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    )
+
+
+# Of a run, what is not the same when it is done again.
+_COSTS = ("seconds", "peak_memory_bytes", "peak_device_memory_bytes")
+
+
+def record_of(directory: Path) -> dict[str, Any]:
+    """besa.json without times and memory."""
+    record: dict[str, Any] = json.loads((directory / "besa.json").read_text())
+    for part in (record, *record["blocks"]):
+        for name in _COSTS:
+            part.pop(name, None)
+    return record
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """The SHA-256 of every file whose content may not depend on when it was made."""
+    timed = ("log.jsonl", "besa.json", "README.md", "report.html")
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.iterdir())
+        if path.name not in timed
+    }
+
+
+def everything(directory: Path) -> dict[str, tuple[int, int]]:
+    """Every file below a directory with its size and time, to see whether one was touched."""
+    return {
+        str(path.relative_to(directory)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in directory.rglob("*")
+    }
+
+
+# ------------------------------------------------------------------------- tiny models
+
+VOCABULARY = 257  # a byte is a token, as in conftest.py's tokenizer
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+_LLAMA = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+
+# Keyword arguments of each family's config, by its model_type.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**_LLAMA, "tie_word_embeddings": False},
+    "mistral": {**_LLAMA, "sliding_window": 8},
+    "qwen2": _LLAMA,
+    "qwen3": {**_LLAMA, "head_dim": 16},
+    "gemma2": {**_LLAMA, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        **_LLAMA,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": {**_LLAMA, "original_max_position_embeddings": 64},
+    "opt": {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1},
+    "gpt2": {
+        "vocab_size": VOCABULARY,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "initializer_range": 0.1,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "gpt_neox": {**_SIZES, "intermediate_size": 48},
+    "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        **_LLAMA,
+        "head_dim": 8,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
+    },
+    "olmoe": {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        **_LLAMA,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+    },
+}
+EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
+
+
+def random_model(family: str, **changes: Any) -> Any:
+    """A tiny model with random weights, norms and biases too."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1 or not parameter.any():
+                    parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def save_with_tokenizer(model: Any, directory: Path, tiny_model: Path, **options: Any) -> Path:
+    """Writes a model as transformers does, and `tiny_model`'s tokenizer beside it."""
+    model.save_pretrained(directory, **options)
+    for path in tiny_model.glob("tokenizer*"):
+        shutil.copy(path, directory)
+    return directory
+
+
+def load_strictly(directory: Path, **options: Any) -> Any:
+    """The stock model; no weight is missing, left over or of another shape."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, output_loading_info=True, **options
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    assert not info.get("error_msgs")
+    return model.eval()
+
+
+if __name__ == "__main__":
+    _serve(sys.stdin, sys.stdout)

@@ -1,0 +1,277 @@
+"""BESA's learned rates: ranks, the mask and its gradient against dense autograd, learning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from besa.allocate import CANDIDATES, AllocatedLinear, RateMask, learn_rates, rank_buckets
+from besa.blocks import Linear
+from besa.methods import allocated_masks
+from besa.patterns import counts_for, lowest_pruned
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def integers(*shape: int, seed: int) -> Tensor:
+    """Float32 integers so small that their sums are exact in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-8, 9, shape, generator=generator).float()
+
+
+# ------------------------------------------------------------------------------- ranks
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 260), st.integers(1, 50), st.integers(0, 1000))
+def test_buckets_are_numpy_ranks(rows: int, cols: int, values: int, seed: int):
+    generator = np.random.default_rng(seed)
+    scores = generator.integers(0, values, (rows, cols)).astype(np.float32)  # ties are the rule
+    buckets = rank_buckets(torch.from_numpy(scores))
+    ranks = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1, kind="stable")
+    assert buckets.dtype == torch.uint8
+    assert np.array_equal(buckets, ranks * CANDIDATES // cols)
+
+
+def test_buckets_have_equal_parts():
+    buckets = rank_buckets(random(3, 50 * CANDIDATES))
+    for row in buckets:
+        assert row.bincount().tolist() == [50] * CANDIDATES
+
+
+def test_ranks_of_chunks_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch):
+    scores = random(37, 130)
+    whole = rank_buckets(scores)
+    monkeypatch.setattr("besa.patterns._CHUNK", 300)
+    assert torch.equal(rank_buckets(scores), whole)
+
+
+def test_the_hard_mask_at_a_candidate_rate_prunes_that_share_of_the_row():
+    scores = random(4, 200).abs()
+    buckets = rank_buckets(scores)
+    for first in (0, 1, 50, 99):
+        masked = RateMask.apply(
+            torch.ones(4, CANDIDATES), scores, buckets, torch.full((4,), first, dtype=torch.uint8)
+        )
+        expected = lowest_pruned(scores, torch.full((4,), 2 * first))
+        assert torch.equal(masked != 0, expected)
+
+
+# ------------------------------------------------------------------- mask and its gradient
+
+
+def test_forward_is_the_hard_mask():
+    weight, buckets = random(5, 40), rank_buckets(random(5, 40, seed=1))
+    first = torch.tensor([0, 13, 50, 99, 100], dtype=torch.uint8)
+    masked = RateMask.apply(torch.rand(5, CANDIDATES), weight, buckets, first)
+    for i in range(5):
+        for j in range(40):
+            expected = weight[i, j] if buckets[i, j] >= first[i] else 0
+            assert masked[i, j] == expected
+
+
+def test_gradient_to_the_probabilities_is_the_dense_one():
+    weight, upstream = integers(6, 300, seed=0), integers(6, 300, seed=1)
+    buckets = rank_buckets(random(6, 300))
+    keep = torch.rand(6, CANDIDATES, requires_grad=True)
+    first = torch.randint(0, 100, (6,), dtype=torch.uint8)
+    RateMask.apply(keep, weight, buckets, first).backward(upstream)
+
+    dense = keep.detach().clone().requires_grad_()
+    (dense.gather(1, buckets.long()) * weight).backward(upstream)
+    assert keep.grad is not None
+    assert dense.grad is not None
+    assert torch.equal(keep.grad, dense.grad)
+
+
+def masked_by_dense_autograd(theta: Tensor, weight: Tensor, buckets: Tensor) -> Tensor:
+    """Straight through P_ij = sum over d <= b_ij of beta_d, spelt out for every weight."""
+    beta = theta.softmax(1)
+    rates = beta @ (torch.arange(CANDIDATES, dtype=theta.dtype) / CANDIDATES)
+    upto = torch.arange(CANDIDATES) <= buckets.unsqueeze(2)  # [rows, cols, D]
+    probability = (beta.unsqueeze(1) * upto).sum(2)
+    hard = (buckets >= (rates * CANDIDATES).round().unsqueeze(1)).to(theta.dtype)
+    return weight * (hard + (probability - probability.detach()))
+
+
+@pytest.mark.parametrize("rows_of_theta", [7, 1])
+def test_gradient_to_the_logits_is_that_of_dense_autograd(rows_of_theta: int):
+    weight = random(7, 120, dtype=torch.float64)
+    buckets = rank_buckets(random(7, 120, seed=1).abs())
+    x = random(120, 9, seed=2, dtype=torch.float64)
+    start = random(rows_of_theta, CANDIDATES, seed=3, dtype=torch.float64)
+
+    def loss(masked: Tensor) -> Tensor:
+        return ((masked @ x - weight @ x).tanh()).square().sum()
+
+    theta = start.clone().requires_grad_()
+    beta = theta.softmax(1)
+    rates = beta @ (torch.arange(CANDIDATES, dtype=torch.float64) / CANDIDATES)
+    first = (rates.detach() * CANDIDATES).round().to(torch.uint8).expand(7)
+    keep = beta.cumsum(1).expand(7, -1)
+    masked = RateMask.apply(keep, weight, buckets, first)
+    loss(masked).backward()
+
+    dense_theta = start.clone().requires_grad_()
+    dense = masked_by_dense_autograd(dense_theta.expand(7, -1), weight, buckets)
+    assert torch.equal(dense.detach(), masked.detach())
+    loss(dense).backward()
+    assert theta.grad is not None
+    assert dense_theta.grad is not None
+    # The segment sums are float32.
+    largest = float(dense_theta.grad.abs().max())
+    torch.testing.assert_close(theta.grad, dense_theta.grad, rtol=1e-5, atol=1e-6 * largest)
+    assert largest > 1e-3
+
+
+# ----------------------------------------------------------------------------- learning
+
+
+class Uneven:
+    """y = B tanh(A x), where half of A's rows live from few weights and half from all of theirs.
+
+    At one rate for all rows the second half loses much; a good allocation prunes the first more.
+    """
+
+    def __init__(self) -> None:
+        first = random(32, 60) * torch.tensor([1.0] * 6 + [0.02] * 54)
+        first[16:] = random(16, 60, seed=1).sign() * (0.2 + 0.02 * random(16, 60, seed=2))
+        second = random(24, 32, seed=3) * 0.3
+        self.weights = [first, second]
+        self.batches = [random(2, 16, 60, seed=10 + i) for i in range(6)]
+        self.targets = [self.forward(i, self.weights) for i in range(6)]
+        hidden = [(x @ first.T).tanh() for x in self.batches]
+        norms = [
+            torch.cat([x.flatten(0, 1) for x in inputs]).norm(dim=0)
+            for inputs in (self.batches, hidden)
+        ]
+        self.scores = [w.abs() * n for w, n in zip(self.weights, norms, strict=True)]
+        self.linears = [
+            Linear(str(i), f"{i}.weight", 1, *w.shape, transposed=False)
+            for i, w in enumerate(self.weights)
+        ]
+        self.size = sum(w.numel() for w in self.weights)
+
+    def forward(self, i: int, masked: Sequence[Tensor]) -> Tensor:
+        return (self.batches[i] @ masked[0].T).tanh() @ masked[1].T
+
+    def error(self, masks: Sequence[Tensor]) -> float:
+        masked = [w * m for w, m in zip(self.weights, masks, strict=True)]
+        wrong = sum(
+            (self.forward(i, masked) - t).square().sum() for i, t in enumerate(self.targets)
+        )
+        return float(wrong) / float(sum(t.square().sum() for t in self.targets))
+
+    def learn(
+        self, sparsity: float = 0.5, granularity: str = "row", epochs: int = 8, seed: int = 0
+    ) -> list[tuple[float, float, list[Tensor]]]:
+        allocated = [
+            AllocatedLinear(w, rank_buckets(s))
+            for w, s in zip(self.weights, self.scores, strict=True)
+        ]
+        steps = learn_rates(
+            self.forward,
+            self.targets,
+            allocated,
+            sparsity,
+            granularity=granularity,
+            epochs=epochs,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return [(loss, overall, [r.clone() for r in rates]) for loss, overall, rates in steps]
+
+    def masks(self, rates: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+        scored = {x.name: s.unsqueeze(0) for x, s in zip(self.linears, self.scores, strict=True)}
+        masks = allocated_masks(self.linears, scored, rates, round(sparsity * self.size))
+        return [masks[x.name][0] for x in self.linears]
+
+
+@pytest.fixture(scope="module")
+def uneven() -> Uneven:
+    return Uneven()
+
+
+def test_a_step_per_batch_and_epoch(uneven: Uneven):
+    steps = uneven.learn(epochs=3)
+    assert len(steps) == 3 * len(uneven.targets)
+    for loss, overall, rates in steps:
+        assert np.isfinite(loss)
+        assert 0 < overall < 1
+        assert [len(rate) for rate in rates] == [32, 24]
+        assert all(((rate >= 0) & (rate < 1)).all() for rate in rates)
+        shares = sum(
+            float(r.mean()) * w.numel() for r, w in zip(rates, uneven.weights, strict=True)
+        )
+        assert overall == pytest.approx(shares / uneven.size, abs=1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["row", "layer"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
+def test_learning_starts_even_and_stays_near_the_target(
+    uneven: Uneven, granularity: str, sparsity: float
+):
+    steps = uneven.learn(sparsity, granularity)
+    first = torch.cat(steps[0][2])
+    assert float(first.max() - first.min()) < 1e-4
+    assert steps[-1][1] == pytest.approx(sparsity, abs=0.05)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+def test_loss_goes_down_and_the_projected_masks_beat_wandas(uneven: Uneven, sparsity: float):
+    steps = uneven.learn(sparsity, epochs=20)
+    losses = [loss for loss, _, _ in steps]
+    assert np.mean(losses[-6:]) < 0.95 * np.mean(losses[:6])
+
+    rates = steps[-1][2]
+    assert rates[0][:16].mean() > rates[0][16:].mean()  # few weights matter in the first half
+
+    masks = uneven.masks(rates, sparsity)
+    assert sum(int((~mask).sum()) for mask in masks) == round(sparsity * uneven.size)
+    even = [torch.full_like(rate, sparsity) for rate in rates]
+    assert uneven.error(masks) < uneven.error(uneven.masks(even, sparsity))
+
+
+def test_a_rate_per_layer_is_one_for_all_rows(uneven: Uneven):
+    _, _, rates = uneven.learn(granularity="layer", epochs=20)[-1]
+    for rate in rates:
+        assert float(rate.max()) == float(rate.min())
+    assert float(rates[0][0]) != float(rates[1][0])
+    masks = uneven.masks(rates, 0.5)
+    assert sum(int((~mask).sum()) for mask in masks) == round(0.5 * uneven.size)
+    for mask in masks:
+        pruned = (~mask).sum(1)
+        assert int(pruned.max() - pruned.min()) <= 1
+
+
+def test_the_same_seed_learns_the_same_rates(uneven: Uneven):
+    a, b, c = (uneven.learn(epochs=2, seed=seed) for seed in (5, 5, 6))
+    assert [loss for loss, _, _ in a] == [loss for loss, _, _ in b]
+    assert all(torch.equal(x, y) for x, y in zip(a[-1][2], b[-1][2], strict=True))
+    assert [loss for loss, _, _ in a] != [loss for loss, _, _ in c]  # another order of batches
+
+
+def test_learning_leaves_weights_targets_and_torchs_seed_alone(uneven: Uneven):
+    before = [t.clone() for t in (*uneven.weights, *uneven.targets)]
+    state = torch.get_rng_state()
+    uneven.learn(epochs=1)
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (*uneven.weights, *uneven.targets), strict=True)
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(t.requires_grad for t in (*uneven.weights, *uneven.targets))
+
+
+def test_projection_keeps_the_order_of_the_learned_rates(uneven: Uneven):
+    rates = uneven.learn(epochs=4)[-1][2]
+    counts = counts_for(rates[0], 60, 960)
+    assert int(counts.sum()) == 960
+    order = rates[0].argsort()
+    assert (counts[order].diff() >= 0).all()
