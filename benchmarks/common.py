@@ -179,7 +179,6 @@ def llama_block(
     The same weights whatever the device.
     """
     import torch
-    from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
     from besa.blocks import Call

@@ -7,11 +7,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from besa.checkpoint import writing
 
 
 class Activations(Sequence[Tensor]):
@@ -30,6 +33,9 @@ class Activations(Sequence[Tensor]):
             self.tensors = [torch.empty(shape, dtype=dtype) for shape in shapes]
             return
         sizes = [math.prod(shape) for shape in shapes]
+        with writing(self.path), self.path.open("wb") as file:
+            # All of it now: on a full disk, writing to mapped memory ends the process.
+            os.posix_fallocate(file.fileno(), 0, sum(sizes) * dtype.itemsize)
         flat = torch.from_file(str(self.path), shared=True, size=sum(sizes), dtype=dtype)
         parts = flat.split(sizes)
         self.tensors = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -90,9 +90,9 @@ def learn_rates(
     sparsity: float,
     *,
     granularity: str = "row",
-    epochs: int = 2,
-    lr: float = 0.02,
-    width: float = 0.05,
+    epochs: int = 1,
+    lr: float = 0.2,
+    width: float = 0.1,
     penalty: float = 5.0,
     generator: torch.Generator,
 ) -> Iterator[tuple[float, float, list[Tensor]]]:

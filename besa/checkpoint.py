@@ -43,7 +43,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from besa.blocks import find_blocks
+from besa.blocks import check_finite, find_blocks
 from besa.errors import BesaError
 
 INDEX = "model.safetensors.index.json"
@@ -102,7 +102,7 @@ def weight_files(directory: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise BesaError(f"{index} is damaged ({error}): download the model again") from None
         files = {name: directory / file for name, file in weight_map.items()}
     elif (directory / SINGLE).is_file():
@@ -265,11 +265,19 @@ class Checkpoint:
 
     @contextmanager
     def loaded_base(self) -> Iterator[nn.Module]:
-        """The model without its blocks and its head, for the call that `capture` makes."""
+        """The model without its blocks and its head, for the call that `capture` makes.
+
+        Raises:
+            BesaError: one of its weights is not in the checkpoint.
+        """
         base = getattr(self.model, self.model.base_model_prefix)
         prefix = str(self.model.base_model_prefix) + "."
         keys = [key for key in self.other_keys if self._targets[key].startswith(prefix)]
         self._load(keys, self.files)
+        for name, parameter in self.model.named_parameters():
+            inside = name.startswith(prefix) and not name.startswith(self.blocks_name + ".")
+            if inside and parameter.is_meta:
+                raise BesaError(f"{self.directory} lacks the weight {name}")
         try:
             yield base
         finally:
@@ -319,9 +327,16 @@ class Checkpoint:
 
     @contextmanager
     def other_tensors(self) -> Iterator[dict[str, Tensor]]:
-        """All tensors that belong to no block, as they are stored."""
+        """All tensors that belong to no block, as they are stored.
+
+        Raises:
+            BesaError: one of them holds NaN or Inf.
+        """
         with open_tensors(self.files, self.other_keys) as slices:
-            yield {key: tensor[...] for key, tensor in slices.items()}
+            tensors = {key: tensor[...] for key, tensor in slices.items()}
+            for key, tensor in tensors.items():
+                check_finite(tensor, key)
+            yield tensors
 
     def copy_companions(self, out: Path) -> None:
         """Copies config, tokenizer, generation config and the like."""
@@ -329,7 +344,8 @@ class Checkpoint:
             if path.name in (INDEX, "besa.json") or path.suffix not in _COMPANIONS:
                 continue
             if path.is_file():
-                shutil.copyfile(path, out / path.name)
+                with writing(out / path.name):
+                    shutil.copyfile(path, out / path.name)
 
 
 def _targets_of(
@@ -386,16 +402,25 @@ def atomic(path: Path) -> Iterator[Path]:
     """A name to write to, which becomes `path` once all of it is on the disk.
 
     Raises:
-        BesaError: the disk is full. Nothing is left of the file.
+        BesaError: it could not be written. Nothing is left of the file.
     """
     partial = path.with_name(path.name + ".writing")
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
+        with writing(path):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+    finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while `path` is written, a full disk above all, into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left" in str(error):
             raise BesaError(
@@ -403,9 +428,6 @@ def atomic(path: Path) -> Iterator[Path]:
                 "again, it goes on from the last finished block"
             ) from None
         raise BesaError(f"could not write {path}: {error}") from None
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def sha256(path: Path) -> str:

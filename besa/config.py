@@ -82,7 +82,7 @@ class PruneConfig:
     calibration: str = "builtin"
     samples: int = 128
     seqlen: int | None = None
-    epochs: int = 2
+    epochs: int = 1
     seed: int = 0
     device: str | None = None
     dtype: str = "auto"

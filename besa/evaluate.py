@@ -226,8 +226,7 @@ def evaluate(
     device = loading.pick_device(config.device)
     directories = [loading.model_directory(model) for model in models]
     seqlen = _common_seqlen(models, directories, config.seqlen)
-    if config.tasks:
-        tasks.check(config.tasks, config.task_path)
+    manager = tasks.find(config.tasks, config.task_path) if config.tasks else None
     tokenizers = [loading.load_tokenizer(directory) for directory in directories]
     windows = [
         [_windows(t, text, seqlen, config.limit) for text in config.texts] for t in tokenizers
@@ -244,14 +243,9 @@ def evaluate(
             with loading.fitting_in_memory(name, "lower --batch-size or --seqlen"):
                 measured.append(window_losses(model, batch, config.batch_size, report))
         scores = None
-        if config.tasks:
+        if manager is not None:
             scores = tasks.run(
-                model,
-                tokenizer,
-                config.tasks,
-                config.num_fewshot,
-                config.task_path,
-                config.batch_size,
+                model, tokenizer, config.tasks, manager, config.num_fewshot, config.batch_size
             )
         zeros = sparsity(model) if (directory / "besa.json").is_file() else None
         for index, (text, losses) in enumerate(zip(config.texts, measured, strict=True)):

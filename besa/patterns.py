@@ -103,6 +103,17 @@ def n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     Returns:
         bool [rows, cols].
     """
-    groups = scores.reshape(-1, m)
-    counts = torch.full((1,), m - n, device=scores.device).expand(len(groups))
-    return lowest_pruned(groups, counts).reshape(scores.shape)
+    rows, cols = scores.shape
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    for chunk in row_chunks(rows, cols * m):
+        members = scores[chunk].reshape(-1, cols // m, m).unbind(2)
+        kept = []
+        for j, own in enumerate(members):
+            above = sum(
+                (other >= own if k > j else other > own).to(torch.uint8)
+                for k, other in enumerate(members)
+                if k != j
+            )
+            kept.append(above < n)
+        mask[chunk] = torch.stack(kept, dim=2).reshape(-1, cols)
+    return mask

@@ -30,6 +30,7 @@ from besa.allocate import AllocatedLinear, learn_rates, rank_buckets
 from besa.blocks import Call, Linear, capture, check_finite, expert_count, find_linears, observe
 from besa.calibration import calibration_windows, token_stream
 from besa.checkpoint import Checkpoint, write_text
+from besa.choose import learn_choice
 from besa.config import Pattern, PruneConfig
 from besa.errors import BesaError
 from besa.loading import load_tokenizer, max_positions, pick_device
@@ -42,7 +43,7 @@ from besa.texts import documents_from
 from besa.workspace import Workspace, check_free
 
 # Tokens that go through a block at once: enough to keep the cores busy, few enough to fit.
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 512
 
 # The share of the batches on which a block's error is measured for the record.
 _JUDGED = 8
@@ -218,7 +219,7 @@ class _Run:
             masks = magnitude_masks(linears, weights, zeros, rate, pattern)
         elif self.config.method == "sparsegpt":
             masks, updated = sparsegpt_weights(linears, weights, hessians, zeros, rate, pattern)
-        elif self.config.method == "besa" and linears and not pattern.m:
+        elif self.config.method == "besa" and linears:
             masks, losses = self._besa(index, block, weights, scored, stream, dense, calls, zeros)
         del scored
 
@@ -290,15 +291,11 @@ class _Run:
         calls: list[Call],
         zeros: int,
     ) -> tuple[Masks, list[float]]:
-        """Masks by learned rates, and the mean loss of each epoch."""
+        """Learned masks, and the mean loss of each epoch."""
         linears = self.plan[index]
-        allocated = [
-            AllocatedLinear(
-                weights[x.name].reshape(-1, x.cols).contiguous(),
-                rank_buckets(scored[x.name].reshape(-1, x.cols)),
-            )
-            for x in linears
-        ]
+        pattern = Pattern.parse(self.config.pattern)
+        flat = [weights[x.name].reshape(-1, x.cols).contiguous() for x in linears]
+        scores = [scored[x.name].reshape(-1, x.cols) for x in linears]
 
         def forward(i: int, masked: Sequence[Tensor]) -> Tensor:
             stand_ins = {
@@ -309,25 +306,48 @@ class _Run:
             }
             return calls[i].run(block, stream[i].to(self.device), stand_ins)
 
-        steps = self.config.epochs * len(calls)
+        epochs = self.config.epochs
+        generator = torch.Generator().manual_seed(self.config.seed + index)
         losses: list[float] = []
-        rates: list[Tensor] = []
+
+        def tell(loss: float, rate: float) -> None:
+            losses.append(loss)
+            done, total = len(losses), epochs * len(calls)
+            self._event(index, "learn", done=done, total=total, loss=loss, rate=rate)
+
         with torch.enable_grad():
-            learning = learn_rates(
-                forward,
-                dense,
-                allocated,
-                self.config.rate,
-                granularity=self.config.granularity,
-                epochs=self.config.epochs,
-                generator=torch.Generator().manual_seed(self.config.seed + index),
-            )
-            for loss, overall, rates in learning:
-                losses.append(loss)
-                done = len(losses)
-                self._event(index, "learn", done=done, total=steps, loss=loss, rate=overall)
-        per_epoch = torch.tensor(losses).view(self.config.epochs, -1).mean(1).tolist()
-        return allocated_masks(linears, scored, rates, zeros), per_epoch
+            if pattern.m:
+                for loss, chosen in learn_choice(
+                    forward,
+                    dense,
+                    flat,
+                    scores,
+                    pattern.n,
+                    pattern.m,
+                    epochs=epochs,
+                    generator=generator,
+                ):
+                    tell(loss, self.config.rate)
+                masks = {
+                    x.name: mask.view(x.groups, x.rows, x.cols)
+                    for x, mask in zip(linears, chosen, strict=True)
+                }
+            else:
+                allocated = [
+                    AllocatedLinear(w, rank_buckets(s)) for w, s in zip(flat, scores, strict=True)
+                ]
+                for loss, overall, rates in learn_rates(
+                    forward,
+                    dense,
+                    allocated,
+                    self.config.rate,
+                    granularity=self.config.granularity,
+                    epochs=epochs,
+                    generator=generator,
+                ):
+                    tell(loss, overall)
+                masks = allocated_masks(linears, scored, rates, zeros)
+        return masks, torch.tensor(losses).view(epochs, -1).mean(1).tolist()
 
 
 def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:

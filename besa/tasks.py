@@ -2,8 +2,8 @@
 
     from besa import tasks
 
-    tasks.check(("piqa", "arc_easy"))
-    scores = tasks.run(model, tokenizer, ("piqa", "arc_easy"))
+    names = ("piqa", "arc_easy")
+    scores = tasks.run(model, tokenizer, names, tasks.find(names))
     scores["piqa"]["acc"], scores["piqa"]["acc_stderr"]
 
 The harness is the extra `eval` (https://github.com/EleutherAI/lm-evaluation-harness). Its tasks
@@ -24,34 +24,49 @@ from torch import nn
 from besa.errors import BesaError
 
 
-def check(names: Sequence[str], task_path: Path | None = None) -> None:
+def find(names: Sequence[str], task_path: Path | None = None) -> Any:
     """Finds every task, so that a wrong name costs no model's loading.
+
+    Args:
+        names: tasks, groups or globs of them.
+        task_path: a directory with task definitions besides the harness's own.
+
+    Returns:
+        The harness's index, a `TaskManager`, that holds them all.
 
     Raises:
         BesaError: no harness, no such directory, or no such task.
     """
     if task_path is not None and not task_path.is_dir():
         raise BesaError(f"--task-path {task_path} is no directory")
-    manager = _manager(task_path)
-    for name in names:
-        if not manager.match_tasks([name]):
-            raise BesaError(f"lm-evaluation-harness has no task {name}: see `lm-eval ls tasks`")
+    with _harness():
+        from lm_eval.tasks import TaskManager
+
+        # To read the harness's own definitions, thousands, takes it half a minute.
+        for own_alone in (True, False) if task_path else (False,):
+            manager = TaskManager(
+                include_path=str(task_path) if task_path else None, include_defaults=not own_alone
+            )
+            unknown = [name for name in names if not manager.match_tasks([name])]
+            if not unknown:
+                return manager
+    raise BesaError(f"lm-evaluation-harness has no task {unknown[0]}: see `lm-eval ls tasks`")
 
 
 def run(
     model: nn.Module,
     tokenizer: Any,
     names: Sequence[str],
+    manager: Any,
     num_fewshot: int | None = None,
-    task_path: Path | None = None,
     batch_size: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Runs tasks on a loaded model.
 
     Args:
         names: tasks, groups or globs of them.
+        manager: what `find` gave for them.
         num_fewshot: examples before each question; None for each task's own default.
-        task_path: a directory with task definitions besides the harness's own.
         batch_size: sequences in one call of the model.
 
     Returns:
@@ -59,9 +74,8 @@ def run(
         taken after a filter is named `metric,filter`.
 
     Raises:
-        BesaError: no harness, or it fails, as when the tasks' data cannot be had.
+        BesaError: the harness fails, as when the tasks' data cannot be had.
     """
-    manager = _manager(task_path)
     with _harness():
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -85,13 +99,6 @@ def run(
         }
         for task, metrics in outcome["results"].items()
     }
-
-
-def _manager(task_path: Path | None) -> Any:
-    with _harness():
-        from lm_eval.tasks import TaskManager
-
-        return TaskManager(include_path=str(task_path) if task_path else None)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from besa.checkpoint import INDEX, sha256, write_tensors, write_text
+from besa.checkpoint import INDEX, sha256, write_tensors, write_text, writing
 from besa.errors import BesaError
 
 
@@ -70,11 +70,16 @@ class Workspace:
         written = self.path / "settings.json"
         wished = json.loads(json.dumps(settings))
         if written.exists():
-            found = json.loads(written.read_text())
+            try:
+                found = json.loads(written.read_text())
+            except ValueError:
+                found = {}
             differing = [k for k in wished | found if wished.get(k) != found.get(k)]
             if not differing:
                 return
             if not self.overwrite:
+                if not found:
+                    raise BesaError(f"{written} is damaged: remove {self.path}, or --overwrite")
                 name = differing[0]
                 raise BesaError(
                     f"{self.path} holds an unfinished run with {name} = {found.get(name)}, not "
@@ -123,17 +128,17 @@ class Workspace:
     def finished(self, name: str) -> dict[str, Any] | None:
         """The record of a shard that is finished and unharmed, or None."""
         path = self.path / f"{name}.finished.json"
-        if not path.exists():
+        try:
+            record: dict[str, Any] = json.loads(path.read_text())
+            unharmed = sha256(self.path / record["file"]) == record["sha256"]
+        except (FileNotFoundError, ValueError, KeyError):
             return None
-        record: dict[str, Any] = json.loads(path.read_text())
-        shard = self.path / record["file"]
-        if not shard.exists() or sha256(shard) != record["sha256"]:
-            return None
-        return record
+        return record if unharmed else None
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Adds a line to log.jsonl."""
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+        path = self.path / "log.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
 
     def write_index(self, records: list[dict[str, Any]]) -> None:
@@ -145,13 +150,16 @@ class Workspace:
 
     def publish(self) -> None:
         """Turns the workspace into the output."""
-        for path in self.path.glob("*.finished.json"):
-            path.unlink()
+        for pattern in ("*.finished.json", "*.activations", "*.writing"):
+            for path in self.path.glob(pattern):
+                path.unlink()
         (self.path / "settings.json").unlink()
         (self.path / "lock").unlink()
         try:
             if self.overwrite and self.out.exists():
                 replaced = self.out.with_name(self.out.name + ".replaced")
+                if replaced.exists():  # a run ended here
+                    shutil.rmtree(replaced)
                 self.out.rename(replaced)
                 self.path.rename(self.out)
                 shutil.rmtree(replaced)
@@ -166,10 +174,13 @@ class Workspace:
 
 def check_free(out: Path, overwrite: bool) -> None:
     """Raises a BesaError if `out` cannot become the output."""
+    if out.name in ("", ".."):
+        raise BesaError(f"--out {out} has no name of its own: give a new directory's")
+    if out.is_symlink():
+        raise BesaError(f"{out} is a link: give the directory that it points to")
     if out.is_mount():
         raise BesaError(f"{out} is a mount point: give a new directory in it, {out}/pruned")
     if out.exists() and not out.is_dir():
         raise BesaError(f"{out} is a file: give another --out")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise BesaError(f"{out} is not empty: give another --out, or --overwrite")
-

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seqlen", type=int, help="tokens in a sample (default: 2048, or the model's most)"
     )
     parser.add_argument(
-        "--epochs", type=int, default=2, help="BESA's passes over the samples (default: %(default)s)"
+        "--epochs", type=int, default=1, help="BESA's passes over the samples (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
@@ -74,10 +74,14 @@ def run(args: argparse.Namespace) -> int:
     config = PruneConfig(**options)
 
     from besa.progress import duration, progress_for
-    from besa.prune import prune
+    from besa.prune import Interrupted, prune
 
-    with progress_for(sys.stderr) as tell:
-        result = prune(args.model, config, tell)
+    try:
+        with progress_for(sys.stderr) as tell:
+            result = prune(args.model, config, tell)
+    except Interrupted as how_to_go_on:
+        print(f"besa prune: {how_to_go_on}", file=sys.stderr)
+        return 130
     record = result.record
     print(
         f"{result.out}: {record['sparsity']['zeros']:,} of {record['sparsity']['weights']:,} "

@@ -12,6 +12,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from besa.report.figures import (
@@ -29,7 +30,7 @@ from besa.report.figures import (
     unrouted,
 )
 from besa.report.layout import clean, environment
-from besa.report.page import describe
+from besa.report.page import describe, plain
 
 
 def model_card(record: Record) -> str:
@@ -37,6 +38,13 @@ def model_card(record: Record) -> str:
     model = str(record["model"])
     summary = summarise(record)
     public = hub_id(model)
+    settings = {key: _public(value) for key, value in record["settings"].items()}
+    notes = [_words(note) for note in record.get("notes") or []]
+    without = unrouted(record["blocks"])
+    if without:
+        notes.append(
+            f"Some experts saw no calibration token ({len(without)} linears, see report.html)."
+        )
     card = (
         environment(autoescape=False)
         .get_template("card.md.j2")
@@ -59,11 +67,13 @@ def model_card(record: Record) -> str:
             device=_words(record["device"]),
             dtype=_words(record["dtype"]),
             settings=[
-                (_words(k), _words(v)) for k, v in record["settings"].items() if v is not None
+                (_words(k), _words(plain(v)))
+                for k, v in record["settings"].items()
+                if v is not None
             ],
             versions=", ".join(f"{_words(k)} {_words(v)}" for k, v in record["versions"].items()),
-            command=_code(command({**record, "model": short_name(model)})),
-            notes=[_words(n) for n in [*(record.get("notes") or []), *unrouted(record["blocks"])]],
+            command=_code(command({**record, "model": short_name(model), "settings": settings})),
+            notes=notes,
             version=_words(record.get("besa_version", "")),
         )
     )
@@ -73,6 +83,11 @@ def model_card(record: Record) -> str:
 def _yaml(value: Any) -> str:
     """A JSON string is a YAML string, whatever is in it."""
     return json.dumps(str(value))
+
+
+def _public(value: Any) -> Any:
+    """A path on this machine without the folders before it."""
+    return Path(value).name if isinstance(value, str) and re.match(r"[/~.]", value) else value
 
 
 def _words(value: Any) -> str:

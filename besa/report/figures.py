@@ -1,7 +1,7 @@
 """The figures that a page and a card quote, worked out from a run's record; and how they read.
 
 >>> percent(0.4999), signed(0.186), duration(123.4), size(3 * 2**30), short_name("/a/b/Llama-7b/")
-('50.0%', '+18.6%', '2 min 3 s', '3.0 GiB', 'Llama-7b')
+('50.0%', '+18.6%', '2 min 03 s', '3.0 GiB', 'Llama-7b')
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def command(record: Record, out: str = "PRUNED") -> str:
     """The `besa prune` line that this run's settings stand for, quoted for a shell."""
     words = ["besa", "prune", str(record["model"])]
     for key, value in record["settings"].items():
-        if key in ("out", "model") or value is None or value is False:
+        if key in ("out", "model", "overwrite") or value is None or value is False:
             continue
         words.append("--" + str(key).replace("_", "-"))
         if isinstance(value, (list, tuple)):
@@ -213,7 +213,7 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def size(count: float | None) -> str:

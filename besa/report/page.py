@@ -63,7 +63,7 @@ def render(record: Record) -> str:
         "errors": _errors(blocks, labels, summary),
         "learning": _learning(blocks, labels),
         "command": command(record),
-        "settings": [(key, _plain(value)) for key, value in record["settings"].items()],
+        "settings": [(key, plain(value)) for key, value in record["settings"].items()],
         "versions": [
             ("architecture", record.get("architecture", NONE)),
             ("device, dtype", f"{record['device']}, {record['dtype']}"),
@@ -76,7 +76,7 @@ def render(record: Record) -> str:
     return fill("page.html.j2", values, record)
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     if value is None:
         return NONE
     if isinstance(value, (list, tuple)):

@@ -128,7 +128,7 @@ def test_page_quotes_the_record() -> None:
         "example-org/Llama-3-8B",
         "50.00%",
         f"{record['sparsity']['zeros']:,} of {record['sparsity']['weights']:,}",
-        "2 min 3 s",
+        "2 min 03 s",
         "3.2 GiB",
         "Read 128 windows.",
         "0" * 63 + "2",
@@ -208,6 +208,14 @@ def test_card_names_the_hub_model() -> None:
     assert figures.hub_id(cached) == "org/Name-7b"
     assert figures.hub_id("/models/Name-7b") is None
     assert figures.short_name("/models/Name-7b/") == "Name-7b"
+
+
+def test_card_keeps_private_folders_private() -> None:
+    record = run(1, model="/home/me/Name-7b")
+    record["settings"]["calibration"] = "/home/me/texts.jsonl"
+    card = model_card(record)
+    assert "/home" not in card
+    assert "texts.jsonl" in card
 
 
 def test_command_repeats_the_run() -> None:
