@@ -16,6 +16,7 @@ import math
 import sysconfig
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -121,7 +122,9 @@ def main() -> None:
 
     texts = [*documents("train"), *cpython_tests()]
     if args.init:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            args.init, model_max_length=SEQLEN
+        )
         model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
     else:
         tokenizer = train_tokenizer(texts)
@@ -164,7 +167,7 @@ def main() -> None:
 
     model.compile(dynamic=False)
     start, running = time.monotonic(), 0.0
-    for step, window in zip(range(1, args.steps + 1), batches(stream, args.batch, args.seed)):
+    for step, window in enumerate(islice(batches(stream, args.batch, args.seed), args.steps), start=1):
         window = window.to(args.device)
         loss = model(input_ids=window, labels=window).loss
         loss.backward()
