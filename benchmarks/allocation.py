@@ -172,7 +172,7 @@ def dense_steps(block: Block, representation: Sequence[Tensor], target: Tensor) 
     candidates = torch.arange(CANDIDATES, device=target.device) / CANDIDATES
     thetas = [theta.detach().clone().requires_grad_() for theta in block.thetas]
     sizes = torch.tensor([float(x.size) for x in block.linears], device=target.device)
-    optimizer = torch.optim.Adam(thetas, lr=0.02)
+    optimizer = torch.optim.Adam(thetas, lr=0.2, betas=(0.9, 0.99))
     while True:
         masked = [
             dense_masked(*given)

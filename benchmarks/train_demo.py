@@ -122,9 +122,7 @@ def main() -> None:
 
     texts = [*documents("train"), *cpython_tests()]
     if args.init:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            args.init, model_max_length=SEQLEN
-        )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init, model_max_length=SEQLEN)
         model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
     else:
         tokenizer = train_tokenizer(texts)
@@ -167,7 +165,9 @@ def main() -> None:
 
     model.compile(dynamic=False)
     start, running = time.monotonic(), 0.0
-    for step, window in enumerate(islice(batches(stream, args.batch, args.seed), args.steps), start=1):
+    for step, window in enumerate(
+        islice(batches(stream, args.batch, args.seed), args.steps), start=1
+    ):
         window = window.to(args.device)
         loss = model(input_ids=window, labels=window).loss
         loss.backward()

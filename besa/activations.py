@@ -1,7 +1,7 @@
 """The calibration stream between blocks: a list of tensors, in memory or in a mapped file.
 
-    stream = Activations.of(hidden, directory=None, name="stream")
-    stream[0] = block(stream[0])
+stream = Activations.of(hidden, torch.float32, directory=None, name="stream")
+stream[0] = block(stream[0])
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from besa.checkpoint import writing
+from besa.files import writing
 
 
 class Activations(Sequence[Tensor]):
@@ -41,9 +41,11 @@ class Activations(Sequence[Tensor]):
         self.tensors = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], directory: Path | None, name: str) -> Activations:
-        """A copy of `tensors`."""
-        new = cls([t.shape for t in tensors], tensors[0].dtype, directory, name)
+    def of(
+        cls, tensors: Sequence[Tensor], dtype: torch.dtype, directory: Path | None, name: str
+    ) -> Activations:
+        """A copy of `tensors` in `dtype`."""
+        new = cls([t.shape for t in tensors], dtype, directory, name)
         for i, tensor in enumerate(tensors):
             new[i] = tensor
         return new

@@ -10,26 +10,20 @@ them on loading (fused experts, renamed keys).
     checkpoint.load_block(0)
     checkpoint.blocks[0].self_attn.q_proj.weight.data[:, 0] = 0
     tensors = checkpoint.stored_tensors(0)
-    write_tensors(tensors, Path("out/model-00002-of-00009.safetensors"))
+    besa.files.write_tensors(tensors, Path("out/model-00002-of-00009.safetensors"))
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
-import os
 import shutil
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -44,13 +38,16 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from besa.blocks import check_finite, find_blocks
-from besa.errors import BesaError
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
-# What travels with the weights: everything small that describes the model or its tokenizer.
-_COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".vocab")
+from besa.errors import BesaError, one_line
+from besa.files import (
+    COMPANIONS,
+    INDEX,
+    open_tensors,
+    resolve,
+    stored_dtype,
+    weight_files,
+    writing,
+)
 
 
 @contextmanager
@@ -68,74 +65,6 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def resolve(model: str | Path) -> Path:
-    """The directory of a model: as given, or fetched from the hub by its id when online."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise BesaError(f"{model} is a file: give the directory that holds the model")
-    if str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
-        raise BesaError(f"{model} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise BesaError(
-            f"{model} is no directory here and could not be fetched from the hub: {reason}"
-        ) from None
-
-
-def weight_files(directory: Path) -> dict[str, Path]:
-    """The safetensors file that holds each stored tensor, from the index and the file headers.
-
-    Raises:
-        BesaError: no safetensors, a missing or truncated file, a tensor that is not where the
-            index says.
-    """
-    index = directory / INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BesaError(f"{index} is damaged ({error}): download the model again") from None
-        files = {name: directory / file for name, file in weight_map.items()}
-    elif (directory / SINGLE).is_file():
-        files = {}
-    else:
-        where = directory / "config.json"
-        what = "has no safetensors weights" if where.is_file() else "is no model: no config.json"
-        raise BesaError(f"{directory} {what}")
-    found: dict[str, Path] = {}
-    for path in sorted(set(files.values())) or [directory / SINGLE]:
-        if not path.is_file():
-            raise BesaError(f"{path} is missing: the download of the model is not complete")
-        try:
-            with safe_open(path, framework="pt") as opened:
-                found.update(dict.fromkeys(opened.keys(), path))
-        except (SafetensorError, OSError) as error:
-            raise BesaError(
-                f"{path} is damaged or cut off ({error}): download the model again"
-            ) from None
-    missing = sorted(set(files) - set(found))
-    if missing:
-        raise BesaError(f"{directory} lacks the tensor {missing[0]}, which its index lists")
-    return {name: files.get(name, path) for name, path in found.items()}
-
-
-@contextmanager
-def open_tensors(files: Mapping[str, Path], names: list[str]) -> Iterator[dict[str, Any]]:
-    """Lazy slices of the named tensors; the files are unmapped at the end."""
-    with ExitStack() as stack:
-        opened: dict[Path, Any] = {}
-        for path in {files[name] for name in names}:
-            opened[path] = stack.enter_context(safe_open(path, framework="pt"))
-        yield {name: opened[files[name]].get_slice(name) for name in names}
 
 
 @dataclass
@@ -176,25 +105,18 @@ class Checkpoint:
         if not (directory / "config.json").is_file():
             raise BesaError(f"{directory} is no model: it has no config.json")
         transformers_logging.disable_progress_bar()
-        try:
+        with one_line(f"{directory}/config.json"):
             config = AutoConfig.from_pretrained(directory)
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise BesaError(f"{directory}/config.json: {reason}") from None
         quantized = getattr(config, "quantization_config", None)
         if quantized is not None:
             method = dict(quantized).get("quant_method", "some way")
             raise BesaError(f"{directory} is quantized ({method}): prune the unquantized model")
         files = weight_files(directory)
         dtype = stored_dtype(files)
-        try:
-            with parameters_on_meta():
-                skeleton = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, experts_implementation="eager"
-                )
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise BesaError(f"{directory} is no causal language model: {reason}") from None
+        with one_line(f"{directory} is no causal language model"), parameters_on_meta():
+            skeleton = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, experts_implementation="eager"
+            )
         skeleton.eval()
         blocks_name, blocks = find_blocks(skeleton)
         conversions = get_model_conversion_mapping(skeleton)
@@ -307,17 +229,23 @@ class Checkpoint:
         after = self._in_files_layout(index)
         self.load_block(index)
         before = self._in_files_layout(index)
+        # Old files may spell a name differently, without the base model's prefix above all.
+        spelt = {t: n for n, t in _targets_of(after, self.model, self._conversions).items()}
+        known = self.model.state_dict()
         tensors = {}
         with open_tensors(self.files, self.block_keys[index]) as slices:
             for key in self.block_keys[index]:
-                if key not in after:
+                source = tensors[key] = slices[key][...]
+                target = self._targets[key]
+                name = key if key in after else spelt.get(target)
+                if name is None and target in known:
                     raise BesaError(
                         f"{type(self.model).__name__} is not supported: transformers does not "
                         f"give {key} back"
                     )
-                source = slices[key][...]
-                same = _bytes_equal(before[key], after[key])
-                tensors[key] = source if same else after[key].to(source.dtype).contiguous()
+                # What the model does not know, such as old buffers, travels along.
+                if name is not None and not _bytes_equal(before[name], after[name]):
+                    tensors[key] = after[name].to(source.dtype).contiguous()
         return tensors
 
     def _in_files_layout(self, index: int) -> dict[str, Tensor]:
@@ -341,22 +269,20 @@ class Checkpoint:
     def copy_companions(self, out: Path) -> None:
         """Copies config, tokenizer, generation config and the like."""
         for path in sorted(self.directory.iterdir()):
-            if path.name in (INDEX, "besa.json") or path.suffix not in _COMPANIONS:
+            if path.name in (INDEX, "besa.json") or path.suffix not in COMPANIONS:
                 continue
             if path.is_file():
                 with writing(out / path.name):
                     shutil.copyfile(path, out / path.name)
 
 
-def _targets_of(
-    files: Mapping[str, Path], model: nn.Module, conversions: list[Any]
-) -> dict[str, str]:
+def _targets_of(keys: Iterable[str], model: nn.Module, conversions: list[Any]) -> dict[str, str]:
     """The model's parameter that each stored tensor goes into (the first, if several)."""
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     names = model.state_dict()
     targets = {}
-    for key in files:
+    for key in keys:
         target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
         if target not in names and key in names:
             target = key
@@ -365,72 +291,8 @@ def _targets_of(
 
 
 def _bytes_equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or (
-        a.shape == b.shape
-        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-    )
+    return a is b or (a.shape == b.shape and torch.equal(_bytes(a), _bytes(b)))
 
 
-def stored_dtype(files: Mapping[str, Path]) -> torch.dtype:
-    """The floating dtype that most stored tensors have."""
-    counts: dict[str, int] = defaultdict(int)
-    for path in set(files.values()):
-        with safe_open(path, framework="pt") as opened:
-            for key in opened.keys():
-                counts[opened.get_slice(key).get_dtype()] += 1
-    by_name = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    known = {name: count for name, count in counts.items() if name in by_name}
-    if not known:
-        raise BesaError(f"the weights are stored as {', '.join(counts)}: besa needs floats")
-    return by_name[max(known, key=lambda name: known[name])]
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file atomically: it is there whole, or not at all."""
-    with atomic(path) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
-
-
-def write_text(text: str, path: Path) -> None:
-    """Writes a text file atomically."""
-    with atomic(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` once all of it is on the disk.
-
-    Raises:
-        BesaError: it could not be written. Nothing is left of the file.
-    """
-    partial = path.with_name(path.name + ".writing")
-    try:
-        with writing(path):
-            yield partial
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while `path` is written, a full disk above all, into one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error):
-            raise BesaError(
-                f"the disk is full: could not write {path}; make room and run the same command "
-                "again, it goes on from the last finished block"
-            ) from None
-        raise BesaError(f"could not write {path}: {error}") from None
-
-
-def sha256(path: Path) -> str:
-    """The hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

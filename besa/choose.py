@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from besa.patterns import n_of_m, row_chunks
+from besa.patterns import n_of_m
 
 
 class ChoiceMask(torch.autograd.Function):
     """weight * mask; the backward pass gives dL/dmask for all weights, kept or not."""
 
     @staticmethod
-    def forward(ctx: Any, importance: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, _importance: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
         return weight * mask
 

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from besa.checkpoint import resolve, weight_files
-from besa.errors import BesaError
+from besa.errors import BesaError, one_line
+from besa.files import resolve, weight_files
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -72,7 +72,7 @@ def max_positions(directory: Path) -> int | None:
     Raises:
         BesaError: a config that transformers cannot read.
     """
-    with _quiet(), _one_line(f"{directory}/config.json"):
+    with _quiet(), one_line(f"{directory}/config.json"):
         config = AutoConfig.from_pretrained(directory).get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
@@ -83,7 +83,7 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         BesaError: none is there, or transformers cannot read it.
     """
-    with _quiet(), _one_line(f"{directory} has no tokenizer that can be loaded"):
+    with _quiet(), one_line(f"{directory} has no tokenizer that can be loaded"):
         return AutoTokenizer.from_pretrained(directory)
 
 
@@ -96,7 +96,7 @@ def load_model(directory: Path, dtype: str, device: torch.device | str) -> Any:
     Raises:
         BesaError: transformers cannot load it, weights are missing, or it does not fit.
     """
-    with _quiet(), _one_line(f"{directory} cannot be loaded"):
+    with _quiet(), one_line(f"{directory} cannot be loaded"):
         loaded: Any  # with output_loading_info, a pair
         loaded = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, output_loading_info=True
@@ -118,15 +118,6 @@ def fitting_in_memory(what: str, remedy: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise BesaError(f"{what} does not fit into the device's memory: {remedy}") from None
-
-
-@contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - transformers raises what its many layers raise
-        lines = (str(error).strip() or type(error).__name__).splitlines()
-        raise BesaError(f"{what}: {lines[0]}") from None
 
 
 @contextmanager

@@ -9,13 +9,15 @@ pruned by magnitude.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from besa.allocate import AllocatedLinear, learn_rates, rank_buckets
 from besa.blocks import Linear
-from besa.config import Pattern
+from besa.choose import learn_choice
+from besa.config import Pattern, PruneConfig
 from besa.errors import BesaError
 from besa.patterns import counts_for, lowest_pruned, lowest_pruned_overall, n_of_m
 from besa.scores import Hessians, magnitude
@@ -118,24 +120,79 @@ def sparsegpt_weights(
     return masks, updated
 
 
-def allocated_masks(
+def besa_masks(
     linears: Sequence[Linear],
+    weights: Mapping[str, Tensor],
     scored: Mapping[str, Tensor],
-    rates: Sequence[Tensor],
     zeros: int,
+    config: PruneConfig,
+    forward: Callable[[int, Sequence[Tensor]], Tensor],
+    targets: Sequence[Tensor],
+    generator: torch.Generator,
+    tell: Callable[[float, float], None] = lambda loss, rate: None,
 ) -> Masks:
-    """Masks whose rows follow learned rates, projected to exactly `zeros`.
+    """BESA (arXiv 2402.16880): masks learned towards the dense block's output.
+
+    Unstructured: the rates of rows or linears are learned (`besa.allocate`) and projected to
+    exactly `zeros`. N:M: the choice within the groups is learned (`besa.choose`).
+
+    Args:
+        weights, scored: [groups, rows, cols] by name.
+        forward: the block's output for batch i with masked weights [groups * rows, cols].
+        targets: the dense block's outputs.
+        tell: is given every step's loss and overall rate.
+    """
+    pattern = Pattern.parse(config.pattern)
+    matrices = [weights[x.name].reshape(-1, x.cols).contiguous() for x in linears]
+    scores = [scored[x.name].reshape(-1, x.cols) for x in linears]
+    chosen: list[Tensor] = []
+    rates: list[Tensor] = []
+    with torch.enable_grad():
+        if pattern.m:
+            for loss, chosen in learn_choice(  # noqa: B007 - the last ones count
+                forward,
+                targets,
+                matrices,
+                scores,
+                pattern.n,
+                pattern.m,
+                epochs=config.epochs,
+                generator=generator,
+            ):
+                tell(loss, config.rate)
+        else:
+            allocated = [
+                AllocatedLinear(matrix, rank_buckets(score))
+                for matrix, score in zip(matrices, scores, strict=True)
+            ]
+            for loss, overall, rates in learn_rates(  # noqa: B007 - the last ones count
+                forward,
+                targets,
+                allocated,
+                config.rate,
+                granularity=config.granularity,
+                epochs=config.epochs,
+                generator=generator,
+            ):
+                tell(loss, overall)
+    if not pattern.m:
+        return allocated_masks(linears, scored, rates, zeros)
+    return {x.name: m.view(x.groups, x.rows, x.cols) for x, m in zip(linears, chosen, strict=True)}
+
+
+def allocated_masks(
+    linears: Sequence[Linear], scored: Mapping[str, Tensor], rates: Sequence[Tensor], zeros: int
+) -> Masks:
+    """Masks whose rows follow `rates`, shifted so that they prune exactly `zeros` in all.
 
     Args:
         scored: importance float32 [groups, rows, cols] by name.
         rates: float [groups * rows] per linear.
     """
-    cols = torch.cat(
-        [torch.full(r.shape, x.cols) for x, r in zip(linears, rates, strict=True)]
-    )
-    counts = counts_for(torch.cat(list(rates)).cpu(), cols, zeros)
+    cols = [torch.full(rate.shape, x.cols) for x, rate in zip(linears, rates, strict=True)]
+    counts = counts_for(torch.cat(list(rates)).cpu(), torch.cat(cols), zeros)
     masks = {}
-    for linear, part in zip(linears, counts.split([len(r) for r in rates]), strict=True):
+    for linear, part in zip(linears, counts.split([len(rate) for rate in rates]), strict=True):
         flat = scored[linear.name].reshape(-1, linear.cols)
         mask = lowest_pruned(flat, part.to(flat.device))
         masks[linear.name] = mask.view(linear.groups, linear.rows, linear.cols)

@@ -1,7 +1,7 @@
 """What a person sees of a long run: a live line on a terminal, plain lines elsewhere.
 
-    with progress_for(sys.stderr) as tell:
-        prune(model, config, tell)
+with progress_for(sys.stderr) as tell:
+    prune(model, config, tell)
 """
 
 from __future__ import annotations

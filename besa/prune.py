@@ -26,15 +26,20 @@ import torch
 from torch import Tensor, nn
 
 from besa.activations import Activations
-from besa.allocate import AllocatedLinear, learn_rates, rank_buckets
 from besa.blocks import Call, Linear, capture, check_finite, expert_count, find_linears, observe
 from besa.calibration import calibration_windows, token_stream
-from besa.checkpoint import Checkpoint, write_text
-from besa.choose import learn_choice
+from besa.checkpoint import Checkpoint
 from besa.config import Pattern, PruneConfig
 from besa.errors import BesaError
+from besa.files import write_text
 from besa.loading import load_tokenizer, max_positions, pick_device
-from besa.methods import Masks, allocated_masks, magnitude_masks, sparsegpt_weights, wanda_masks
+from besa.methods import (
+    Masks,
+    besa_masks,
+    magnitude_masks,
+    sparsegpt_weights,
+    wanda_masks,
+)
 from besa.progress import Tell
 from besa.record import block_record, linear_record, run_record, settings_of
 from besa.report import model_card, render
@@ -47,6 +52,7 @@ _BATCH_TOKENS = 512
 
 # The share of the batches on which a block's error is measured for the record.
 _JUDGED = 8
+
 
 @dataclass(frozen=True)
 class PruneResult:
@@ -127,10 +133,10 @@ class _Run:
         with self.checkpoint.loaded_base() as base:
             hidden, calls = capture(base, self.checkpoint.blocks, batches)
         where = self.workspace.path if self.config.activations == "disk" else None
-        stream = Activations.of([x.to(self.dtype) for x in hidden], where, "stream")
+        stream = Activations.of(hidden, self.dtype, where, "stream")
         del hidden
         for index in range(len(self.plan)):
-            row = [batch[index].to(self.device, self.dtype) for batch in calls]
+            row = self._on_device([batch[index] for batch in calls])
             name = f"block-{index:05d}"
             if (finished := self.workspace.finished(name)) is None:
                 tensors, record = self._prune_block(index, stream, row)
@@ -142,6 +148,11 @@ class _Run:
             shards.append(finished)
         stream.close()
         return shards
+
+    def _on_device(self, calls: list[Call]) -> list[Call]:
+        """The calls on the device; batches that share one there share one here."""
+        moved = {id(call): call.to(self.device, self.dtype) for call in calls}
+        return [moved[id(call)] for call in calls]
 
     def _copy_others(self) -> dict[str, Any]:
         """The shard with all that belongs to no block: embedding, last norm, head."""
@@ -292,10 +303,8 @@ class _Run:
         zeros: int,
     ) -> tuple[Masks, list[float]]:
         """Learned masks, and the mean loss of each epoch."""
-        linears = self.plan[index]
-        pattern = Pattern.parse(self.config.pattern)
-        flat = [weights[x.name].reshape(-1, x.cols).contiguous() for x in linears]
-        scores = [scored[x.name].reshape(-1, x.cols) for x in linears]
+        linears, epochs = self.plan[index], self.config.epochs
+        losses: list[float] = []
 
         def forward(i: int, masked: Sequence[Tensor]) -> Tensor:
             stand_ins = {
@@ -306,47 +315,15 @@ class _Run:
             }
             return calls[i].run(block, stream[i].to(self.device), stand_ins)
 
-        epochs = self.config.epochs
-        generator = torch.Generator().manual_seed(self.config.seed + index)
-        losses: list[float] = []
-
         def tell(loss: float, rate: float) -> None:
             losses.append(loss)
             done, total = len(losses), epochs * len(calls)
             self._event(index, "learn", done=done, total=total, loss=loss, rate=rate)
 
-        with torch.enable_grad():
-            if pattern.m:
-                for loss, chosen in learn_choice(
-                    forward,
-                    dense,
-                    flat,
-                    scores,
-                    pattern.n,
-                    pattern.m,
-                    epochs=epochs,
-                    generator=generator,
-                ):
-                    tell(loss, self.config.rate)
-                masks = {
-                    x.name: mask.view(x.groups, x.rows, x.cols)
-                    for x, mask in zip(linears, chosen, strict=True)
-                }
-            else:
-                allocated = [
-                    AllocatedLinear(w, rank_buckets(s)) for w, s in zip(flat, scores, strict=True)
-                ]
-                for loss, overall, rates in learn_rates(
-                    forward,
-                    dense,
-                    allocated,
-                    self.config.rate,
-                    granularity=self.config.granularity,
-                    epochs=epochs,
-                    generator=generator,
-                ):
-                    tell(loss, overall)
-                masks = allocated_masks(linears, scored, rates, zeros)
+        generator = torch.Generator().manual_seed(self.config.seed + index)
+        masks = besa_masks(
+            linears, weights, scored, zeros, self.config, forward, dense, generator, tell
+        )
         return masks, torch.tensor(losses).view(epochs, -1).mean(1).tolist()
 
 

@@ -50,9 +50,7 @@ class Hessians:
     """X^T X of every linear's inputs, per group."""
 
     def __init__(self, linears: Sequence[Linear], device: torch.device) -> None:
-        self.sums = {
-            x.name: torch.zeros(x.groups, x.cols, x.cols, device=device) for x in linears
-        }
+        self.sums = {x.name: torch.zeros(x.groups, x.cols, x.cols, device=device) for x in linears}
 
     def add(self, linear: Linear, group: int, inputs: Tensor) -> None:
         """Adds inputs [tokens, cols] of one group."""

@@ -12,14 +12,13 @@ come from the hub; definitions of one's own, on local data, come from a director
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from besa.errors import BesaError
 
@@ -42,7 +41,7 @@ def find(names: Sequence[str], task_path: Path | None = None) -> Any:
     with _harness():
         from lm_eval.tasks import TaskManager
 
-        # To read the harness's own definitions, thousands, takes it half a minute.
+        # To read the harness's own definitions, thousands, takes it ten seconds.
         for own_alone in (True, False) if task_path else (False,):
             manager = TaskManager(
                 include_path=str(task_path) if task_path else None, include_defaults=not own_alone
@@ -54,7 +53,7 @@ def find(names: Sequence[str], task_path: Path | None = None) -> Any:
 
 
 def run(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     names: Sequence[str],
     manager: Any,
@@ -64,6 +63,8 @@ def run(
     """Runs tasks on a loaded model.
 
     Args:
+        model: a causal language model of transformers, in evaluation mode.
+        tokenizer: its tokenizer.
         names: tasks, groups or globs of them.
         manager: what `find` gave for them.
         num_fewshot: examples before each question; None for each task's own default.
@@ -82,7 +83,7 @@ def run(
 
         try:
             outcome = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),  # type: ignore[arg-type]
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=manager.match_tasks(list(names)),
                 num_fewshot=num_fewshot,
                 task_manager=manager,
@@ -103,7 +104,10 @@ def run(
 
 @contextmanager
 def _harness() -> Iterator[None]:
-    """The harness, when it is there, without its log; what it prints goes to standard error."""
+    """The harness, when it is there, without its log; what it prints goes to standard error.
+
+    Its bars show on a terminal only.
+    """
     try:
         import lm_eval
     except ImportError:
@@ -111,8 +115,9 @@ def _harness() -> Iterator[None]:
     logger = logging.getLogger(lm_eval.__name__)
     level = logger.level
     logger.setLevel(logging.ERROR)
+    bars = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), redirect_stderr(bars):
             yield
     finally:
         logger.setLevel(level)

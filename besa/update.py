@@ -65,7 +65,7 @@ def sparsegpt(
         The new weight, float32 [rows, cols], and the bool keep-mask.
     """
     weight = weight.float().clone()
-    rows, cols = weight.shape
+    cols = weight.shape[1]
     factor = inverse_factor(hessian)
     dead = hessian.diagonal() == 0
     mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)

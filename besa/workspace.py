@@ -22,8 +22,8 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from besa.checkpoint import INDEX, sha256, write_tensors, write_text, writing
 from besa.errors import BesaError
+from besa.files import INDEX, sha256, write_tensors, write_text, writing
 
 
 @dataclass

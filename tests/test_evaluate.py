@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import besa.evaluate
 from besa.errors import BesaError
@@ -52,13 +53,13 @@ def test_few_logits_at_a_time_change_nothing(
 ) -> None:
     expected = window_losses(model, windows)
     sizes = []
-    cross_entropy = besa.evaluate.F.cross_entropy
+    cross_entropy = F.cross_entropy
 
     def spy(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         sizes.append(logits.numel())
         return cross_entropy(logits, *args, **kwargs)
 
-    monkeypatch.setattr(besa.evaluate.F, "cross_entropy", spy)
+    monkeypatch.setattr(F, "cross_entropy", spy)
     monkeypatch.setattr(besa.evaluate, "_LOGITS_AT_A_TIME", 1000)
     torch.testing.assert_close(window_losses(model, windows, 2), expected, rtol=1e-6, atol=0)
     assert max(sizes) <= 1000 < 23 * 257

@@ -109,7 +109,7 @@ class Hub:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> Hub:
         module = SimpleNamespace(load_dataset=self.load, disable_progress_bars=lambda: None)
-        monkeypatch.setitem(sys.modules, "datasets", module)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, "datasets", module)
         return self
 
     def load(self, name: str, config: str | None, *, split: str, **options: object) -> object:

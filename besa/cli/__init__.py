@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     except BesaError as error:
         print(f"besa {args.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"besa {args.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"besa {args.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `besa eval … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

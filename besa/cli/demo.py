@@ -23,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from besa.checkpoint import write_text
     from besa.cli.comparison import print_comparison
     from besa.demo import MODEL, SEQLEN
     from besa.demo.compare import CONTENDERS, SETTINGS, compare
     from besa.errors import BesaError
+    from besa.files import write_text
     from besa.progress import steps_for
     from besa.report import render_comparison
 

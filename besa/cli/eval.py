@@ -183,7 +183,7 @@ def _perplexity_table(results: list[Result], texts: tuple[str, ...]) -> Table:
             cells.append("" if row[0].sparsity is None else f"{row[0].sparsity:.2%}")
         for result in row:
             perplexity = result.perplexity
-            cells.append(f"{perplexity.perplexity:.3f} ± {perplexity.standard_error:.3f}")
+            cells.append(_figure(perplexity.perplexity, perplexity.standard_error, ".3f"))
             if with_difference:
                 cells.append(_ratio(result.difference))
         table.add_row(*cells)
@@ -196,7 +196,12 @@ def _ratio(difference: tuple[float, float] | None) -> str:
         return ""
     nats, error = difference
     ratio = math.exp(min(nats, 700.0))
-    return f"{ratio - 1:+.2%} ± {ratio * error:.2%}"
+    return _figure(ratio - 1, ratio * error, ".2%", sign="+")
+
+
+def _figure(value: float, error: float, form: str, sign: str = "") -> str:
+    """A figure with its standard error, where there is one: a single window has none."""
+    return f"{value:{sign}{form}}" + ("" if math.isnan(error) else f" ± {error:{form}}")
 
 
 def _task_table(results: list[Result]) -> Table:
@@ -215,10 +220,8 @@ def _task_table(results: list[Result]) -> Table:
             name, comma, rest = metric.partition(",")
             cells = []
             for scores in by_model:
-                error = scores[task].get(f"{name}_stderr{comma}{rest}")
-                cells.append(
-                    f"{scores[task][metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
-                )
+                error = scores[task].get(f"{name}_stderr{comma}{rest}", math.nan)
+                cells.append(_figure(scores[task][metric], error, ".4f"))
             table.add_row(escape(task), escape(metric), *cells)
     return table
 

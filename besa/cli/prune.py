@@ -48,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seqlen", type=int, help="tokens in a sample (default: 2048, or the model's most)"
     )
     parser.add_argument(
-        "--epochs", type=int, default=1, help="BESA's passes over the samples (default: %(default)s)"
+        "--epochs",
+        type=int,
+        default=1,
+        help="BESA's passes over the samples (default: 1)",
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")

@@ -1,7 +1,7 @@
 """Prunes one model by several methods at several settings and compares what is left.
 
-    record = compare(MODEL, Path("demo"), SETTINGS, CONTENDERS, seqlen=256)
-    Path("demo/report.html").write_text(render_comparison(record))
+record = compare(MODEL, Path("demo"), SETTINGS, CONTENDERS, seqlen=256)
+Path("demo/report.html").write_text(render_comparison(record))
 """
 
 from __future__ import annotations

@@ -38,7 +38,11 @@ def model_card(record: Record) -> str:
     model = str(record["model"])
     summary = summarise(record)
     public = hub_id(model)
-    settings = {key: _public(value) for key, value in record["settings"].items()}
+    settings = {
+        key: _public(value)
+        for key, value in record["settings"].items()
+        if key not in ("model", "out")
+    }
     notes = [_words(note) for note in record.get("notes") or []]
     without = unrouted(record["blocks"])
     if without:
@@ -66,11 +70,7 @@ def model_card(record: Record) -> str:
             memory=size(record.get("peak_memory_bytes")),
             device=_words(record["device"]),
             dtype=_words(record["dtype"]),
-            settings=[
-                (_words(k), _words(plain(v)))
-                for k, v in record["settings"].items()
-                if v is not None
-            ],
+            settings=[(_words(k), _words(plain(v))) for k, v in settings.items() if v is not None],
             versions=", ".join(f"{_words(k)} {_words(v)}" for k, v in record["versions"].items()),
             command=_code(command({**record, "model": short_name(model), "settings": settings})),
             notes=notes,

@@ -17,6 +17,22 @@ Record = dict[str, Any]
 
 NAMES = {"besa": "BESA", "wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "Magnitude"}
 NONE = "\N{EN DASH}"  # what stands where there is no figure
+FLAGS = (  # of `besa prune`: what of the settings a user can type
+    "method",
+    "sparsity",
+    "pattern",
+    "granularity",
+    "calibration",
+    "samples",
+    "seqlen",
+    "epochs",
+    "seed",
+    "device",
+    "dtype",
+    "include",
+    "exclude",
+    "activations",
+)
 MANY_LINEARS = 24  # more names than this, and an expert's index no longer gets a line of its own
 
 
@@ -173,14 +189,10 @@ def short_name(model: str) -> str:
 def command(record: Record, out: str = "PRUNED") -> str:
     """The `besa prune` line that this run's settings stand for, quoted for a shell."""
     words = ["besa", "prune", str(record["model"])]
-    for key, value in record["settings"].items():
-        if key in ("out", "model", "overwrite") or value is None or value is False:
-            continue
-        words.append("--" + str(key).replace("_", "-"))
-        if isinstance(value, (list, tuple)):
-            words.extend(map(str, value))
-        elif value is not True:
-            words.append(str(value))
+    for key in FLAGS:
+        value = record["settings"].get(key)
+        if value is not None:
+            words += [f"--{key}", str(value)]
     return shlex.join([*words, "--out", out])
 
 
@@ -221,6 +233,6 @@ def size(count: float | None) -> str:
         return NONE
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"

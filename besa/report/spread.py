@@ -28,10 +28,10 @@ from besa.report.svg import (
 
 
 def span(lows: Sequence[float], highs: Sequence[float], target: float) -> tuple[float, float]:
-    """The part of [0, 1] that rows' rates take, with room around it: at least 0.2 wide."""
+    """The part of [0, 1] that rows' rates take, with room around it: at least 0.1 wide."""
     low = min(target, *lows, 1.0) - 0.02
     high = max(target, *highs, 0.0) + 0.02
-    short_of = max(0.0, 0.2 - (high - low)) / 2
+    short_of = max(0.0, 0.1 - (high - low)) / 2
     return max(0.0, low - short_of), min(1.0, high + short_of)
 
 

@@ -157,20 +157,20 @@ def test_replayed_blocks_give_the_models_own_hidden_states(
     family: str, family_model: MakeModel, calibration: Path
 ):
     model = family_model(family)
-    tokens = windows_of(model, calibration)
+    batches = windows_of(model, calibration).split(2)
     checkpoint = Checkpoint.open(model)
     stock = stock_model(model)
-    expected = hidden_states(stock, stock.get_submodule(checkpoint.blocks_name), tokens)
+    blocks = stock.get_submodule(checkpoint.blocks_name)
+    expected = [hidden_states(stock, blocks, tokens) for tokens in batches]
     with torch.no_grad():
         with checkpoint.loaded_base() as base:
-            hidden, calls = capture(base, checkpoint.blocks, tokens.split(2))
-        stream = hidden
-        for index, wanted in enumerate(expected):
+            stream, calls = capture(base, checkpoint.blocks, batches)
+        for index in range(len(blocks)):
             block = checkpoint.load_block(index)
             stream = [row[index].run(block, x) for row, x in zip(calls, stream, strict=True)]
             checkpoint.unload_block(index)
-            for found, part in zip(stream, wanted.split(2), strict=True):
-                assert torch.equal(found, part), f"block {index}"
+            for found, wanted in zip(stream, expected, strict=True):
+                assert torch.equal(found, wanted[index]), f"block {index}"
         assert all(parameter.is_meta for parameter in checkpoint.model.parameters())
 
 

@@ -119,7 +119,7 @@ def run(
             "device": "cpu",
             "dtype": "float32",
             "include": None,
-            "exclude": ["lm_head"],
+            "exclude": "lm_head",
         },
         "versions": {"python": "3.12.3", "torch": "2.13.0", "transformers": "5.19.0"},
         "device": "cpu",

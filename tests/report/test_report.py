@@ -212,6 +212,7 @@ def test_card_names_the_hub_model() -> None:
 
 def test_card_keeps_private_folders_private() -> None:
     record = run(1, model="/home/me/Name-7b")
+    record["settings"]["model"] = record["model"]
     record["settings"]["calibration"] = "/home/me/texts.jsonl"
     card = model_card(record)
     assert "/home" not in card
@@ -219,7 +220,10 @@ def test_card_keeps_private_folders_private() -> None:
 
 
 def test_command_repeats_the_run() -> None:
-    line = figures.command(run(1, model="a b"))
+    record = run(1, model="a b")
+    record["settings"].update(out="there", threads=2, model_fingerprint="f00")
+    line = figures.command(record)
+    assert "f00" not in line
     assert line.startswith("besa prune 'a b' --method besa --sparsity 0.5")
     assert line.endswith("--out PRUNED")
     assert "None" not in line

@@ -1,0 +1,159 @@
+"""The files of a checkpoint: found, checked, opened lazily, and written whole or not at all.
+
+files = weight_files(Path("path/to/model"))
+with open_tensors(files, ["model.norm.weight"]) as tensors:
+    write_tensors({"model.norm.weight": tensors["model.norm.weight"][...]}, Path("norm"))
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from besa.errors import BesaError, one_line
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# What travels with the weights: everything small that describes the model or its tokenizer.
+COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".vocab")
+
+
+def resolve(model: str | Path) -> Path:
+    """The directory of a model: as given, or fetched from the hub by its id when online."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise BesaError(f"{model} is a file: give the directory that holds the model")
+    if str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
+        raise BesaError(f"{model} does not exist")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in COMPANIONS)]
+    with one_line(f"{model} is no directory here and could not be fetched from the hub"):
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+
+
+def weight_files(directory: Path) -> dict[str, Path]:
+    """The safetensors file that holds each stored tensor, from the index and the file headers.
+
+    Raises:
+        BesaError: no safetensors, a missing or truncated file, a tensor that is not where the
+            index says.
+    """
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BesaError(f"{index} is damaged ({error}): download the model again") from None
+        files = {name: directory / file for name, file in weight_map.items()}
+    elif (directory / SINGLE).is_file():
+        files = {}
+    else:
+        where = directory / "config.json"
+        what = "has no safetensors weights" if where.is_file() else "is no model: no config.json"
+        raise BesaError(f"{directory} {what}")
+    found: dict[str, Path] = {}
+    for path in sorted(set(files.values())) or [directory / SINGLE]:
+        if not path.is_file():
+            raise BesaError(f"{path} is missing: the download of the model is not complete")
+        try:
+            with safe_open(path, framework="pt") as opened:
+                found.update(dict.fromkeys(opened.keys(), path))
+        except (SafetensorError, OSError) as error:
+            raise BesaError(
+                f"{path} is damaged or cut off ({error}): download the model again"
+            ) from None
+    missing = sorted(set(files) - set(found))
+    if missing:
+        raise BesaError(f"{directory} lacks the tensor {missing[0]}, which its index lists")
+    return {name: files.get(name, path) for name, path in found.items()}
+
+
+@contextmanager
+def open_tensors(files: Mapping[str, Path], names: list[str]) -> Iterator[dict[str, Any]]:
+    """Lazy slices of the named tensors; the files are unmapped at the end."""
+    with ExitStack() as stack:
+        opened: dict[Path, Any] = {}
+        for path in {files[name] for name in names}:
+            opened[path] = stack.enter_context(safe_open(path, framework="pt"))
+        yield {name: opened[files[name]].get_slice(name) for name in names}
+
+
+def stored_dtype(files: Mapping[str, Path]) -> torch.dtype:
+    """The floating dtype that most stored tensors have."""
+    counts: dict[str, int] = defaultdict(int)
+    for path in set(files.values()):
+        with safe_open(path, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - no dict
+                counts[opened.get_slice(key).get_dtype()] += 1
+    by_name = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    known = {name: count for name, count in counts.items() if name in by_name}
+    if not known:
+        raise BesaError(f"the weights are stored as {', '.join(counts)}: besa needs floats")
+    return by_name[max(known, key=lambda name: known[name])]
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file atomically: it is there whole, or not at all."""
+    with atomic(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a text file atomically."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` once all of it is on the disk.
+
+    Raises:
+        BesaError: it could not be written. Nothing is left of the file.
+    """
+    partial = path.with_name(path.name + ".writing")
+    try:
+        with writing(path):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while `path` is written, a full disk above all, into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error):
+            raise BesaError(
+                f"the disk is full: could not write {path}; make room and run the same command "
+                "again, it goes on from the last finished block"
+            ) from None
+        raise BesaError(f"could not write {path}: {error}") from None
+
+
+def sha256(path: Path) -> str:
+    """The hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
