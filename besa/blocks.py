@@ -121,7 +121,7 @@ def find_linears(
             elif parameter.ndim == 3 and parameter.shape[0] == experts:
                 transposed = bool(getattr(module, "is_transposed", False))
                 rows, cols = parameter.shape[1:] if not transposed else parameter.shape[:0:-1]
-                linears.append(Linear(full, full, experts, rows, cols, transposed))
+                linears.append(Linear(full, full, len(parameter), rows, cols, transposed))
             elif parameter.ndim >= 2 and experts not in parameter.shape[:1]:
                 unknown[full] = parameter.numel()
     size = sum(p.numel() for p in block.parameters())
@@ -205,7 +205,8 @@ def capture(
     Raises:
         BesaError: the model changes the hidden states between its blocks.
     """
-    hidden, calls = [], []
+    hidden: list[Tensor] = []
+    calls: list[list[Call]] = []
     as_tuple = False
     for tokens in batches:
         try:

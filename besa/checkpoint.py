@@ -60,7 +60,7 @@ def parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -192,7 +192,7 @@ class Checkpoint:
         Raises:
             BesaError: one of its weights is not in the checkpoint.
         """
-        base = getattr(self.model, self.model.base_model_prefix)
+        base = self.model.get_submodule(str(self.model.base_model_prefix))
         prefix = str(self.model.base_model_prefix) + "."
         keys = [key for key in self.other_keys if self._targets[key].startswith(prefix)]
         self._load(keys, self.files)

@@ -109,11 +109,10 @@ def n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
         members = scores[chunk].reshape(-1, cols // m, m).unbind(2)
         kept = []
         for j, own in enumerate(members):
-            above = sum(
-                (other >= own if k > j else other > own).to(torch.uint8)
-                for k, other in enumerate(members)
-                if k != j
-            )
+            above = torch.zeros(own.shape, dtype=torch.uint8, device=own.device)
+            for k, other in enumerate(members):
+                if k != j:
+                    above += other >= own if k > j else other > own
             kept.append(above < n)
         mask[chunk] = torch.stack(kept, dim=2).reshape(-1, cols)
     return mask

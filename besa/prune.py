@@ -131,7 +131,7 @@ class _Run:
         shards = [self._copy_others()]
         batches = windows.split(max(1, _BATCH_TOKENS // windows.shape[1]))
         with self.checkpoint.loaded_base() as base:
-            hidden, calls = capture(base, self.checkpoint.blocks, batches)
+            hidden, calls = capture(base, list(self.checkpoint.blocks), batches)
         where = self.workspace.path if self.config.activations == "disk" else None
         stream = Activations.of(hidden, self.dtype, where, "stream")
         del hidden
@@ -225,7 +225,8 @@ class _Run:
         scored = {x.name: wanda(weights[x.name], norms.of(x)) for x in linears}
         uniform = wanda_masks(linears, scored, zeros, rate, pattern)
         own = {x.name: x.matrix(stored.get_parameter(x.parameter)) for x in linears}
-        masks, updated, losses = uniform, own, []
+        masks, updated = uniform, own
+        losses: list[float] = []
         if self.config.method == "magnitude":
             masks = magnitude_masks(linears, weights, zeros, rate, pattern)
         elif self.config.method == "sparsegpt":
@@ -241,8 +242,9 @@ class _Run:
         # What is stored is what is measured and handed on: rounded to the checkpoint's dtype.
         self._put(stored, linears, updated, masks)
         changed = {x.parameter: stored.get_parameter(x.parameter).data for x in linears}
-        for parameter, value in changed.items():
-            block.get_parameter(parameter).data = value.to(self.device, self.dtype)
+        for linear in linears:
+            value = changed[linear.parameter].to(self.device, self.dtype)
+            block.get_parameter(linear.parameter).data = value
         error = self._error(block, judged, stream, dense)
         self._hand_on(index, "hand on", block, stream, calls)
         dense.close()

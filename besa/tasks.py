@@ -20,7 +20,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from besa.errors import BesaError
+from besa.errors import BesaError, one_line
 
 
 def find(names: Sequence[str], task_path: Path | None = None) -> Any:
@@ -81,7 +81,7 @@ def run(
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        try:
+        with one_line("lm-evaluation-harness could not run the tasks"):
             outcome = lm_eval.simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=manager.match_tasks(list(names)),
@@ -89,9 +89,6 @@ def run(
                 task_manager=manager,
                 log_samples=False,
             )
-        except Exception as error:  # noqa: BLE001 - what data sets, models, metrics raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise BesaError(f"lm-evaluation-harness could not run the tasks: {reason}") from None
     return {
         task: {
             metric.removesuffix(",none"): float(value)

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from besa.demo import corpus
-from besa.errors import BesaError
+from besa.errors import BesaError, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 NAMES = ("wikitext2", "ptb", "c4")
@@ -124,22 +124,19 @@ def _reading(path: Path) -> Iterator[TextIO]:
 
 def _parquet(path: Path) -> Iterator[str]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError:
         raise BesaError(f"{path}: Parquet needs pyarrow: pip install 'besa[eval]'") from None
-    try:
+    with one_line(f"{path} cannot be read as Parquet"):
         file = parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise BesaError(
-                f"{path} has no column `text`, only {', '.join(file.schema_arrow.names)}"
-            )
+        columns = file.schema_arrow.names
+        if "text" not in columns:
+            raise BesaError(f"{path} has no column `text`, only {', '.join(columns)}")
         for batch in file.iter_batches(columns=["text"]):
             for text in batch.column("text").to_pylist():
                 if text is not None and not isinstance(text, str):
                     raise BesaError(f"{path}: the column `text` does not hold strings")
                 yield text or ""
-    except (ArrowException, OSError) as error:
-        raise BesaError(f"{path} cannot be read as Parquet: {_first_line(error)}") from None
 
 
 def _named(source: str, split: str) -> Iterable[str]:
@@ -187,19 +184,9 @@ def _hub(
     # Of a named set the cache serves a second call offline; an unknown one may be of any size,
     # so it is streamed.
     options["streaming"] = source not in NAMES
-    try:
+    # `datasets` raises whatever its layers raise: no such set, config or split; no network.
+    with one_line(f"{source} ({split} split) could not be had from the hub; use a local file"):
         for row in datasets.load_dataset(dataset, config, split=split, **options):
             if not isinstance(row.get(column), str):
                 raise BesaError(f"{source} has no column `{column}` of strings: {', '.join(row)}")
             yield row[column]
-    except BesaError:
-        raise
-    except Exception as error:  # noqa: BLE001 - no such set, config or split; no network; …
-        raise BesaError(
-            f"{source} ({split} split) could not be had from the Hugging Face hub: "
-            f"{_first_line(error)}; or give a local file"
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")

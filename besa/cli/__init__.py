@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = import_module(f"besa.cli.{name}")
-        summary = module.__doc__.strip().split("\n")[0]
+        summary = (module.__doc__ or "").strip().split("\n")[0]
         subparser = subparsers.add_parser(
             name,
             help=summary,
