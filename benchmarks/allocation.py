@@ -426,6 +426,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.tiny:
         args.shapes, args.tokens, args.rounds = ["tiny"], 16, 2
+        args.dtypes = args.dtypes[:1]
     torch.set_num_threads(args.threads)
     results = []
     for shape in args.shapes:

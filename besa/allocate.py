@@ -30,6 +30,9 @@ from torch import Tensor
 from besa.kernels.segment_sum import segment_sum
 from besa.patterns import row_chunks
 
+# The learning rules do not mind the loss's scale; float16 gradients would vanish without one.
+LOSS_SCALE = 2.0**16
+
 CANDIDATES = 100  # D; bucket numbers fit in uint8
 
 
@@ -137,7 +140,7 @@ def learn_rates(
             overall = torch.stack([rate.mean() for rate in rates]) @ shares
             loss = error + penalty * ((overall - sparsity) / sparsity) ** 2
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss * LOSS_SCALE).backward()
             optimizer.step()
             step += 1
             yield (

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from besa.allocate import LOSS_SCALE
 from besa.patterns import n_of_m
 
 
@@ -76,7 +77,7 @@ def learn_choice(
             ]
             target = targets[i].to(weights[0].device).float()
             loss = (forward(i, masked).float() - target).square().mean() / target.square().mean()
-            loss.backward()
+            (loss * LOSS_SCALE).backward()
             size = lr * (1 + math.cos(math.pi * step / steps)) / 2
             with torch.no_grad():
                 for j, importance in enumerate(importances):

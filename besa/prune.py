@@ -50,6 +50,9 @@ from besa.workspace import Workspace, check_free
 # Tokens that go through a block at once: enough to keep the cores busy, few enough to fit.
 _BATCH_TOKENS = 512
 
+# Windows to draw each sample from, where the text has so many: a long text is not read to its end.
+_POOL = 16
+
 # The share of the batches on which a block's error is measured for the record.
 _JUDGED = 8
 
@@ -196,8 +199,8 @@ class _Run:
         name = f"{self.checkpoint.blocks_name}.{index}"
         linears = self.plan[index]
         stored = self.checkpoint.load_block(index)
-        for parameter, value in stored.named_parameters():
-            check_finite(value, f"{name}.{parameter}")
+        for own_name, value in stored.named_parameters():
+            check_finite(value, f"{name}.{own_name}")
         block = copy.deepcopy(stored).to(self.device, self.dtype)
 
         learns = self.config.method == "besa"
@@ -243,8 +246,8 @@ class _Run:
         self._put(stored, linears, updated, masks)
         changed = {x.parameter: stored.get_parameter(x.parameter).data for x in linears}
         for linear in linears:
-            value = changed[linear.parameter].to(self.device, self.dtype)
-            block.get_parameter(linear.parameter).data = value
+            parameter = block.get_parameter(linear.parameter)
+            parameter.data = changed[linear.parameter].to(self.device, self.dtype)
         error = self._error(block, judged, stream, dense)
         self._hand_on(index, "hand on", block, stream, calls)
         dense.close()
@@ -371,5 +374,6 @@ def _calibration(checkpoint: Checkpoint, config: PruneConfig) -> Tensor:
     if seqlen > most:
         raise BesaError(f"{checkpoint.directory} takes {most} tokens at once: lower --seqlen")
     tokenizer = load_tokenizer(checkpoint.directory)
-    stream = token_stream(tokenizer, documents_from(config.calibration, "calibration"))
+    documents = documents_from(config.calibration, "calibration")
+    stream = token_stream(tokenizer, documents, limit=_POOL * config.samples * seqlen)
     return calibration_windows(stream, config.samples, seqlen, config.seed)

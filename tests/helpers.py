@@ -153,6 +153,7 @@ def _become_besa(request: Mapping[str, Any]) -> None:
     from besa.cli import main
 
     code = 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         os.chdir(request["cwd"])
         os.environ.update(request["env"])

@@ -22,7 +22,7 @@ def test_tiny(benchmark):
 def test_a_childs_peak_is_its_own(environment):
     code = (
         "import sys; from common import run_measured\n"
-        "run = lambda mib: run_measured([sys.executable, '-c', f'bytes({mib} << 20)']).peak_rss\n"
+        "run = lambda mib: run_measured([sys.executable, '-c', f'b\"x\" * ({mib} << 20)']).peak_rss\n"
         "print((run(300) - run(100)) >> 20)"
     )
     done = subprocess.run(
