@@ -22,8 +22,8 @@ def test_tiny(benchmark):
 def test_a_childs_peak_is_its_own(environment):
     code = (
         "import sys; from common import run_measured\n"
-        "run = lambda mib: run_measured([sys.executable, '-c', f'b\"x\" * ({mib} << 20)']).peak_rss\n"
-        "print((run(300) - run(100)) >> 20)"
+        "run = lambda mib: run_measured([sys.executable, '-c', f'b\"x\" * ({mib} << 20)'])\n"
+        "print((run(300).peak_rss - run(100).peak_rss) >> 20)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
