@@ -125,12 +125,11 @@ def find_linears(
             elif parameter.ndim >= 2 and experts not in parameter.shape[:1]:
                 unknown[full] = parameter.numel()
     size = sum(p.numel() for p in block.parameters())
-    for name, count in unknown.items():
-        if count > size / 100:
-            raise BesaError(
-                f"{block_name}.{name} belongs to a {type(block).__name__} module that besa does "
-                f"not know how to prune; leave it dense with --exclude '{name}'"
-            )
+    if large := [name for name, count in unknown.items() if count > size / 100]:
+        raise BesaError(
+            f"{block_name}.{large[0]} belongs to a {type(block).__name__} module that besa does "
+            f"not know how to prune; leave it dense with --exclude '{'|'.join(large)}'"
+        )
     return linears
 
 
@@ -215,7 +214,7 @@ def capture(
             as_tuple = True  # the model unpacks what a block returns
             try:
                 first, row = _capture_one(model, blocks, tokens, as_tuple)
-            except _HandedOnChanged:
+            except (_HandedOnChanged, TypeError, ValueError, IndexError, AttributeError):
                 raise BesaError(
                     f"{type(model).__name__} is not supported: it changes the hidden states "
                     "between its blocks"

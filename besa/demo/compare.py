@@ -15,6 +15,7 @@ import torch
 
 import besa
 from besa.config import PruneConfig
+from besa.demo import MODEL
 from besa.evaluate import EvalConfig, Result, evaluate, paired
 from besa.machine import machine
 from besa.progress import Tell
@@ -91,7 +92,7 @@ def compare(
     dense, *pruned = results
     by_run = dict(zip(directories, pruned, strict=True))
     return {
-        "model": model.name if model.is_relative_to(Path(besa.__file__).parent) else str(model),
+        "model": "the embedded model" if model == MODEL else str(model),
         "text": text,
         "seqlen": seqlen,
         "tokens": dense.perplexity.tokens,
