@@ -21,7 +21,8 @@ Times are of alternating runs, in one process. Memory is the most held during tw
 what was held with the block, its inputs and (for `mask`) the incoming gradients in place, so the
 representation itself counts: on a CPU resident memory, in a process of its own for each figure;
 on a GPU what torch's allocator handed out. The masked weights, which the block needs whatever
-made them, count too; `of_masked_weights` says how much they are.
+made them, count too; `of_masked_weights` says how much they are, and the share of besa's memory
+in that of `dense` is given with and without them.
 """
 
 from __future__ import annotations
@@ -384,9 +385,18 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
             "seconds": {c: time[f"{part}/{c}"] for c in CONTENDERS},
             "speed_up": time[dense]["median"] / time[besa]["median"],
             "bytes": {c: memory[f"{part}/{c}"] for c in CONTENDERS},
-            "memory_share": memory[besa]["peak_extra"] / max(1, memory[dense]["peak_extra"]),
+            "memory_share": _share(memory[besa], memory[dense]),
+            "memory_share_beyond_masked_weights": _share(
+                memory[besa], memory[dense], "of_masked_weights"
+            ),
         }
     return result
+
+
+def _share(besa: dict[str, int], dense: dict[str, int], without: str | None = None) -> float:
+    """besa's peak as a share of the dense one's, both without a part that they have in common."""
+    parts = [size["peak_extra"] - (size[without] if without else 0) for size in (besa, dense)]
+    return parts[0] / max(1, parts[1])
 
 
 def rows_of(result: dict[str, Any]) -> Iterator[list[str]]:
@@ -401,6 +411,7 @@ def rows_of(result: dict[str, Any]) -> Iterator[list[str]]:
         cells.append(f"{result[part]['speed_up']:.2f}×")
         cells += [f"{size[contender]['peak_extra'] / 2**20:.0f}" for contender in CONTENDERS]
         cells.append(f"{result[part]['memory_share']:.2f}")
+        cells.append(f"{result[part]['memory_share_beyond_masked_weights']:.2f}")
         cells += [f"{size[c]['of_representation'] / 2**20:.0f}" for c in CONTENDERS]
         yield cells
 
@@ -408,7 +419,7 @@ def rows_of(result: dict[str, Any]) -> Iterator[list[str]]:
 HEADER = [
     "block",
     *["dense ms", "min–max", "besa ms", "min–max", "speed-up"],
-    *["dense MiB", "besa MiB", "share", "kept: dense", "besa"],
+    *["dense MiB", "besa MiB", "share", "without weights", "kept: dense", "besa"],
 ]
 
 
@@ -428,23 +439,23 @@ def main() -> None:
         args.shapes, args.tokens, args.rounds = ["tiny"], 16, 2
         args.dtypes = args.dtypes[:1]
     torch.set_num_threads(args.threads)
-    results = []
+    results: list[dict[str, Any]] = []
     for shape in args.shapes:
         for dtype in args.dtypes:
             case = Case(shape, dtype, args.device, args.tokens, args.threads)
             results.append(measure(case, args.rounds))
             print(table(HEADER, rows_of(results[-1])), flush=True)
-    write_json(
-        args.json or RESULTS / f"allocation-{args.device}.json",
-        {
-            "conditions": conditions(args.device),
-            "sparsity": SPARSITY,
-            "candidates": CANDIDATES,
-            "samples_a_step": 1,
-            "memory": "resident (VmHWM)" if args.device == "cpu" else "torch's allocator",
-            "results": results,
-        },
-    )
+            write_json(  # after every case: a run of minutes that is cut off is not all lost
+                args.json or RESULTS / f"allocation-{args.device}.json",
+                {
+                    "conditions": conditions(args.device),
+                    "sparsity": SPARSITY,
+                    "candidates": CANDIDATES,
+                    "samples_a_step": 1,
+                    "memory": "resident (VmHWM)" if args.device == "cpu" else "torch's allocator",
+                    "results": results,
+                },
+            )
 
 
 if __name__ == "__main__":

@@ -33,11 +33,17 @@ import torch
 from common import RESULTS, SHAPES, conditions, llama_block, seconds_of, spread, table, write_json
 from torch import Tensor
 
-from besa.allocate import AllocatedLinear, learn_rates, rank_buckets
+from besa.allocate import rank_buckets
 from besa.blocks import find_linears, observe
-from besa.choose import learn_choice
 from besa.config import Pattern, PruneConfig
-from besa.methods import Masks, allocated_masks, magnitude_masks, sparsegpt_weights, wanda_masks
+from besa.methods import (
+    Masks,
+    allocated_masks,
+    besa_masks,
+    magnitude_masks,
+    sparsegpt_weights,
+    wanda_masks,
+)
 from besa.scores import Hessians, InputNorms, wanda
 from besa.update import sparsegpt
 
@@ -65,11 +71,10 @@ LEAST_LEARNED = 0.99
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a method gives: masks, and new weights or rates where it has them."""
+    """What a method gives: masks, and the weights that they go with."""
 
     masks: Masks
     weights: Mapping[str, Tensor]
-    rates: list[Tensor]
 
 
 class Bench:
@@ -117,53 +122,36 @@ class Bench:
         """Wanda's importance by name."""
         return {x.name: wanda(self.weights[x.name], self.norms.of(x)) for x in self.linears}
 
-    def prune(self, method: str, pattern: Pattern) -> Pruned:
+    def prune(self, method: str, pattern_text: str) -> Pruned:
         """One method, from weights and statistics to masks."""
         linears, weights, zeros = self.linears, self.weights, self.zeros
+        pattern = Pattern.parse(pattern_text)
         if method == "magnitude":
-            return Pruned(magnitude_masks(linears, weights, zeros, RATE, pattern), weights, [])
+            return Pruned(magnitude_masks(linears, weights, zeros, RATE, pattern), weights)
         if method == "wanda":
-            return Pruned(wanda_masks(linears, self.scored(), zeros, RATE, pattern), weights, [])
+            return Pruned(wanda_masks(linears, self.scored(), zeros, RATE, pattern), weights)
         if method == "sparsegpt":
             masks, updated = sparsegpt_weights(
                 linears, weights, self.hessians, zeros, RATE, pattern
             )
-            return Pruned(masks, updated, [])
-        scored = self.scored()
-        flat, scores = [weights[x.name][0] for x in linears], [scored[x.name][0] for x in linears]
+            return Pruned(masks, updated)
 
         def forward(i: int, masked: Sequence[Tensor]) -> Tensor:
             stand_ins = {x.parameter: m for x, m in zip(linears, masked, strict=True)}
             return self.call.run(self.block, self.hidden[i], stand_ins)
 
-        epochs, generator = PruneConfig.epochs, torch.Generator().manual_seed(0)
-        if pattern.m:
-            chosen: list[Tensor] = []
-            for step in learn_choice(
-                forward,
-                self.targets,
-                flat,
-                scores,
-                pattern.n,
-                pattern.m,
-                epochs=epochs,
-                generator=generator,
-            ):
-                chosen = step[1]
-            masks = {x.name: mask.unsqueeze(0) for x, mask in zip(linears, chosen, strict=True)}
-            return Pruned(masks, weights, [])
-        rates: list[Tensor] = []
-        for learned in learn_rates(
-            forward,
-            self.targets,
-            [AllocatedLinear(w, rank_buckets(s)) for w, s in zip(flat, scores, strict=True)],
-            RATE,
-            granularity=method.removeprefix("besa "),
-            epochs=epochs,
-            generator=generator,
-        ):
-            rates = learned[2]
-        return Pruned(allocated_masks(linears, scored, rates, zeros), weights, rates)
+        config = PruneConfig(
+            out="nowhere",
+            pattern=pattern_text,
+            granularity="layer" if method == "besa layer" else "row",
+        )
+        generator = torch.Generator().manual_seed(0)
+        return Pruned(
+            besa_masks(
+                linears, weights, self.scored(), zeros, config, forward, self.targets, generator
+            ),
+            weights,
+        )
 
     @torch.no_grad()
     def error(self, pruned: Pruned) -> float:
@@ -190,7 +178,7 @@ def measure(bench: Bench, method: str, pattern: str, runs: int) -> tuple[dict[st
 
     def work() -> None:
         kept.clear()
-        kept.append(bench.prune(method, Pattern.parse(pattern)))
+        kept.append(bench.prune(method, pattern))
 
     work()
     kept.clear()
@@ -254,7 +242,10 @@ def check_simple(bench: Bench, masks: Mapping[tuple[str, str], Masks], checks: C
 
 
 def check_projection(bench: Bench, learned: Pruned, checks: Checks) -> None:
-    """BESA's buckets and projection on the CPU, from the same weights, norms and rates."""
+    """BESA's buckets and projection on the CPU, from the same weights, norms and rates.
+
+    The rates are those of the masks learned on the GPU: projecting them must give these masks.
+    """
     scored = {name: scores.cpu() for name, scores in bench.scored().items()}
     first = bench.linears[0].name
     checks.add(
@@ -264,7 +255,8 @@ def check_projection(bench: Bench, learned: Pruned, checks: Checks) -> None:
             {first: rank_buckets(scored[first][0])},
         ),
     )
-    on_cpu = allocated_masks(bench.linears, scored, [r.cpu() for r in learned.rates], bench.zeros)
+    rates = [1 - learned.masks[x.name].cpu().double().mean(2).flatten() for x in bench.linears]
+    on_cpu = allocated_masks(bench.linears, scored, rates, bench.zeros)
     checks.add(
         "besa: projected masks as on the CPU, from the same rates",
         equal_share(learned.masks, on_cpu),
@@ -280,7 +272,7 @@ def check_learning(device: str, shape: str, checks: Checks) -> None:
         for where in (device, "cpu"):
             small = Bench(shape, torch.float32, where, samples=8, tokens=128)
             small.gather(with_hessians=False)
-            masks.append(small.prune(method, Pattern.parse(pattern)).masks)
+            masks.append(small.prune(method, pattern).masks)
         checks.add(
             f"{method} {pattern}: masks of a small block learned as on the CPU",
             equal_share(*masks),

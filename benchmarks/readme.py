@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,65 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {"table": ("table.json", table)}
+def cost(wallclock: dict[str, Any], memory: dict[str, Any], allocation: dict[str, Any]) -> str:
+    """Time and memory, from benchmarks/wallclock.py, memory.py and allocation.py."""
+    lines = [
+        "| whole run of `besa prune` | Wanda | BESA | ratio (rounds) |",
+        "| --- |" + " --- |" * 3,
+    ]
+    for name, model in wallclock["models"].items():
+        seconds, ratio = model["wall_clock_seconds"], model["ratio"]
+        lines.append(
+            f"| {name}, {model['settings']['samples']} samples of {model['settings']['seqlen']} "
+            f"tokens | {seconds['wanda']['median']:.1f} s | {seconds['besa']['median']:.1f} s "
+            f"| {ratio['of_medians']:.2f}× ({ratio['min']:.2f}–{ratio['max']:.2f}) |"
+        )
+    few, many = memory["model"]["layers"]
+    lines += ["", f"| peak resident memory | {few} blocks | {many} blocks | growth |"]
+    lines.append("| --- |" + " --- |" * 3)
+    for method, result in memory["methods"].items():
+        low, high = (f"{one['median'] / 2**20:.0f} MiB" for one in result["peak_rss"].values())
+        lines.append(f"| {method} | {low} | {high} | {result['growth']:+.1%} |")
+    lines += [
+        "",
+        "BESA's masks against the obvious representation (int64 sort order, dense probabilities "
+        "under autograd), one calibration sample of "
+        f"{allocation['results'][0]['tokens']:,} tokens, time to build the masked weights and "
+        "push the gradient back, and the whole learning step with the block's own forward and "
+        "backward:",
+        "",
+        "| one block of | masks: dense | besa | faster | extra memory "
+        "| whole step: faster | extra memory |",
+        "| --- |" + " --- |" * 6,
+    ]
+    for result in allocation["results"]:
+        mask, step = result["mask"], result["step"]
+        times = [f"{mask['seconds'][c]['median']:.2f} s" for c in ("dense", "besa")]
+        lines.append(
+            f"| {result['shape']}, {result['dtype']} | {times[0]} | {times[1]} "
+            f"| {mask['speed_up']:.1f}× | {mask['memory_share']:.2f} of it "
+            f"| {step['speed_up']:.1f}× | {step['memory_share']:.2f} of it |"
+        )
+    conditions = allocation["conditions"]
+    lines += [
+        "",
+        f"{conditions['cpu']}, {conditions['threads']} threads, torch {conditions['torch']}, "
+        f"transformers {conditions['transformers']}. `python benchmarks/wallclock.py`, "
+        "`memory.py`, `allocation.py`; `benchmarks/gpu.sh` does it on a GPU.",
+    ]
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
+    "table": (table, ("table.json",)),
+    "cost": (cost, ("wallclock.json", "memory.json", "allocation-cpu.json")),
+}
 
 
 def filled(text: str) -> str:
     """The README with every marked section as the results say."""
-    for name, (file, render) in SECTIONS.items():
-        body = render(json.loads((RESULTS / file).read_text()))
+    for name, (render, files) in SECTIONS.items():
+        body = render(*(json.loads((RESULTS / file).read_text()) for file in files))
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         text, count = re.subn(pattern, lambda m: m[1] + body + "\n" + m[2], text, flags=re.S)  # noqa: B023
         if count != 1:

@@ -143,6 +143,10 @@ def _is_router(block: nn.Module, name: str, rows: int, experts: int | None) -> b
     )
 
 
+# A block returns its hidden states, alone or in front of attention weights and a state.
+_MOST_VALUES = 3
+
+
 @dataclass(frozen=True)
 class Call:
     """How the model calls one block: all arguments but the hidden states, verbatim."""
@@ -206,19 +210,20 @@ def capture(
     """
     hidden: list[Tensor] = []
     calls: list[list[Call]] = []
-    as_tuple = False
+    values = 0
     for tokens in batches:
-        try:
-            first, row = _capture_one(model, blocks, tokens, as_tuple)
-        except _HandedOnChanged:
-            as_tuple = True  # the model unpacks what a block returns
+        reasons: list[str] = []
+        while True:
             try:
-                first, row = _capture_one(model, blocks, tokens, as_tuple)
-            except (_HandedOnChanged, TypeError, ValueError, IndexError, AttributeError):
-                raise BesaError(
-                    f"{type(model).__name__} is not supported: it changes the hidden states "
-                    "between its blocks"
-                ) from None
+                first, row = _capture_one(model, blocks, tokens, values)
+                break
+            except (_HandedOnChanged, TypeError, ValueError, IndexError, AttributeError) as error:
+                reasons.append(str(error))
+            values += 1  # perhaps the model unpacks what a block returns
+            if values > _MOST_VALUES:
+                name, changed = type(model).__name__, str(_HandedOnChanged())
+                reason = changed if changed in reasons else reasons[0]
+                raise BesaError(f"{name} is not supported: {reason}")
         known = calls[0] if calls else row
         row = [
             old if _same((old.args, old.kwargs), (new.args, new.kwargs)) else new
@@ -232,10 +237,14 @@ def capture(
 class _HandedOnChanged(Exception):
     """A block did not receive what the one before it handed on."""
 
+    def __str__(self) -> str:
+        return "it changes the hidden states between its blocks"
+
 
 def _capture_one(
-    model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, as_tuple: bool
+    model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, values: int
 ) -> tuple[Tensor, list[Call]]:
+    """One batch; a stand-in returns a tuple of `values`, or the bare hidden states for 0."""
     seen: list[Call] = []
     first: list[Tensor] = []
 
@@ -248,7 +257,7 @@ def _capture_one(
             raise _HandedOnChanged
         first.append(hidden)
         seen.append(Call(args[1:], kwargs))
-        return (hidden,) if as_tuple else hidden
+        return (hidden, *[None] * (values - 1)) if values else hidden
 
     for block in blocks:
         block.forward = stand_in
@@ -306,6 +315,12 @@ class observe(TorchFunctionMode):
             inputs, weight = operands
             linear = self.linears.get(weight.untyped_storage().data_ptr())
             if linear is not None:
+                inputs_first = (func is nn.functional.linear) != (weight.stride(-1) == 1)
+                if inputs_first != linear.transposed:
+                    raise BesaError(
+                        f"besa does not know how {linear.name} is laid out; leave it dense with "
+                        f"--exclude '{re.escape(linear.name)}'"
+                    )
                 self._report(linear, inputs, weight)
         return func(*args, **kwargs)
 

@@ -168,16 +168,19 @@ class Checkpoint:
         """Brings a block's weights into memory, from the model or from `files` that override it.
 
         Raises:
-            BesaError: a weight of the block is not in the checkpoint.
+            BesaError: a weight of the block is not in the checkpoint, or of another shape.
         """
         self._load(self.block_keys[index], files or self.files)
         block = self.blocks[index]
-        for name, parameter in block.named_parameters():
+        for own_name, parameter in block.named_parameters():
             if parameter.is_meta:
-                raise BesaError(
-                    f"{self.directory} lacks the weight {self.blocks_name}.{index}.{name}"
-                )
+                raise self._lacking(f"{self.blocks_name}.{index}.{own_name}")
         return block
+
+    def _lacking(self, name: str) -> BesaError:
+        if name in self._targets.values():
+            return BesaError(f"{self.directory}: {name} has another shape than config.json says")
+        return BesaError(f"{self.directory} lacks the weight {name}")
 
     def unload_block(self, index: int) -> None:
         """Frees a block's weights; its buffers stay."""
@@ -192,14 +195,14 @@ class Checkpoint:
         Raises:
             BesaError: one of its weights is not in the checkpoint.
         """
-        base = self.model.get_submodule(str(self.model.base_model_prefix))
-        prefix = str(self.model.base_model_prefix) + "."
+        name = self.blocks_name.split(".")[0]
+        base, prefix = self.model.get_submodule(name), name + "."
         keys = [key for key in self.other_keys if self._targets[key].startswith(prefix)]
         self._load(keys, self.files)
         for name, parameter in self.model.named_parameters():
             inside = name.startswith(prefix) and not name.startswith(self.blocks_name + ".")
             if inside and parameter.is_meta:
-                raise BesaError(f"{self.directory} lacks the weight {name}")
+                raise self._lacking(name)
         try:
             yield base
         finally:

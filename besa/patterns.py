@@ -105,11 +105,12 @@ def n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     """
     rows, cols = scores.shape
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    place = torch.uint8 if m <= 256 else torch.int32
     for chunk in row_chunks(rows, cols * m):
         members = scores[chunk].reshape(-1, cols // m, m).unbind(2)
         kept = []
         for j, own in enumerate(members):
-            above = torch.zeros(own.shape, dtype=torch.uint8, device=own.device)
+            above = torch.zeros(own.shape, dtype=place, device=own.device)
             for k, other in enumerate(members):
                 if k != j:
                     above += other >= own if k > j else other > own

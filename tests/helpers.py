@@ -294,6 +294,155 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 
+_SLIDING = {"head_dim": 8, "sliding_window": 8}
+_MIXED = {**_SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
+_ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SHARED = {**_ROUTED, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_RECURRENT = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_STATE = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_GPT = {key: value for key, value in FAMILIES["gpt2"].items() if key != "initializer_range"}
+
+# More of them, for what is odd in each: how a block is called and what it returns, other mixers
+# than attention, latent and shared parts, scalars and convolutions among the weights.
+ODD_FAMILIES: dict[str, dict[str, Any]] = {
+    "bamba": {**_LLAMA, **_STATE, "attn_layer_indices": [1]},
+    "biogpt": {**_SIZES, "intermediate_size": 48, "pad_token_id": 1},
+    "bloom": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    },
+    "codegen": {**_GPT, "rotary_dim": 4, "n_ctx": 64},
+    "cohere2": {**_LLAMA, **_SLIDING},
+    "deepseek_v2": {**_LLAMA, **_SHARED, **_LATENT, "n_group": 2, "topk_group": 1},
+    "deepseek_v3": {**_LLAMA, **_SHARED, **_LATENT, "n_group": 2, "topk_group": 1},
+    "ernie4_5_moe": {
+        **_LLAMA,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 16,
+        "moe_layer_start_index": 1,
+        "moe_num_shared_experts": 1,
+    },
+    "falcon": {**_SIZES, "new_decoder_architecture": False, "multi_query": True, "alibi": False},
+    "falcon_h1": {
+        **_LLAMA,
+        "head_dim": 8,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    },
+    "gemma3n_text": {
+        **_LLAMA,
+        **_MIXED,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "laurel_rank": 8,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
+    "glm4_moe": {**_LLAMA, **_SHARED, "head_dim": 8, "n_group": 1, "topk_group": 1},
+    "gpt_bigcode": _GPT,
+    "gpt_neo": {
+        **_SIZES,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+    },
+    "gptj": {**_GPT, "rotary_dim": 4},
+    "granitemoe": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoehybrid": {
+        **_LLAMA,
+        **_STATE,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16,
+        "layer_types": ["mamba", "attention"],
+    },
+    "lfm2": {**_LLAMA, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48},
+    "minimax": {
+        **_LLAMA,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "mpt": {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4},
+    "olmo3": {**_LLAMA, "sliding_window": 8},
+    "phi": _LLAMA,
+    "phimoe": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **_LLAMA,
+        **_ROUTED,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 24,
+    },
+    "qwen3_next": {
+        **_LLAMA,
+        **_ROUTED,
+        **_RECURRENT,
+        "head_dim": 8,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 16,
+    },
+    "rwkv": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "context_length": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "xglm": {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "num_layers": 2,
+        "attention_heads": 4,
+        "ffn_dim": 48,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    },
+    # A language model with eyes: only the former is pruned.
+    "gemma3": {
+        "text_config": FAMILIES["gemma3_text"],
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+        "image_token_index": 256,
+        "boi_token_index": 255,
+        "eoi_token_index": 254,
+    },
+}
+
 
 def random_model(family: str, **changes: Any) -> Any:
     """A tiny model with random weights, norms and biases too."""
@@ -302,7 +451,8 @@ def random_model(family: str, **changes: Any) -> Any:
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+        settings = {**FAMILIES, **ODD_FAMILIES}[family]
+        config = AutoConfig.for_model(family, **{**settings, **changes})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -596,7 +596,12 @@ def broken_tokenizer(bad: Bad) -> str:
 
 def other_shapes(bad: Bad) -> str:
     bad.config(intermediate_size=96)
-    return r"model\.layers\.0\.mlp\..*"
+    return r"model\.layers\.0\.mlp\.\w+\.weight has another shape than config\.json says"
+
+
+def other_vocabulary(bad: Bad) -> str:
+    bad.config(vocab_size=300)
+    return r"model\.embed_tokens\.weight has another shape than config\.json says"
 
 
 EARLY: list[Spoil] = [
@@ -688,6 +693,7 @@ LATE: list[Spoil] = [
     missing_weight,
     missing_embedding,
     other_shapes,
+    other_vocabulary,
 ]
 
 

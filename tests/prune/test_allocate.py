@@ -1,4 +1,4 @@
-"""BESA's learned rates: ranks, the mask and its gradient against dense autograd, learning."""
+"""BESA's learned rates, and its learned choice for N:M: gradients against dense autograd."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from besa.allocate import CANDIDATES, AllocatedLinear, RateMask, learn_rates, rank_buckets
 from besa.blocks import Linear
+from besa.choose import ChoiceMask, learn_choice
 from besa.methods import allocated_masks
-from besa.patterns import counts_for, lowest_pruned
+from besa.patterns import counts_for, lowest_pruned, n_of_m
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -275,3 +276,87 @@ def test_projection_keeps_the_order_of_the_learned_rates(uneven: Uneven):
     assert int(counts.sum()) == 960
     order = rates[0].argsort()
     assert (counts[order].diff() >= 0).all()
+
+
+# ------------------------------------------------------------------------------ N:M
+
+
+def test_choice_is_the_mask_and_its_gradient_that_of_a_soft_mask():
+    weight, upstream = random(6, 32), random(6, 32, seed=1)
+    mask = n_of_m(weight.abs(), 2, 4)
+    importance = weight.abs().log().requires_grad_()
+    masked = ChoiceMask.apply(importance, weight, mask)
+    assert torch.equal(masked, weight * mask)
+    masked.backward(upstream)
+
+    dense = mask.double().requires_grad_()
+    (weight.double() * dense).backward(upstream.double())
+    assert importance.grad is not None
+    assert dense.grad is not None
+    torch.testing.assert_close(importance.grad.double(), dense.grad, rtol=1e-6, atol=1e-9)
+
+
+Choices = list[tuple[float, list[Tensor]]]
+
+
+def choose(uneven: Uneven, n: int, m: int, epochs: int = 8, seed: int = 0) -> Choices:
+    steps = learn_choice(
+        uneven.forward,
+        uneven.targets,
+        uneven.weights,
+        uneven.scores,
+        n,
+        m,
+        epochs=epochs,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return [(loss, [mask.clone() for mask in masks]) for loss, masks in steps]
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2)])
+def test_every_step_keeps_n_of_m_and_the_last_beats_wanda(uneven: Uneven, n: int, m: int):
+    steps = choose(uneven, n, m)
+    assert len(steps) == 8 * len(uneven.targets)
+    for loss, masks in steps:
+        assert np.isfinite(loss)
+        for mask, weight in zip(masks, uneven.weights, strict=True):
+            assert mask.shape == weight.shape
+            assert (mask.reshape(-1, m).sum(1) == n).all()
+    wanda = uneven.error([n_of_m(scores, n, m) for scores in uneven.scores])
+    assert uneven.error(steps[-1][1]) < wanda
+    losses = [loss for loss, _ in steps]
+    assert np.mean(losses[-6:]) < np.mean(losses[:6])
+
+
+def test_the_same_seed_makes_the_same_choice(uneven: Uneven):
+    a, b = choose(uneven, 2, 4, epochs=2), choose(uneven, 2, 4, epochs=2)
+    assert [loss for loss, _ in a] == [loss for loss, _ in b]
+    assert all(torch.equal(x, y) for x, y in zip(a[-1][1], b[-1][1], strict=True))
+
+
+def test_choosing_leaves_scores_and_weights_alone(uneven: Uneven):
+    given = (*uneven.scores, *uneven.weights, *uneven.targets)
+    before = [tensor.clone() for tensor in given]
+    choose(uneven, 2, 4, epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True))
+    assert not any(tensor.requires_grad for tensor in given)
+
+
+def test_scores_of_nought_and_linears_out_of_use(uneven: Uneven):
+    """An input that never fires, and an expert that no token of the batch reaches."""
+    scores = [score.clone() for score in uneven.scores]
+    scores[0][:, :8] = 0
+    unused = random(4, 8)
+    steps = learn_choice(
+        lambda i, masked: uneven.forward(i, masked[:2]),
+        uneven.targets,
+        [*uneven.weights, unused],
+        [*scores, unused.abs()],
+        2,
+        4,
+        generator=torch.Generator().manual_seed(0),
+    )
+    *_, (loss, masks) = steps
+    assert np.isfinite(loss)
+    assert all((mask.reshape(-1, 4).sum(1) == 2).all() for mask in masks)
+    assert torch.equal(masks[2], n_of_m(unused.abs(), 2, 4))

@@ -12,20 +12,30 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.pytorch_utils import Conv1D
 
 from besa.blocks import capture, expert_count, find_linears, observe
-from besa.calibration import calibration_windows, token_stream
 from besa.checkpoint import Checkpoint
 from besa.config import PruneConfig
+from besa.errors import BesaError
 from besa.patterns import lowest_pruned, n_of_m
-from besa.prune import PruneResult
+from besa.prune import PruneResult, _calibration
 from besa.prune import prune as prune_model
 from besa.scores import InputNorms
 from tests.helpers import (
     EXPERTS,
     FAMILIES,
+    ODD_FAMILIES,
+    VOCABULARY,
     digests,
     load_strictly,
     random_model,
@@ -43,6 +53,18 @@ SEQLEN = 16
 SAMPLES = 4
 
 
+@pytest.mark.xfail(reason="once besa.prune is imported, the module hides the function")
+def test_the_api_is_as_the_package_says():
+    import besa
+    from besa import PruneConfig as Config
+    from besa import PruneResult as Result
+    from besa import prune as function
+
+    assert (Config, Result) == (PruneConfig, PruneResult)
+    assert callable(function)
+    assert callable(besa.prune)
+
+
 def prune(model: Path, out: Path, calibration: Path, **options: Any) -> PruneResult:
     settings = {"samples": SAMPLES, "seqlen": SEQLEN, "epochs": 1, "device": "cpu", **options}
     return prune_model(model, PruneConfig(out=out, calibration=str(calibration), **settings))
@@ -50,8 +72,10 @@ def prune(model: Path, out: Path, calibration: Path, **options: Any) -> PruneRes
 
 def windows_of(model: Path, calibration: Path) -> Tensor:
     """The calibration that `prune` uses."""
-    stream = token_stream(AutoTokenizer.from_pretrained(model), [calibration.read_text()])
-    return calibration_windows(stream, SAMPLES, SEQLEN, seed=0)
+    config = PruneConfig(
+        out="-", calibration=str(calibration), samples=SAMPLES, seqlen=SEQLEN, device="cpu"
+    )
+    return _calibration(Checkpoint.open(model), config)
 
 
 def is_prunable(key: str, tensor: Tensor) -> bool:
@@ -152,7 +176,7 @@ def stock_model(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager").eval()
 
 
-@families
+@pytest.mark.parametrize("family", [*FAMILIES, *ODD_FAMILIES])
 def test_replayed_blocks_give_the_models_own_hidden_states(
     family: str, family_model: MakeModel, calibration: Path
 ):
@@ -302,6 +326,192 @@ def test_an_expert_without_tokens_is_named_and_pruned_by_magnitude(
                 if lost.any() and not lost.all():
                     assert row[lost].max() <= row[~lost].min(), name
             assert torch.equal(dense[2][~zeroed], pruned[2][~zeroed])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ODD_FAMILIES)
+def test_odd_families(family: str, family_model: MakeModel, calibration: Path, tmp_path: Path):
+    model = family_model(family)
+    result = prune(model, tmp_path / "out", calibration)
+    before, after = stored(model), stored(result.out)
+    assert after.keys() == before.keys()
+    changed = [key for key in before if not same_bytes(before[key], after[key])]
+    assert all(before[key].ndim >= 2 for key in changed)
+    assert not [
+        key
+        for key in changed
+        if re.search(r"(mlp|moe)\.(gate|router)\.|conv1d|conv\.conv|vision", key)
+    ]
+    for key in changed:
+        kept = after[key] != 0
+        assert torch.equal(after[key][kept], before[key][kept])
+    zeros = sum(int((after[key] == 0).sum()) for key in changed)
+    assert zeros == result.record["sparsity"]["zeros"]
+    assert sum(before[key].numel() for key in changed) == result.record["sparsity"]["weights"]
+    assert result.sparsity == 0.5
+    with torch.no_grad():
+        assert load_strictly(result.out)(windows_of(model, calibration)).logits.isfinite().all()
+
+
+# ----------------------------------------------------------------------- what besa cannot prune
+
+
+class StrangeConfig(PreTrainedConfig):
+    model_type = "strange"
+
+    def __init__(self, kind: str = "known", **more: Any) -> None:
+        self.kind = kind
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = VOCABULARY, 32, 2
+        super().__init__(**more)
+
+
+class StrangeMixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = nn.Parameter(torch.randn(32, 32) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.mixing
+
+
+class StrangeBlock(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.mixer = StrangeMixer() if kind == "matrix" else nn.Identity()
+        self.up = nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.down(self.up(self.mixer(hidden)).relu())
+
+
+class StrangeModel(PreTrainedModel):
+    config_class = StrangeConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: StrangeConfig) -> None:
+        super().__init__(config)
+        self.kind = config.kind
+        self.embed = nn.Embedding(VOCABULARY, 32)
+        if self.kind == "no list":
+            self.first, self.second = StrangeBlock(self.kind), StrangeBlock(self.kind)
+        else:
+            self.layers = nn.ModuleList(StrangeBlock(self.kind) for _ in range(2))
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, **_: Any) -> BaseModelOutput:
+        hidden = self.embed(input_ids)
+        blocks = [self.first, self.second] if self.kind == "no list" else list(self.layers)
+        for block in blocks * 2 if self.kind == "twice" else blocks:
+            hidden = block(hidden)
+            if self.kind == "between":
+                hidden = hidden + 1
+        return BaseModelOutput(last_hidden_state=hidden)
+
+
+class StrangeForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = StrangeConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: StrangeConfig) -> None:
+        super().__init__(config)
+        self.model = StrangeModel(config)
+        self.lm_head = nn.Linear(32, VOCABULARY, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.lm_head(self.model(input_ids).last_hidden_state))
+
+
+@pytest.fixture(scope="module")
+def strange(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Makes a model of an architecture that nobody knows."""
+    AutoConfig.register("strange", StrangeConfig)
+    AutoModelForCausalLM.register(StrangeConfig, StrangeForCausalLM)
+
+    def make(kind: str) -> Path:
+        torch.manual_seed(0)
+        model = StrangeForCausalLM(StrangeConfig(kind))
+        return save_with_tokenizer(model, tmp_path_factory.mktemp("strange") / kind, tiny_model)
+
+    return make
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_architecture_that_nobody_knows(
+    method: str, strange: MakeModel, calibration: Path, tmp_path: Path
+):
+    result = prune(strange("known"), tmp_path / "out", calibration, method=method)
+    assert result.record["sparsity"]["weights"] == 2 * 2 * 64 * 32
+    assert result.sparsity == 0.5
+    load_strictly(result.out)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("matrix", r"model\.layers\.0\.mixer\.mixing belongs to a StrangeBlock .* not know"),
+        ("between", "StrangeModel is not supported: it changes the hidden states between"),
+        ("twice", "StrangeModel is not supported: it called 4 of its 2 blocks"),
+        ("no list", "StrangeForCausalLM has no list of blocks"),
+    ],
+)
+def test_what_cannot_be_pruned_is_said(
+    kind: str, message: str, strange: MakeModel, calibration: Path, tmp_path: Path
+):
+    with pytest.raises(BesaError, match=message):
+        prune(strange(kind), tmp_path / "out", calibration, method="wanda")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_matrix_can_be_left_dense_as_advised(
+    strange: MakeModel, calibration: Path, tmp_path: Path
+):
+    model = strange("matrix")
+    with pytest.raises(BesaError) as caught:
+        prune(model, tmp_path / "out", calibration)
+    assert not list(tmp_path.iterdir())
+    advised = re.search(r"--exclude '(.*)'", str(caught.value))
+    assert advised
+    result = prune(model, tmp_path / "out", calibration, exclude=advised[1])
+    before, after = stored(model), stored(result.out)
+    assert same_bytes(before["model.layers.0.mixer.mixing"], after["model.layers.0.mixer.mixing"])
+    assert result.record["sparsity"]["weights"] == 2 * 2 * 64 * 32
+
+
+def test_unknown_matrices_of_a_state_space_model(
+    tiny_model: Path, calibration: Path, tmp_path: Path
+):
+    config = AutoConfig.for_model(
+        "mamba", vocab_size=VOCABULARY, hidden_size=32, state_size=8, num_hidden_layers=2
+    )
+    made = AutoModelForCausalLM.from_config(config)
+    model = save_with_tokenizer(made, tmp_path / "model", tiny_model)
+    with pytest.raises(BesaError, match=r"leave it dense with --exclude 'mixer\.A_log'"):
+        prune(model, tmp_path / "out", calibration)
+    result = prune(model, tmp_path / "out", calibration, exclude="mixer.A_log")
+    assert result.sparsity == 0.5
+    load_strictly(result.out)
+
+
+def test_experts_laid_out_in_an_unknown_way_are_named(
+    tiny_model: Path, calibration: Path, tmp_path: Path
+):
+    settings = {
+        **FAMILIES["mixtral"],
+        "head_dim": 8,
+        "intermediate_size": 16,  # gate and up: 32 by 32, so that no shape tells
+        "intermediate_size_mlp": 48,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+    }
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **settings))
+    model = save_with_tokenizer(made, tmp_path / "model", tiny_model)
+    with pytest.raises(BesaError, match=r"feed_forward\.experts\.gate_up_proj is laid out"):
+        prune(model, tmp_path / "out", calibration)
+    result = prune(model, tmp_path / "new", calibration, exclude=r"experts\.")
+    assert result.sparsity == 0.5
+    load_strictly(result.out)
 
 
 # ------------------------------------------------------------------- how checkpoints are stored
@@ -463,6 +673,39 @@ def test_besas_blocks_are_no_worse_than_wandas(
         # Counts are whole: rows of one rate differ by one weight at most.
         if granularity == "layer":
             assert all(width <= 1 / 16 + 1e-6 for width in spread)
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern"),
+    [
+        pytest.param(
+            *("besa", "unstructured"),
+            marks=pytest.mark.xfail(reason="only the first batch's output is looked at in time"),
+        ),
+        ("besa", "2:4"),
+        ("wanda", "unstructured"),
+    ],
+)
+def test_an_overflow_in_a_later_batch(method: str, pattern: str, tiny_model: Path, tmp_path: Path):
+    """One letter of the text drives a product past float16's range."""
+    made = random_model("llama", head_dim=8)
+    with torch.no_grad():
+        embedding = made.model.embed_tokens.weight
+        embedding[:, 0] = 0
+        for layer in made.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0
+        rare = AutoTokenizer.from_pretrained(tiny_model)("\u0161")["input_ids"][-1]
+        embedding[rare] = 0
+        embedding[rare, 0] = 1
+        made.model.layers[0].mlp.gate_proj.weight[0, 0] = 200
+        made.model.layers[0].mlp.up_proj.weight[0, 0] = 200
+    model = save_with_tokenizer(made, tmp_path / "model", tiny_model)
+    text = tmp_path / "text.txt"
+    text.write_text("Some words, and more. " * 70 + "\u0161" + " And the rest." * 115)
+    options = {"samples": 192, "dtype": "float16", "method": method, "pattern": pattern}
+    for seed in range(2):
+        with pytest.raises(BesaError, match=r"the output of .*0.* NaN or Inf"):
+            prune(model, tmp_path / f"out{seed}", text, seed=seed, **options)
 
 
 def test_the_model_and_torchs_state_are_left_alone(

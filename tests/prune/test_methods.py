@@ -401,7 +401,7 @@ def test_equal_columns_are_damped():
     assert int((~mask).sum()) == 256
 
 
-@pytest.mark.parametrize("name", ["2:256", "96:192", "3:5"])
+@pytest.mark.parametrize("name", ["2:256", "2:257", "96:192", "3:5"])
 def test_groups_need_not_fit_the_blocks(name: str):
     pattern = Pattern.parse(name)
     weight = random(4, 2 * pattern.m)

@@ -144,6 +144,14 @@ def test_n_of_m_is_brute_force(n: int, m: int, data: st.DataObject):
     assert (mask.reshape(-1, m).sum(1) == n).all()
 
 
+@pytest.mark.parametrize("m", [256, 257])
+@pytest.mark.parametrize("n", [1, 255])
+def test_large_groups(n: int, m: int):
+    scores = torch.randint(0, 50, (3, 2 * m), generator=torch.Generator().manual_seed(0)).float()
+    expected = numpy_lowest_pruned(scores.reshape(-1, m).numpy(), [m - n] * 6)
+    assert np.array_equal(n_of_m(scores, n, m), expected.reshape(3, 2 * m))
+
+
 def test_chunks_of_rows_give_the_whole(monkeypatch: pytest.MonkeyPatch):
     def all_masks() -> list[Tensor]:
         return [lowest_pruned(scores, counts), n_of_m(scores, 2, 4)]
