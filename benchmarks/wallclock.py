@@ -34,6 +34,7 @@ from common import (
 
 METHODS = ("wanda", "besa")
 MOST_RATIO = 4.0
+BUILT_IN = ROOT / "besa" / "demo" / "model"
 
 
 def compare(model: Path, out: Path, rounds: int, options: list[object]) -> dict[str, Any]:
@@ -67,13 +68,13 @@ def _ratio(seconds: dict[str, list[float]]) -> dict[str, float]:
 def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, default=ROOT / "besa" / "demo" / "model")
+    parser.add_argument("--model", type=Path, default=BUILT_IN)
     parser.add_argument("--samples", type=int, default=128, help="for the model")
     parser.add_argument("--shape", default="tinyllama", choices=SHAPES, help="of the random one")
-    parser.add_argument("--layers", type=int, default=2, help="of the random one")
-    parser.add_argument("--random-samples", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=1, help="of the random one")
+    parser.add_argument("--random-samples", type=int, default=8)
     parser.add_argument("--random-seqlen", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=RESULTS / "wallclock.json")
     parser.add_argument("--tiny", action="store_true", help="a quick look that it runs")
     args = parser.parse_args()
@@ -81,32 +82,39 @@ def main() -> None:
         args.shape, args.rounds, args.samples = "tiny", 1, 2
         args.random_samples, args.random_seqlen = 2, 16
 
-    results = {}
+    results: dict[str, Any] = {}
+
+    def add(name: str, model: Path, options: list[object]) -> None:
+        results[name] = compare(model, out, args.rounds, options)
+        print(table(HEADER, [_row(name, result) for name, result in results.items()]))
+        found = {"conditions": conditions(), "most_ratio": MOST_RATIO, "models": results}
+        write_json(args.json, found)
+
     with tempfile.TemporaryDirectory() as folder:
-        out, model, text = Path(folder, "pruned"), Path(folder, "random"), Path(folder, "w.txt")
-        if not args.tiny:
-            results[args.model.name if args.model.name != "model" else "built-in"] = compare(
-                args.model, out, args.rounds, ["--samples", args.samples]
-            )
-        apart(random_llama, model, SHAPES[args.shape], args.layers)
+        out, random, text = Path(folder, "pruned"), Path(folder, "random"), Path(folder, "w.txt")
         write_words(text)
+        apart(random_llama, random, SHAPES[args.shape], args.layers)
+        if not args.tiny:
+            name = "built-in" if args.model == BUILT_IN else args.model.name
+            add(name, args.model, ["--samples", args.samples])
         options = ["--samples", args.random_samples, "--seqlen", args.random_seqlen]
-        results[f"random {args.shape}, {args.layers} blocks"] = compare(
-            model, out, args.rounds, [*options, "--calibration", text]
-        )
-    rows = [
-        [
-            name,
-            *(f"{result['wall_clock_seconds'][method]['median']:.1f}" for method in METHODS),
-            f"{result['ratio']['of_medians']:.2f}×",
-            f"{result['ratio']['min']:.2f}–{result['ratio']['max']:.2f}",
-            f"{result['ratio_without_start']['of_medians']:.2f}×",
-        ]
-        for name, result in results.items()
+        blocks = "1 block" if args.layers == 1 else f"{args.layers} blocks"
+        name = f"random {args.shape}, {blocks}"
+        add(name, random, [*options, "--calibration", text])
+
+
+HEADER = ["model", "Wanda s", "BESA s", "ratio", "by round", "without start"]
+
+
+def _row(name: str, result: dict[str, Any]) -> list[str]:
+    ratio = result["ratio"]
+    return [
+        name,
+        *(f"{result['wall_clock_seconds'][method]['median']:.1f}" for method in METHODS),
+        f"{ratio['of_medians']:.2f}×",
+        f"{ratio['min']:.2f}–{ratio['max']:.2f}",
+        f"{result['ratio_without_start']['of_medians']:.2f}×",
     ]
-    header = ["model", "Wanda s", "BESA s", "ratio", "by round", "without start"]
-    print(table(header, rows))
-    write_json(args.json, {"conditions": conditions(), "most_ratio": MOST_RATIO, "models": results})
 
 
 if __name__ == "__main__":

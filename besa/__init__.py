@@ -14,7 +14,7 @@ from besa.errors import BesaError
 
 if TYPE_CHECKING:
     from besa.config import PruneConfig
-    from besa.prune import PruneResult, prune
+    from besa.pipeline import PruneResult, prune
 
 __all__ = ["BesaError", "PruneConfig", "PruneResult", "__version__", "prune"]
 __version__ = "0.1.0"
@@ -23,8 +23,8 @@ __version__ = "0.1.0"
 # torch takes seconds to import; `besa --help` should not.
 _LAZY = {
     "PruneConfig": "besa.config",
-    "PruneResult": "besa.prune",
-    "prune": "besa.prune",
+    "PruneResult": "besa.pipeline",
+    "prune": "besa.pipeline",
 }
 
 

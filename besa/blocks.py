@@ -333,9 +333,9 @@ class observe(TorchFunctionMode):
             self.see(linear, group, inputs.reshape(-1, linear.cols))
 
 
-def check_finite(tensor: Tensor, name: str) -> None:
-    """Raises a BesaError that names the tensor if it holds NaN or Inf."""
+def check_finite(tensor: Tensor, name: str, remedy: str) -> None:
+    """Raises a BesaError that names the tensor and the remedy if it holds NaN or Inf."""
     if tensor.is_floating_point() and not math.isfinite(tensor.sum().item()):
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
-            raise BesaError(f"{name} has {bad} values that are NaN or Inf: mend the checkpoint")
+            raise BesaError(f"{name} has {bad} values that are NaN or Inf: {remedy}")

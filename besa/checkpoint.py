@@ -266,7 +266,7 @@ class Checkpoint:
         with open_tensors(self.files, self.other_keys) as slices:
             tensors = {key: tensor[...] for key, tensor in slices.items()}
             for key, tensor in tensors.items():
-                check_finite(tensor, key)
+                check_finite(tensor, key, "mend the checkpoint")
             yield tensors
 
     def copy_companions(self, out: Path) -> None:

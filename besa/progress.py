@@ -95,7 +95,8 @@ def duration(seconds: float) -> str:
 def _summary(event: Mapping[str, Any]) -> str:
     """A finished block in one line."""
     record = event["record"]
-    line = f"{record['name']}: {record['sparsity']:.2%} zeros, error {record['error']:.3%}"
+    line = f"block {event['block'] + 1}/{event['blocks']}  {record['name']}: "
+    line += f"{record['sparsity']:.2%} zeros, error {record['error']:.3%}"
     if record["error_wanda"] is not None:
         line += f" (Wanda {record['error_wanda']:.3%})"
     return line
@@ -108,7 +109,7 @@ class _Plain:
     def __call__(self, event: Mapping[str, Any]) -> None:
         left = self.clock.left(event)
         if event["phase"] == "written":
-            line = f"block {event['block'] + 1}/{event['blocks']}  {_summary(event)}"
+            line = _summary(event)
             if left:
                 line += f", {duration(left)} left"
             print(line, file=self.file, flush=True)
@@ -120,7 +121,9 @@ class _Plain:
 class _Live:
     def __init__(self, progress: Progress, console: Console) -> None:
         self.progress, self.console, self.clock = progress, console, _Clock()
-        self.task = progress.add_task("", block=0, blocks=0, phase="", figures="", left="")
+        self.task = progress.add_task(
+            "", block=0, blocks=0, phase="", figures="", left="", visible=False
+        )
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         left = self.clock.left(event)
@@ -138,4 +141,5 @@ class _Live:
             phase=event["phase"],
             figures=figures,
             left="" if left is None else f"{duration(left)} left",
+            visible=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import platform
 import resource
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ def settings_of(
     model: str | Path,
     config: PruneConfig,
     checkpoint: Checkpoint,
-    seqlen: int,
+    windows: Tensor,
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
@@ -33,7 +34,8 @@ def settings_of(
     return {
         **settings,
         "sparsity": config.rate,
-        "seqlen": seqlen,
+        "seqlen": windows.shape[1],
+        "calibration_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

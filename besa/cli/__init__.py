@@ -41,7 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        words = f"unrecognized arguments: {' '.join(unknown)} (see `besa {args.command} --help`)"
+        print(f"besa {args.command}: {words}", file=sys.stderr)
+        return 2
     # Nothing that besa calls reports home unless the user turned it on.
     for variable in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(variable, "1")

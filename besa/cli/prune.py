@@ -76,15 +76,11 @@ def run(args: argparse.Namespace) -> int:
     options = {k: v for k, v in vars(args).items() if k not in ("model", "command", "run")}
     config = PruneConfig(**options)
 
+    from besa.pipeline import prune
     from besa.progress import duration, progress_for
-    from besa.prune import Interrupted, prune
 
-    try:
-        with progress_for(sys.stderr) as tell:
-            result = prune(args.model, config, tell)
-    except Interrupted as how_to_go_on:
-        print(f"besa prune: {how_to_go_on}", file=sys.stderr)
-        return 130
+    with progress_for(sys.stderr) as tell:
+        result = prune(args.model, config, tell)
     record = result.record
     print(
         f"{result.out}: {record['sparsity']['zeros']:,} of {record['sparsity']['weights']:,} "

@@ -18,8 +18,8 @@ from besa.config import PruneConfig
 from besa.demo import MODEL
 from besa.evaluate import EvalConfig, Result, evaluate, paired
 from besa.machine import machine
+from besa.pipeline import prune
 from besa.progress import Tell
-from besa.prune import prune
 
 # The name of a setting and the options of `PruneConfig` that make it.
 Settings = Mapping[str, Mapping[str, Any]]

@@ -104,7 +104,7 @@ def test_live_line_on_a_terminal(tiny_model: Path, text: Path, tmp_path: Path):
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "besa", "prune", tiny_model, "--out", tmp_path / "out"]
-        + [str(option) for option in quick(text)],
+        + [str(option) for option in [*quick(text), "--epochs", 100]],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm", "COLUMNS": "120"},
         stdout=theirs,
         stderr=theirs,

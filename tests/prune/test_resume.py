@@ -278,7 +278,6 @@ def test_overwrite_begins_anew_with_other_settings(case: Case, whole: Whole):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the settings name the text, not what it says")
 def test_another_calibration_text_under_the_same_name_is_noticed(case: Case):
     text = case.directory / "text.txt"
     text.write_text(case.calibration.read_text())

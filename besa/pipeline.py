@@ -53,6 +53,9 @@ _BATCH_TOKENS = 512
 # Windows to draw each sample from, where the text has so many: a long text is not read to its end.
 _POOL = 16
 
+# What to do when a block's numbers leave the range of the computation's dtype.
+OVERFLOW = "try --dtype float32, or mend the checkpoint"
+
 # The share of the batches on which a block's error is measured for the record.
 _JUDGED = 8
 
@@ -94,7 +97,7 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
     dtype = _dtype(config.dtype, device, checkpoint.dtype)
     plan = _plan(checkpoint, config)
     windows = _calibration(checkpoint, config)
-    settings = settings_of(model, config, checkpoint, windows.shape[1], device, dtype)
+    settings = settings_of(model, config, checkpoint, windows, device, dtype)
     with Workspace.open(out, settings, config.overwrite, checkpoint.nbytes) as workspace:
         run = _Run(checkpoint, config, plan, workspace, device, dtype, tell)
         try:
@@ -178,7 +181,7 @@ class _Run:
         """Sends the stream through a pruned block."""
         for i, call in enumerate(calls):
             stream[i] = call.run(block, stream[i].to(self.device))
-            check_finite(stream[i], f"the output of the pruned block {index}")
+            check_finite(stream[i], f"the output of the pruned block {index}", OVERFLOW)
             self._event(index, phase, done=i + 1, total=len(calls))
 
     def _replay(
@@ -200,7 +203,7 @@ class _Run:
         linears = self.plan[index]
         stored = self.checkpoint.load_block(index)
         for own_name, value in stored.named_parameters():
-            check_finite(value, f"{name}.{own_name}")
+            check_finite(value, f"{name}.{own_name}", "mend the checkpoint")
         block = copy.deepcopy(stored).to(self.device, self.dtype)
 
         learns = self.config.method == "besa"
@@ -217,10 +220,10 @@ class _Run:
         with observe(block, linears, see):
             for i, call in enumerate(calls):
                 output = call.run(block, stream[i].to(self.device))
+                check_finite(output, f"the output of {name}", OVERFLOW)
                 if i < len(dense):
                     dense[i] = output
                 self._event(index, "statistics", done=i + 1, total=len(calls))
-        check_finite(dense[0], f"the output of {name}")
 
         rate, pattern = self.config.rate, Pattern.parse(self.config.pattern)
         zeros = self._budget(index)
@@ -294,7 +297,7 @@ class _Run:
             output = call.run(block, stream[i].to(self.device)).float()
             wrong += (output - target).square().sum().item()
             right += target.square().sum().item()
-        return wrong / right
+        return wrong / right if right else 0.0
 
     def _besa(
         self,
