@@ -47,9 +47,12 @@ def compare(
     *,
     seqlen: int,
     text: str = "builtin:test",
+    limit: int | None = None,
     tell: Tell = lambda event: None,
 ) -> dict[str, Any]:
     """Prunes `model` into directories in `out` and measures perplexity on `text`.
+
+    `limit` bounds the windows of the text that are read.
 
     Every contender sees the same calibration samples and the same windows of the text.
 
@@ -75,7 +78,7 @@ def compare(
         seconds[setting, method, granularity] = prune(model, config).record["seconds"]
         directories[setting, method, granularity] = str(out / name)
 
-    asked = EvalConfig(texts=(text,), seqlen=seqlen, batch_size=8, dtype="float32")
+    asked = EvalConfig(texts=(text,), seqlen=seqlen, batch_size=8, dtype="float32", limit=limit)
     names = [str(model), *directories.values()]
     results = evaluate(
         names,
