@@ -11,7 +11,6 @@ import json
 import sys
 from pathlib import Path
 
-
 # Windows of the test text to read: half of them say enough in half the time.
 _WINDOWS = 400
 
