@@ -19,17 +19,19 @@ Two parts of a learning step are measured, for one calibration sample:
 
 Times are of alternating runs, in one process. Memory is the most held during two steps beyond
 what was held with the block, its inputs and (for `mask`) the incoming gradients in place, so the
-representation itself counts: on a CPU resident memory, in a process of its own for each figure;
-on a GPU what torch's allocator handed out. The masked weights, which the block needs whatever
-made them, count too; `of_masked_weights` says how much they are, and the share of besa's memory
-in that of `dense` is given with and without them.
+representation itself counts, and the masked weights do: on a CPU resident memory, in a process of
+its own for each figure; on a GPU what torch's allocator handed out. In a `step` autograd also
+keeps the block's own activations, whatever masks its weights: `of_activations` says how many
+bytes, and besa's share of the dense memory is given with and without them.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,12 @@ from common import (
     table,
     write_json,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from besa.allocate import CANDIDATES, AllocatedLinear, RateMask, learn_rates, rank_buckets
 from besa.blocks import find_linears
+from besa.masked import Make, masked
 
 SPARSITY = 0.5
 CONTENDERS = ("dense", "besa")
@@ -102,10 +106,11 @@ class Block:
         """What a backward pass would bring to the masked weights."""
         return [torch.randn_like(weight) for weight in self.weights]
 
-    def forward(self, _: int, masked: Sequence[Tensor]) -> Tensor:
-        """The block's output with other weights."""
-        weights = {x.parameter: m for x, m in zip(self.linears, masked, strict=True)}
-        return self.call.run(self.block, self.hidden, weights)
+    def forward(self, _: int, makes: Sequence[Make]) -> Tensor:
+        """The block's output with masked weights that are made where they are used."""
+        by_name = {x.name: [make] for x, make in zip(self.linears, makes, strict=True)}
+        with masked(self.block, self.linears, by_name):
+            return self.call.run(self.block, self.hidden)
 
 
 # ---- besa's way
@@ -168,6 +173,19 @@ def dense_masked(weight: Tensor, order: Tensor, theta: Tensor) -> Tensor:
     return weight * mask.to(weight.dtype)
 
 
+@contextmanager
+def dense_linears(block: Block, makes: Sequence[Make]) -> Iterator[None]:
+    """Inside, each linear of the block masks its weight when it is called."""
+    modules = [block.block.get_submodule(x.name) for x in block.linears]
+    for module, make in zip(modules, makes, strict=True):
+        module.forward = lambda x, make=make: nn.functional.linear(x, make())  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
 def dense_steps(block: Block, representation: Sequence[Tensor], target: Tensor) -> Iterator[Any]:
     """Learning steps like those of `learn_rates`, with dense masks."""
     candidates = torch.arange(CANDIDATES, device=target.device) / CANDIDATES
@@ -175,11 +193,10 @@ def dense_steps(block: Block, representation: Sequence[Tensor], target: Tensor) 
     sizes = torch.tensor([float(x.size) for x in block.linears], device=target.device)
     optimizer = torch.optim.Adam(thetas, lr=0.2, betas=(0.9, 0.99))
     while True:
-        masked = [
-            dense_masked(*given)
-            for given in zip(block.weights, representation, thetas, strict=True)
-        ]
-        error = (block.forward(0, masked).float() - target.float()).square().mean()
+        given = zip(block.weights, representation, thetas, strict=True)
+        with dense_linears(block, [partial(dense_masked, *one) for one in given]):
+            output = block.call.run(block.block, block.hidden)
+        error = (output.float() - target.float()).square().mean()
         rates = torch.stack([(theta.softmax(1) @ candidates).mean() for theta in thetas])
         rate = rates @ sizes / sizes.sum()
         loss = error / target.float().square().mean()
@@ -207,16 +224,28 @@ STEPS: dict[str, Callable[[Block, Sequence[Tensor], Tensor], Iterator[Any]]] = {
 def mask_part(
     contender: str, block: Block, representation: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> Callable[[], None]:
-    """One pass through the masks of all linears, there and back."""
+    """One pass through the masks of all linears, there and back, as a step does it.
+
+    A step with dense masks holds all it made until the backward pass has used it; besa makes a
+    masked weight where it is used, forgets it, and makes it anew for the backward pass.
+    """
+    given = list(zip(block.weights, representation, block.thetas, strict=True))
+
+    def at_once() -> None:
+        masked = [dense_masked(*one) for one in given]
+        torch.autograd.backward(masked, list(gradients))
+
+    def one_by_one() -> None:
+        with torch.no_grad():
+            for one in given:
+                besa_masked(*one)
+        for one, gradient in zip(given, gradients, strict=True):
+            besa_masked(*one).backward(gradient)
 
     def work() -> None:
-        masked = [
-            MASKED[contender](*given)
-            for given in zip(block.weights, representation, block.thetas, strict=True)
-        ]
         for theta in block.thetas:
             theta.grad = None
-        torch.autograd.backward(masked, list(gradients))
+        {"dense": at_once, "besa": one_by_one}[contender]()
 
     return work
 
@@ -312,8 +341,28 @@ def _two_steps(case: Case, contender: str, part: str) -> dict[str, int]:
     return {
         "peak_extra": peak(case.device) - before,
         "of_representation": sum(x.numel() * x.element_size() for x in representation),
-        "of_masked_weights": sum(x.numel() * x.element_size() for x in block.weights),
+        "of_activations": 0 if part == "mask" else activations(block),
     }
+
+
+def activations(block: Block) -> int:
+    """Bytes that autograd keeps of the block's own forward pass, without its weights."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for weight in block.weights:
+        weight.requires_grad_()
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = block.call.run(block.block, block.hidden)
+    for weight in block.weights:
+        weight.requires_grad_(False)
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    kept.pop(block.hidden.untyped_storage().data_ptr(), None)
+    del output
+    return sum(kept.values())
 
 
 def measure_memory(case: Case) -> dict[str, Any]:
@@ -386,8 +435,8 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
             "speed_up": time[dense]["median"] / time[besa]["median"],
             "bytes": {c: memory[f"{part}/{c}"] for c in CONTENDERS},
             "memory_share": _share(memory[besa], memory[dense]),
-            "memory_share_beyond_masked_weights": _share(
-                memory[besa], memory[dense], "of_masked_weights"
+            "memory_share_beyond_activations": _share(
+                memory[besa], memory[dense], "of_activations"
             ),
         }
     return result
@@ -411,7 +460,7 @@ def rows_of(result: dict[str, Any]) -> Iterator[list[str]]:
         cells.append(f"{result[part]['speed_up']:.2f}×")
         cells += [f"{size[contender]['peak_extra'] / 2**20:.0f}" for contender in CONTENDERS]
         cells.append(f"{result[part]['memory_share']:.2f}")
-        cells.append(f"{result[part]['memory_share_beyond_masked_weights']:.2f}")
+        cells.append(f"{result[part]['memory_share_beyond_activations']:.2f}")
         cells += [f"{size[c]['of_representation'] / 2**20:.0f}" for c in CONTENDERS]
         yield cells
 
@@ -419,7 +468,7 @@ def rows_of(result: dict[str, Any]) -> Iterator[list[str]]:
 HEADER = [
     "block",
     *["dense ms", "min–max", "besa ms", "min–max", "speed-up"],
-    *["dense MiB", "besa MiB", "share", "without weights", "kept: dense", "besa"],
+    *["dense MiB", "besa MiB", "share", "without activations", "kept: dense", "besa"],
 ]
 
 

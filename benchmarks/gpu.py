@@ -36,6 +36,7 @@ from torch import Tensor
 from besa.allocate import rank_buckets
 from besa.blocks import find_linears, observe
 from besa.config import Pattern, PruneConfig
+from besa.masked import Make, masked
 from besa.methods import (
     Masks,
     allocated_masks,
@@ -136,9 +137,9 @@ class Bench:
             )
             return Pruned(masks, updated)
 
-        def forward(i: int, masked: Sequence[Tensor]) -> Tensor:
-            stand_ins = {x.parameter: m for x, m in zip(linears, masked, strict=True)}
-            return self.call.run(self.block, self.hidden[i], stand_ins)
+        def forward(i: int, makes: Mapping[str, Sequence[Make]]) -> Tensor:
+            with masked(self.block, linears, makes):
+                return self.call.run(self.block, self.hidden[i])
 
         config = PruneConfig(
             out="nowhere",
@@ -156,17 +157,16 @@ class Bench:
     @torch.no_grad()
     def error(self, pruned: Pruned) -> float:
         """||dense - pruned||^2 / ||dense||^2 of the block's output over the samples."""
-        stand_ins = {
-            x.parameter: torch.where(
-                pruned.masks[x.name][0],
-                pruned.weights[x.name][0].to(self.hidden[0].dtype),
-                0.0,
-            )
+        dtype = self.hidden[0].dtype
+        kept = {
+            x.name: torch.where(pruned.masks[x.name][0], pruned.weights[x.name][0].to(dtype), 0.0)
             for x in self.linears
         }
+        makes = {name: [matrix.clone] for name, matrix in kept.items()}
         wrong = right = 0.0
         for hidden, target in zip(self.hidden, self.targets, strict=True):
-            output = self.call.run(self.block, hidden, stand_ins).float()
+            with masked(self.block, self.linears, makes):
+                output = self.call.run(self.block, hidden).float()
             wrong += (output - target.float()).square().sum().item()
             right += target.float().square().sum().item()
         return wrong / right

@@ -81,7 +81,7 @@ def cost(wallclock: dict[str, Any], memory: dict[str, Any], allocation: dict[str
         "under autograd), one calibration sample of "
         f"{allocation['results'][0]['tokens']:,} tokens, time to build the masked weights and "
         "push the gradient back, and the whole learning step with the block's own forward and "
-        "backward; extra memory beyond the masked weights that both need:",
+        "backward; extra memory of the step beyond the block's activations, which both keep:",
         "",
         "| one block of | masks: dense | besa | faster | extra memory "
         "| whole step: faster | extra memory |",
@@ -92,8 +92,8 @@ def cost(wallclock: dict[str, Any], memory: dict[str, Any], allocation: dict[str
         times = [f"{mask['seconds'][c]['median']:.2f} s" for c in ("dense", "besa")]
         lines.append(
             f"| {result['shape']}, {result['dtype']} | {times[0]} | {times[1]} "
-            f"| {mask['speed_up']:.1f}× | {mask['memory_share_beyond_masked_weights']:.2f} of it "
-            f"| {step['speed_up']:.1f}× | {step['memory_share_beyond_masked_weights']:.2f} of it |"
+            f"| {mask['speed_up']:.1f}× | {mask['memory_share']:.2f} of it "
+            f"| {step['speed_up']:.1f}× | {step['memory_share_beyond_activations']:.2f} of it |"
         )
     conditions = allocation["conditions"]
     lines += [

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class AllocatedLinear:
 
 
 def learn_rates(
-    forward: Callable[[int, Sequence[Tensor]], Tensor],
+    forward: Callable[[int, Sequence[Callable[[], Tensor]]], Tensor],
     targets: Sequence[Tensor],
     linears: Sequence[AllocatedLinear],
     sparsity: float,
@@ -102,11 +103,12 @@ def learn_rates(
     """Learns the rates of one block; yields (loss, overall rate, rates) after each step.
 
     Args:
-        forward: gives the block's output for batch i with the masked weights.
+        forward: gives the block's output for batch i with the masked weights; each is given as
+            a function that makes it, so that it need not exist longer than it is used.
         targets: the dense block's outputs, one tensor a batch.
         linears: what is masked.
         sparsity: the target rate of the block.
-        granularity: "row" learns a rate per row, "layer" one per linear.
+        granularity: "row" learns a rate per row, "layer" one per linear (per expert).
         lr: Adam's step on theta, decayed to zero along a cosine.
         width: the standard deviation of the bell that theta starts as.
         penalty: the weight of ((rate - sparsity) / sparsity)^2 in the loss.
@@ -132,7 +134,9 @@ def learn_rates(
                 keep = beta.cumsum(1).expand(len(linear.weight), -1)
                 first = (rate.detach() * CANDIDATES).round().expand(len(linear.weight))
                 masked.append(
-                    RateMask.apply(keep, linear.weight, linear.buckets, first.to(torch.uint8))
+                    partial(
+                        RateMask.apply, keep, linear.weight, linear.buckets, first.to(torch.uint8)
+                    )
                 )
             target = targets[i].to(device)
             error = (forward(i, masked).float() - target.float()).square().mean()

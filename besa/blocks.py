@@ -154,18 +154,9 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    def run(
-        self, block: nn.Module, hidden: Tensor, weights: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
-        """The block's output hidden states [batch, tokens, width].
-
-        `weights` stand in for the parameters that they name, differentiably.
-        """
-        args = (hidden, *self.args)
-        if weights is None:
-            output = block(*args, **self.kwargs)
-        else:
-            output = torch.func.functional_call(block, dict(weights), args, dict(self.kwargs))
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output hidden states [batch, tokens, width]."""
+        output = block(hidden, *self.args, **self.kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Call:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class ChoiceMask(torch.autograd.Function):
 
 
 def learn_choice(
-    forward: Callable[[int, Sequence[Tensor]], Tensor],
+    forward: Callable[[int, Sequence[Callable[[], Tensor]]], Tensor],
     targets: Sequence[Tensor],
     weights: Sequence[Tensor],
     scores: Sequence[Tensor],
@@ -52,7 +53,8 @@ def learn_choice(
     """Learns the masks of one block; yields (loss, masks) after each step.
 
     Args:
-        forward: gives the block's output for batch i with the masked weights.
+        forward: gives the block's output for batch i with the masked weights, each given as a
+            function that makes it.
         targets: the dense block's outputs, one tensor a batch.
         weights: [rows, cols], cols divisible by m.
         scores: where the importances start, positive float32 [rows, cols].
@@ -72,7 +74,7 @@ def learn_choice(
     for _ in range(epochs):
         for i in torch.randperm(len(targets), generator=generator).tolist():
             masked = [
-                ChoiceMask.apply(x, weight, mask)
+                partial(ChoiceMask.apply, x, weight, mask)
                 for x, weight, mask in zip(importances, weights, masks, strict=True)
             ]
             target = targets[i].to(weights[0].device).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from pathlib import Path
@@ -27,3 +28,15 @@ def machine() -> str:
     if torch.cuda.is_available():
         words.append(torch.cuda.get_device_name())
     return ", ".join(words)
+
+
+def give_memory_back() -> None:
+    """Hands what is freed back to the system, where the C library keeps it (glibc).
+
+    Block after block of tensors too small for a mapping of their own leave holes in glibc's
+    heaps: without this, the resident memory of a run grows with the number of blocks (12% from
+    8 to 32 blocks of 6 MB; see benchmarks/memory.py).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

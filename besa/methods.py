@@ -10,6 +10,8 @@ pruned by magnitude.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +21,13 @@ from besa.blocks import Linear
 from besa.choose import learn_choice
 from besa.config import Pattern, PruneConfig
 from besa.errors import BesaError
+from besa.masked import Make
 from besa.patterns import counts_for, lowest_pruned, lowest_pruned_overall, n_of_m
 from besa.scores import Hessians, magnitude
 from besa.update import sparsegpt
 
 Masks = dict[str, Tensor]
+T = TypeVar("T")
 
 
 def even_shares(linears: Sequence[Linear], zeros: int, rate: float) -> dict[str, list[int]]:
@@ -126,7 +130,7 @@ def besa_masks(
     scored: Mapping[str, Tensor],
     zeros: int,
     config: PruneConfig,
-    forward: Callable[[int, Sequence[Tensor]], Tensor],
+    forward: Callable[[int, Mapping[str, Sequence[Make]]], Tensor],
     targets: Sequence[Tensor],
     generator: torch.Generator,
     tell: Callable[[float, float], None] = lambda loss, rate: None,
@@ -138,19 +142,25 @@ def besa_masks(
 
     Args:
         weights, scored: [groups, rows, cols] by name.
-        forward: the block's output for batch i with masked weights [groups * rows, cols].
+        forward: the block's output for batch i; makes each linear's masked weights [rows, cols],
+            one a group, by its name.
         targets: the dense block's outputs.
         tell: is given every step's loss and overall rate.
     """
     pattern = Pattern.parse(config.pattern)
-    matrices = [weights[x.name].reshape(-1, x.cols).contiguous() for x in linears]
-    scores = [scored[x.name].reshape(-1, x.cols) for x in linears]
+    matrices = [m for x in linears for m in weights[x.name].contiguous().unbind()]
+    scores = [m for x in linears for m in scored[x.name].unbind()]
+    names, groups = [x.name for x in linears], [x.groups for x in linears]
+
+    def by_name(i: int, masked: Sequence[Make]) -> Tensor:
+        return forward(i, dict(zip(names, _gathered(masked, groups), strict=True)))
+
     chosen: list[Tensor] = []
     rates: list[Tensor] = []
     with torch.enable_grad():
         if pattern.m:
             for loss, chosen in learn_choice(  # noqa: B007 - the last ones count
-                forward,
+                by_name,
                 targets,
                 matrices,
                 scores,
@@ -166,7 +176,7 @@ def besa_masks(
                 for matrix, score in zip(matrices, scores, strict=True)
             ]
             for loss, overall, rates in learn_rates(  # noqa: B007 - the last ones count
-                forward,
+                by_name,
                 targets,
                 allocated,
                 config.rate,
@@ -176,8 +186,17 @@ def besa_masks(
             ):
                 tell(loss, overall)
     if not pattern.m:
-        return allocated_masks(linears, scored, rates, zeros)
-    return {x.name: m.view(x.groups, x.rows, x.cols) for x, m in zip(linears, chosen, strict=True)}
+        joined = [torch.cat(part) for part in _gathered(rates, groups)]
+        return allocated_masks(linears, scored, joined, zeros)
+    return {
+        name: torch.stack(part) for name, part in zip(names, _gathered(chosen, groups), strict=True)
+    }
+
+
+def _gathered(values: Sequence[T], groups: Sequence[int]) -> list[list[T]]:
+    """The values of all groups of all linears, linear by linear."""
+    rest = iter(values)
+    return [list(islice(rest, count)) for count in groups]
 
 
 def allocated_masks(

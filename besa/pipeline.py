@@ -33,6 +33,8 @@ from besa.config import Pattern, PruneConfig
 from besa.errors import BesaError
 from besa.files import write_text
 from besa.loading import load_tokenizer, max_positions, pick_device
+from besa.machine import give_memory_back
+from besa.masked import Make, masked
 from besa.methods import (
     Masks,
     besa_masks,
@@ -152,6 +154,7 @@ class _Run:
             else:
                 self._replay(index, finished, stream, row)
             shards.append(finished)
+            give_memory_back()
         stream.close()
         return shards
 
@@ -314,14 +317,9 @@ class _Run:
         linears, epochs = self.plan[index], self.config.epochs
         losses: list[float] = []
 
-        def forward(i: int, masked: Sequence[Tensor]) -> Tensor:
-            stand_ins = {
-                x.parameter: x.stored(
-                    matrix.view(x.groups, x.rows, x.cols), block.get_parameter(x.parameter)
-                )
-                for x, matrix in zip(linears, masked, strict=True)
-            }
-            return calls[i].run(block, stream[i].to(self.device), stand_ins)
+        def forward(i: int, makes: Mapping[str, Sequence[Make]]) -> Tensor:
+            with masked(block, linears, makes):
+                return calls[i].run(block, stream[i].to(self.device))
 
         def tell(loss: float, rate: float) -> None:
             losses.append(loss)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -148,7 +148,7 @@ class Uneven:
         second = random(24, 32, seed=3) * 0.3
         self.weights = [first, second]
         self.batches = [random(2, 16, 60, seed=10 + i) for i in range(6)]
-        self.targets = [self.forward(i, self.weights) for i in range(6)]
+        self.targets = [self.output(i, self.weights) for i in range(6)]
         hidden = [(x @ first.T).tanh() for x in self.batches]
         norms = [
             torch.cat([x.flatten(0, 1) for x in inputs]).norm(dim=0)
@@ -161,14 +161,15 @@ class Uneven:
         ]
         self.size = sum(w.numel() for w in self.weights)
 
-    def forward(self, i: int, masked: Sequence[Tensor]) -> Tensor:
+    def forward(self, i: int, makes: Sequence[Callable[[], Tensor]]) -> Tensor:
+        return self.output(i, [make() for make in makes])
+
+    def output(self, i: int, masked: Sequence[Tensor]) -> Tensor:
         return (self.batches[i] @ masked[0].T).tanh() @ masked[1].T
 
     def error(self, masks: Sequence[Tensor]) -> float:
         masked = [w * m for w, m in zip(self.weights, masks, strict=True)]
-        wrong = sum(
-            (self.forward(i, masked) - t).square().sum() for i, t in enumerate(self.targets)
-        )
+        wrong = sum((self.output(i, masked) - t).square().sum() for i, t in enumerate(self.targets))
         return float(wrong) / float(sum(t.square().sum() for t in self.targets))
 
     def learn(

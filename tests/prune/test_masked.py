@@ -1,0 +1,198 @@
+"""Masked weights that exist only while they are used: same results and gradients, less memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from besa.blocks import Linear, find_linears
+from besa.masked import masked
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Experts(nn.Module):
+    """Fused experts, used as the given function does."""
+
+    def __init__(self, use: Callable[[Tensor, Tensor], Tensor], transposed: bool) -> None:
+        super().__init__()
+        shape = (3, 8, 6) if transposed else (3, 6, 8)
+        self.weight = nn.Parameter(random(*shape, seed=5), requires_grad=False)
+        self.is_transposed = transposed
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, self.weight)
+
+
+def by_expert(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.stack([nn.functional.linear(x, weight[i]) for i in (0, 2)]).sum(0)
+
+
+def by_tensor_index(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.stack([x @ weight[i] for i in torch.tensor([2, 1])]).sum(0)
+
+
+def all_at_once(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.bmm(x.expand(weight.shape[0], -1, -1), weight.mT).sum(0)
+
+
+def by_slice(x: Tensor, weight: Tensor) -> Tensor:
+    return (x @ weight[1:].transpose(1, 2)).sum(0)
+
+
+class Block(nn.Module):
+    """Two linears with an activation between them, so that inputs need gradients too."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 8)
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.first.weight.shape == (8, 5)
+        return self.middle(self.first(x).tanh())
+
+
+BLOCKS = {
+    "linear": (lambda: nn.Linear(8, 6), None),
+    "conv1d": (lambda: Conv1D(6, 8), None),
+    "experts one by one": (lambda: Experts(by_expert, False), 3),
+    "experts by tensor": (lambda: Experts(by_tensor_index, True), 3),
+    "experts at once": (lambda: Experts(all_at_once, False), 3),
+    "experts by slice": (lambda: Experts(by_slice, False), 3),
+}
+
+
+class Case:
+    def __init__(self, name: str) -> None:
+        torch.manual_seed(0)
+        make, experts = BLOCKS[name]
+        self.block = Block(make()).requires_grad_(False)
+        self.linears = find_linears(self.block, "block", experts)
+        self.weights = {
+            x.name: [
+                m.contiguous() for m in x.matrix(self.block.get_parameter(x.parameter)).unbind()
+            ]
+            for x in self.linears
+        }
+        self.masks = {
+            name: [random(*m.shape, seed=9 + i).sigmoid() for i, m in enumerate(matrices)]
+            for name, matrices in self.weights.items()
+        }
+        self.x = random(4, 5, seed=3)
+
+    def leaves(self) -> dict[str, list[Tensor]]:
+        return {n: [m.clone().requires_grad_() for m in ms] for n, ms in self.masks.items()}
+
+
+def product(weight: Tensor, mask: Tensor) -> Tensor:
+    return weight * mask
+
+
+def gradients(masks: dict[str, list[Tensor]]) -> list[Tensor]:
+    return [
+        torch.zeros_like(mask) if mask.grad is None else mask.grad
+        for row in masks.values()
+        for mask in row
+    ]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_output_and_gradients_are_those_of_plain_autograd(name: str):
+    case = Case(name)
+    lazy, plain = case.leaves(), case.leaves()
+    makes = {
+        n: [partial(product, w, m) for w, m in zip(case.weights[n], lazy[n], strict=True)]
+        for n in lazy
+    }
+    with masked(case.block, case.linears, makes):
+        output = case.block(case.x)
+    output.square().sum().backward()
+
+    stand_ins = {}
+    for x in case.linears:
+        matrix = torch.stack(
+            [w * m for w, m in zip(case.weights[x.name], plain[x.name], strict=True)]
+        )
+        stand_ins[x.parameter] = x.stored(matrix, case.block.get_parameter(x.parameter))
+    expected = torch.func.functional_call(case.block, stand_ins, (case.x,))
+    expected.square().sum().backward()
+
+    assert not torch.equal(output, case.block(case.x)), "the masks do something"
+    torch.testing.assert_close(output, expected)
+    for a, b in zip(gradients(lazy), gradients(plain), strict=True):
+        torch.testing.assert_close(a, b)
+    assert sum(float(g.abs().sum()) > 0 for g in gradients(lazy)) >= 2
+
+
+def test_nothing_masked_outlives_its_use():
+    block = nn.Sequential(*[nn.Linear(16, 16) for _ in range(6)]).requires_grad_(False)
+    linears = find_linears(block, "block", None)
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def make(linear: Linear, mask: Tensor) -> Tensor:
+        nonlocal most
+        made = block.get_parameter(linear.parameter) * mask
+        alive.append(weakref.ref(made))
+        most = max(most, sum(reference() is not None for reference in alive))
+        return made
+
+    masks = {x.name: random(16, 16).requires_grad_() for x in linears}
+    makes = {x.name: [partial(make, x, masks[x.name])] for x in linears}
+    with masked(block, linears, makes):
+        loss = block(random(3, 16)).square().sum()
+    assert most == 1
+    assert all(reference() is None for reference in alive)
+    loss.backward()
+    # The first linear's own weight is not needed again: its input takes no gradient.
+    assert len(alive) == 6 + 5
+    assert most == 1
+    assert all(mask.grad is not None for mask in masks.values())
+
+
+def test_only_the_experts_in_use_are_made():
+    case = Case("experts one by one")
+    made: list[int] = []
+
+    def make(index: int) -> Tensor:
+        made.append(index)
+        return case.weights["middle.weight"][index] * 1.0
+
+    makes = {
+        "first": [case.weights["first"][0].clone],
+        "middle.weight": [partial(make, i) for i in range(3)],
+    }
+    with masked(case.block, case.linears, makes):
+        case.block(case.x)
+    assert made == [0, 2]
+
+
+def test_other_tensors_in_a_freed_place_are_kept_as_they_are():
+    """An activation may be allocated where a masked weight was."""
+    block = nn.Linear(64, 64, bias=False).requires_grad_(False)
+    linears = find_linears(nn.Sequential(block), "block", None)
+    mask = torch.ones(64, 64, requires_grad=True)
+    model = nn.Sequential(block)
+    with masked(model, linears, {linears[0].name: [lambda: block.weight.detach() * mask]}):
+        x = random(64, 64)
+        for _ in range(20):
+            x = model(x).sigmoid()  # saves its own output, of the weight's very size
+    x.sum().backward()
+    lazy, mask.grad = mask.grad, None
+    x = random(64, 64)
+    for _ in range(20):
+        x = nn.functional.linear(x, block.weight * mask).sigmoid()
+    x.sum().backward()
+    assert lazy is not None
+    assert mask.grad is not None
+    torch.testing.assert_close(lazy, mask.grad)
