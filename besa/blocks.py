@@ -91,13 +91,19 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
+# A linear with fewer inputs or outputs than this mixes a few streams or gates a few parts: each of
+# its weights counts, and all of them together are nothing beside a matrix between features.
+_NARROW = 8
+
+
 def find_linears(
     block: nn.Module, block_name: str, experts: int | None, exclude: str | None = None
 ) -> list[Linear]:
     """The prunable weights of a block, in the order in which the block defines them.
 
-    Routers (one output per expert) and scalar gates are left alone, as are embeddings, norms and
-    convolutions, and what the regular expression `exclude` finds in the full name.
+    Routers (one output per expert) are left alone, and so are gates and coefficients (a few inputs
+    or outputs), embeddings, norms and convolutions, and what the regular expression `exclude`
+    finds in the full name.
 
     Raises:
         BesaError: names a large weight matrix of a module that besa does not know.
@@ -114,7 +120,8 @@ def find_linears(
                 if parameter_name != "weight":
                     continue
                 rows, cols = parameter.shape[::-1] if transposed else parameter.shape
-                if rows > 1 and not _is_router(block, module_name, rows, experts):
+                narrow = min(rows, cols) < _NARROW
+                if not narrow and not _is_router(block, module_name, rows, experts):
                     linears.append(Linear(module_name, full, 1, rows, cols, transposed))
             elif isinstance(module, nn.Embedding | _ConvNd):
                 continue

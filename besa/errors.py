@@ -1,4 +1,4 @@
-"""The error that a user can cause and mend."""
+"""The error that a user can cause and mend, and what is worth a warning."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from contextlib import contextmanager
 
 class BesaError(Exception):
     """One line: what is wrong and what to do. The command line prints it and exits with 2."""
+
+
+class BesaWarning(UserWarning):
+    """One line: what goes on, but not as it should. The command line prints it as such."""
 
 
 @contextmanager

@@ -23,6 +23,9 @@ from besa.files import resolve, weight_files
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+# The files that hold a tokenizer's vocabulary, in any of the formats that transformers reads.
+_VOCABULARIES = ("tokenizer.json", "*vocab*", "*.model", "*.tiktoken")
+
 
 def model_directory(model: str | Path) -> Path:
     """The directory of a model that is whole: config, all shards, every shard to its end.
@@ -83,8 +86,16 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         BesaError: none is there, or transformers cannot read it.
     """
-    with _quiet(), one_line(f"{directory} has no tokenizer that can be loaded"):
-        return AutoTokenizer.from_pretrained(directory)
+    try:
+        with _quiet(), one_line(f"{directory} has no tokenizer that can be loaded"):
+            return AutoTokenizer.from_pretrained(directory)
+    except BesaError:
+        if any(any(directory.glob(pattern)) for pattern in _VOCABULARIES):
+            raise
+        raise BesaError(
+            f"{directory} has no tokenizer: copy tokenizer.json and tokenizer_config.json of the "
+            "model that it was made from into it"
+        ) from None
 
 
 def load_model(directory: Path, dtype: str, device: torch.device | str) -> Any:

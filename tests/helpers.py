@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -210,6 +210,25 @@ def record_of(directory: Path) -> dict[str, Any]:
         for name in _COSTS:
             part.pop(name, None)
     return record
+
+
+def assert_same_record(ours: Path, theirs: Path) -> None:
+    """Fails with each place where the records of two runs differ; pytest itself cuts them short."""
+    differing = [*_differences("record", record_of(ours), record_of(theirs))]
+    assert not differing, "\n".join(differing)
+
+
+def _differences(place: str, ours: Any, theirs: Any) -> Iterator[str]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in ours | theirs:
+            yield from _differences(
+                f"{place}.{key}", ours.get(key, "nothing"), theirs.get(key, "nothing")
+            )
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            yield from _differences(f"{place}[{index}]", *pair)
+    elif ours != theirs:
+        yield f"{place}: {ours!r} is not {theirs!r}"
 
 
 def digests(directory: Path) -> dict[str, str]:

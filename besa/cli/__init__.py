@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from besa import __version__
-from besa.errors import BesaError
+from besa.errors import BesaError, BesaWarning
 
-COMMANDS = ("prune", "eval", "demo")
+COMMANDS = ("prune", "eval", "demo", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     for variable in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(variable, "1")
     try:
-        return int(args.run(args) or 0)
+        with _warnings_of(args.command):
+            return int(args.run(args) or 0)
     except BesaError as error:
         print(f"besa {args.command}: {error}", file=sys.stderr)
         return 2
@@ -60,6 +64,28 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `besa eval … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+@contextmanager
+def _warnings_of(command: str) -> Iterator[None]:
+    """Shows besa's own warnings as a line, without the place and the source that Python adds."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, BesaWarning):
+            print(f"besa {command}: {message}", file=sys.stderr)
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        usual, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import html
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 from besa.report.figures import (
@@ -21,6 +20,7 @@ from besa.report.figures import (
     duration,
     hub_id,
     percent,
+    public,
     rate,
     short_name,
     signed,
@@ -37,12 +37,7 @@ def model_card(record: Record) -> str:
     """Markdown with YAML front matter. A local folder's path is not published, only its name."""
     model = str(record["model"])
     summary = summarise(record)
-    public = hub_id(model)
-    settings = {
-        key: _public(value)
-        for key, value in record["settings"].items()
-        if key not in ("model", "out")
-    }
+    settings = {k: v for k, v in public(record)["settings"].items() if k not in ("model", "out")}
     notes = [_words(note) for note in record.get("notes") or []]
     without = unrouted(record["blocks"])
     if without:
@@ -54,7 +49,7 @@ def model_card(record: Record) -> str:
         .get_template("card.md.j2")
         .render(
             base_model=_yaml(short_name(model)),
-            public=public,
+            public=hub_id(model),
             name=_words(short_name(model)),
             summary=summary,
             kind=describe(record),
@@ -72,7 +67,7 @@ def model_card(record: Record) -> str:
             dtype=_words(record["dtype"]),
             settings=[(_words(k), _words(plain(v))) for k, v in settings.items() if v is not None],
             versions=", ".join(f"{_words(k)} {_words(v)}" for k, v in record["versions"].items()),
-            command=_code(command({**record, "model": short_name(model), "settings": settings})),
+            command=_code(command(public(record))),
             notes=notes,
             version=_words(record.get("besa_version", "")),
         )
@@ -83,11 +78,6 @@ def model_card(record: Record) -> str:
 def _yaml(value: Any) -> str:
     """A JSON string is a YAML string, whatever is in it."""
     return json.dumps(str(value))
-
-
-def _public(value: Any) -> Any:
-    """A path on this machine without the folders before it."""
-    return Path(value).name if isinstance(value, str) and re.match(r"[/~.]", value) else value
 
 
 def _words(value: Any) -> str:

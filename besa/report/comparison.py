@@ -26,10 +26,8 @@ def render_comparison(record: Record) -> str:
     rows, dense = record["rows"], record["dense"]
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     groups = {s: [_dot(row) for row in rows if row["setting"] == s] for s in settings}
-    model = str(record["model"])
     values = {
-        "model": model,
-        "name": short_name(model),
+        "name": short_name(str(record["model"])),
         "lead": _comparison_lead(rows, settings),
         "headlines": [
             {

@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
@@ -184,6 +185,18 @@ def hub_id(model: str) -> str | None:
 def short_name(model: str) -> str:
     """A model's name without the folders before it."""
     return hub_id(model) or re.split(r"[/\\]", model.rstrip("/\\"))[-1] or model
+
+
+def public(record: Record) -> Record:
+    """The record with nothing of this machine's folders in its settings: names instead of paths."""
+    settings = {
+        key: Path(value).name if isinstance(value, str) and re.match(r"[/~.]", value) else value
+        for key, value in record["settings"].items()
+    }
+    model = short_name(str(record["model"]))
+    if "model" in settings:
+        settings["model"] = model
+    return {**record, "model": model, "settings": settings}
 
 
 def command(record: Record, out: str = "PRUNED") -> str:

@@ -28,9 +28,9 @@ from besa.report.figures import (
     grid,
     merge,
     percent,
+    public,
     quantile,
     rate,
-    short_name,
     short_names,
     signed,
     size,
@@ -44,16 +44,15 @@ EVEN = 5e-4  # rates closer than this are one rate to the eye
 
 
 def render(record: Record) -> str:
-    """The page of a pruning run, from its besa.json."""
+    """The page of a pruning run, from its besa.json; without the folders that it names."""
+    record = public(record)
     summary = summarise(record)
     blocks = record["blocks"]
     cells = grid(blocks)
     cells = dict(zip(short_names(list(cells)), cells.values(), strict=True))
     labels = [str(block["index"]) for block in blocks]
-    model = str(record["model"])
     values = {
-        "model": model,
-        "name": short_name(model),
+        "name": record["model"],
         "target": rate(summary.target),
         "lead": _lead(record, summary),
         "headlines": _headlines(record, summary),

@@ -586,7 +586,12 @@ def no_decoder(bad: Bad) -> str:
 def no_tokenizer(bad: Bad) -> str:
     for path in bad.model.glob("tokenizer*"):
         path.unlink()
-    return "tokenizer"
+    return r"model has no tokenizer: copy tokenizer\.json .* into it$"
+
+
+def half_a_tokenizer(bad: Bad) -> str:
+    (bad.model / "tokenizer.json").unlink()
+    return r"model has no tokenizer: copy tokenizer\.json"
 
 
 def broken_tokenizer(bad: Bad) -> str:
@@ -625,6 +630,7 @@ EARLY: list[Spoil] = [
     quantized_weights,
     no_decoder,
     no_tokenizer,
+    half_a_tokenizer,
     broken_tokenizer,
 ]
 

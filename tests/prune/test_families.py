@@ -352,6 +352,17 @@ def test_odd_families(family: str, family_model: MakeModel, calibration: Path, t
         assert load_strictly(result.out)(windows_of(model, calibration)).logits.isfinite().all()
 
 
+def test_gates_and_coefficients_stay_dense(family_model: MakeModel):
+    """Gemma 3n's AltUp mixes 4 streams: linears from 4 to 4, 4 to 16 and 32 to 4."""
+    checkpoint = Checkpoint.open(family_model("gemma3n_text"))
+    block = checkpoint.blocks[0]
+    found = {x.name for x in find_linears(block, "block", expert_count(checkpoint.config))}
+    linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    mixing = {"altup.correction_coefs", "altup.prediction_coefs", "altup.modality_router"}
+    assert mixing <= linears
+    assert found == linears - mixing  # among them some with 8 outputs
+
+
 # ----------------------------------------------------------------------- what besa cannot prune
 
 

@@ -19,10 +19,10 @@ import pytest
 
 from tests.helpers import (
     Process,
+    assert_same_record,
     digests,
     everything,
     random_model,
-    record_of,
     run,
     save_with_tokenizer,
     start,
@@ -88,7 +88,7 @@ class Case:
         process = self.run()
         assert process.returncode == 0, process.errors
         assert digests(self.out) == digests(whole)
-        assert record_of(self.out) == record_of(whole)
+        assert_same_record(self.out, whole)
         assert not self.partial.exists()
         return process
 
@@ -158,8 +158,6 @@ def test_killed_within_a_block(case: Case, whole: Whole, phase: str):
         process.wait_for(lambda block=block: case.reached(block, phase))
         process.send(signal.SIGKILL)
         process.wait()
-        if process.returncode != 0:
-            assert not case.out.exists()
     if not case.out.exists():
         case.goes_on_to(whole())
     assert digests(case.out) == digests(whole())
@@ -174,13 +172,13 @@ def test_killed_at_random(case: Case, whole: Whole, seed: int):
         process.wait_for(case.partial.exists)
         time.sleep(chance.expovariate(1 / 0.4))
         process.send(signal.SIGKILL)
-        if process.wait() == 0:
+        process.wait()
+        if case.out.exists():  # perhaps killed after its last rename: then all must be there
             break
-        assert not case.out.exists()
     else:
         case.goes_on_to(whole())
     assert digests(case.out) == digests(whole())
-    assert record_of(case.out) == record_of(whole())
+    assert_same_record(case.out, whole())
 
 
 @pytest.mark.slow
@@ -188,8 +186,8 @@ def test_killed_while_the_last_files_are_written(case: Case, whole: Whole):
     process = case.start()
     process.wait_for((case.partial / "model.safetensors.index.json").exists)
     process.send(signal.SIGKILL)
-    if process.wait() != 0:
-        assert not case.out.exists()
+    process.wait()
+    if not case.out.exists():
         case.goes_on_to(whole())
     assert digests(case.out) == digests(whole())
 
@@ -345,7 +343,7 @@ def test_two_runs_at_once(case: Case, whole: Whole):
         assert "another besa is writing" in one_line(second)
     assert first.wait() == 0, first.errors
     assert digests(case.out) == digests(whole())
-    assert record_of(case.out) == record_of(whole())
+    assert_same_record(case.out, whole())
 
 
 @pytest.mark.slow

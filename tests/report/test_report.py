@@ -166,7 +166,7 @@ def test_hostile_name_stays_text() -> None:
     for page in (render(RUNS["hostile"]()), render_comparison(comparison(HOSTILE))):
         assert "<script>alert" not in page
         assert "<img" not in page
-        assert html.escape("<script>alert(1)</script>") in page
+        assert html.escape("<img src=x onerror=alert(2)>") in page
         assert not re.search(r"[\x00-\x08\x0e-\x1f]", page)
 
 
@@ -210,13 +210,23 @@ def test_card_names_the_hub_model() -> None:
     assert figures.short_name("/models/Name-7b/") == "Name-7b"
 
 
-def test_card_keeps_private_folders_private() -> None:
+@pytest.mark.parametrize("make", [model_card, render])
+def test_private_folders_stay_private(make: Callable[[dict[str, Any]], str]) -> None:
     record = run(1, model="/home/me/Name-7b")
     record["settings"]["model"] = record["model"]
     record["settings"]["calibration"] = "/home/me/texts.jsonl"
-    card = model_card(record)
-    assert "/home" not in card
-    assert "texts.jsonl" in card
+    before = json.dumps(record)
+    made = make(record)
+    assert "/home" not in made
+    assert "besa prune Name-7b" in made
+    assert "texts.jsonl" in made
+    assert json.dumps(record) == before, "besa.json keeps the whole path"
+
+
+def test_the_comparison_keeps_private_folders_private() -> None:
+    page = render_comparison(comparison("/home/me/Name-7b"))
+    assert "/home" not in page
+    assert "Name-7b" in page
 
 
 def test_command_repeats_the_run() -> None:
