@@ -22,12 +22,32 @@ from pathlib import Path
 import torch  # noqa: F401  (before the library: see above)
 
 import besa.kernels
+from besa.errors import BesaWarning
 
 NAME = "libbesa_kernels.so"
 
 _SIGNATURES = {
+    # weight, bitmask, row_ptr, rows, cols, element size, threads, wide
+    "besa_pack_mask": [*[c_void_p] * 3, *[c_int64] * 3, *[c_int] * 2],
+    # bitmask, row_ptr, rows, row bytes, threads, wide
+    "besa_row_pointers": [*[c_void_p] * 2, *[c_int64] * 2, *[c_int] * 2],
+    # weight, bitmask, row_ptr, values, rows, cols, element size, n_values, threads, wide; gives a
+    # status
+    "besa_compress": [*[c_void_p] * 4, *[c_int64] * 4, *[c_int] * 2],
+    # values, bitmask, row_ptr, dense, then as above; gives a status
+    "besa_expand": [*[c_void_p] * 4, *[c_int64] * 4, *[c_int] * 2],
     # values, weight or None, buckets, out, rows, cols, n_buckets, threads
     "besa_segment_sum_f32": [*[c_void_p] * 4, *[c_int64] * 3, c_int],
+    "besa_best_isa": [],
+    # values, dtype, count, bitmask, row_ptr, scale, group_size, bias, input, dtype, output,
+    # tokens, rows, cols, int8_input, isa, threads; gives a status
+    "besa_sparse_linear": [
+        *[c_void_p, c_int, c_int64],
+        *[c_void_p, c_void_p, c_void_p, c_int64, c_void_p],
+        *[c_void_p, c_int, c_void_p],
+        *[c_int64] * 3,
+        *[c_int] * 3,
+    ],
 }
 
 
@@ -40,12 +60,12 @@ def library() -> ctypes.CDLL | None:
     if found:
         try:
             loaded = ctypes.CDLL(str(found[0]))
-        except OSError as error:
-            reason = error
-        else:
             for name, argtypes in _SIGNATURES.items():
                 function = getattr(loaded, name)
-                function.argtypes, function.restype = argtypes, None
+                function.argtypes, function.restype = argtypes, c_int
             return loaded
-    warnings.warn(f"no native kernels, torch serves instead, slower: {reason}", stacklevel=2)
+        except (OSError, AttributeError) as error:  # not to be loaded, or of another version
+            reason = error
+    message = f"no native kernels, torch serves instead, slower: {reason}"
+    warnings.warn(message, BesaWarning, stacklevel=2)
     return None

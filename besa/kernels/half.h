@@ -1,0 +1,75 @@
+// bfloat16 and float16 to float and back, one value at a time; to nearest, ties to even.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace besa {
+namespace {
+
+inline float bits_to_float(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline std::uint32_t float_to_bits(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float bf16_to_float(std::uint16_t half) {
+    return bits_to_float(static_cast<std::uint32_t>(half) << 16);
+}
+
+inline std::uint16_t float_to_bf16(float value) {
+    const std::uint32_t bits = float_to_bits(value);
+    if (value != value) return static_cast<std::uint16_t>(bits >> 16 | 0x40);
+    return static_cast<std::uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+#ifdef __FLT16_MANT_DIG__
+
+inline float fp16_to_float(std::uint16_t half) {
+    _Float16 value;
+    std::memcpy(&value, &half, 2);
+    return static_cast<float>(value);
+}
+
+inline std::uint16_t float_to_fp16(float value) {
+    const _Float16 half = static_cast<_Float16>(value);
+    std::uint16_t bits;
+    std::memcpy(&bits, &half, 2);
+    return bits;
+}
+
+#else  // a compiler without the type
+
+inline float fp16_to_float(std::uint16_t half) {
+    const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000) << 16;
+    const std::uint32_t rest = half & 0x7FFF;
+    if (rest >= 0x7C00) return bits_to_float(sign | 0x7F800000 | (rest & 0x3FF) << 13);
+    // 2^112 moves the exponent's bias from 15 to 127; denormals come out right by themselves.
+    return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+}
+
+inline std::uint16_t float_to_fp16(float value) {
+    const std::uint32_t bits = float_to_bits(value);
+    const std::uint16_t sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000);
+    const std::uint32_t size = bits & 0x7FFFFFFF;
+    if (size > 0x7F800000) return static_cast<std::uint16_t>(sign | 0x7E00 | (size >> 13 & 0x3FF));
+    if (size >= 0x477FF000) return static_cast<std::uint16_t>(sign | 0x7C00);
+    if (size < 0x38800000) {  // denormal: adding 0.5 leaves the number in the last bits
+        const std::uint32_t shifted = float_to_bits(bits_to_float(size) + 0.5f);
+        return static_cast<std::uint16_t>(sign | (shifted - 0x3F000000));
+    }
+    const std::uint32_t rounded = size - 0x38000000 + 0xFFF + (size >> 13 & 1);
+    return static_cast<std::uint16_t>(sign | rounded >> 13);
+}
+
+#endif
+
+}  // namespace
+}  // namespace besa

@@ -1,0 +1,48 @@
+"""Which instruction set the native kernels use.
+
+One library holds them all; the CPU's best is taken, or what `BESA_ISA` in the environment names:
+portable, avx2, avx512 or avx512_bf16.
+
+    name, reason = chosen_isa()     # "avx512_bf16", "the best that this CPU has"
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+from besa.errors import BesaError
+from besa.kernels import native
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+@cache
+def best_isa() -> str | None:
+    """The best of `ISAS` on this CPU; None without the native library."""
+    library = native.library()
+    return None if library is None else ISAS[library.besa_best_isa()]
+
+
+def chosen_isa() -> tuple[str, str]:
+    """The instruction set in use and why; "torch" where there is no native library.
+
+    Raises:
+        BesaError: BESA_ISA names none, or one that this CPU does not have.
+    """
+    wanted, best = os.environ.get("BESA_ISA"), best_isa()
+    if wanted and wanted not in ISAS:
+        raise BesaError(f"BESA_ISA={wanted} is none of {', '.join(ISAS)}")
+    if best is None:
+        return "torch", "the native library is not there"
+    if not wanted:
+        return best, "the best that this CPU has"
+    if ISAS.index(wanted) > ISAS.index(best):
+        raise BesaError(f"BESA_ISA={wanted}, but the best that this CPU has is {best}")
+    return wanted, f"BESA_ISA={wanted}"
+
+
+@cache
+def isa_number() -> int:
+    """`chosen_isa` as the kernels take it; read once in a process."""
+    return ISAS.index(chosen_isa()[0])

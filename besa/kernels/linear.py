@@ -1,0 +1,286 @@
+"""y = x W^T + b with packed weights: the torch operator `besa::sparse_linear`.
+
+    y = sparse_linear(x, packed, bias)                                    # a besa.formats.Packed
+    y = torch.ops.besa.sparse_linear(x, values, bitmask, row_ptr, scale, bias)
+
+On a CPU the native kernels multiply straight from the packed form (see sparse_linear.h); on other
+devices, and without the library, the weight is expanded there and torch multiplies. Works under
+torch.compile; records no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from besa.errors import BesaError
+from besa.kernels import native
+from besa.kernels.isa import isa_number
+from besa.kernels.packing import expand, expand_reference
+
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
+_INPUTS = (torch.bfloat16, torch.float16, torch.float32)
+_STATUS = {
+    1: "row_ptr does not fit values and bitmask: the packed weight is corrupt",
+    2: "this CPU lacks the instructions",
+    3: "out of memory",
+}
+
+# Weights times tokens that keep a thread busy for some 10 µs; with fewer, waking it costs more.
+_PER_THREAD = 1 << 17
+
+
+class PackedWeight(Protocol):
+    """What `sparse_linear` reads of a `besa.formats.Packed`."""
+
+    @property
+    def values(self) -> Tensor: ...
+    @property
+    def bitmask(self) -> Tensor: ...
+    @property
+    def row_ptr(self) -> Tensor: ...
+    @property
+    def scale(self) -> Tensor | None: ...
+
+
+def sparse_linear(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_input: bool = True
+) -> Tensor:
+    """x W^T + bias.
+
+    Sums are float32, of a fixed order for a given shape. int8 values multiply activations that
+    are quantized to int8 too, one scale per token, with int32 sums; with `int8_input=False` they
+    multiply the activations as they are.
+
+    Args:
+        x: [..., in], bfloat16, float16 or float32; need not be of the values' type.
+        packed: the weight [out, in].
+        bias: [out].
+
+    Returns:
+        [..., out], of x's type.
+
+    Raises:
+        ValueError: if shapes, types or devices do not fit.
+        BesaError: if the packed weight is corrupt.
+    """
+    result: Tensor = torch.ops.besa.sparse_linear(
+        x, packed.values, packed.bitmask, packed.row_ptr, packed.scale, bias, int8_input
+    )
+    return result
+
+
+def dense_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    int8_input: bool = True,
+) -> Tensor:
+    """x weight^T + bias by the same kernels, for a weight that has no zeros to leave out.
+
+    On a CPU; elsewhere, and without the native library, torch's product.
+
+    Args:
+        x: [..., in], bfloat16, float16 or float32.
+        weight: [out, in], floating point, or int8 with its scale, float32 [out, groups].
+    """
+    if native.library() is None or x.device.type != "cpu":
+        return _product(x, weight, scale, bias, int8_input, x.dtype)
+    if weight.shape[-1] != x.shape[-1]:
+        raise ValueError(f"x has {x.shape[-1]} columns, but weight {weight.shape[-1]}")
+    return _native(x, weight.flatten(), None, None, scale, bias, len(weight), int8_input)
+
+
+def sparse_linear_reference(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    row_ptr: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    int8_input: bool = True,
+) -> Tensor:
+    """`besa::sparse_linear` in plain torch: the kernels' oracle, float32 throughout."""
+    _check(x, values, bitmask, row_ptr, scale, bias)
+    weight = expand_reference(values, bitmask, row_ptr, x.shape[-1]).float()
+    return _product(x, weight, scale, bias, int8_input, torch.float32)
+
+
+def _expanded(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    row_ptr: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    int8_input: bool = True,
+) -> Tensor:
+    """The weight expanded on its device, then torch's product in x's own type."""
+    _check(x, values, bitmask, row_ptr, scale, bias)
+    weight = expand(values, bitmask, row_ptr, x.shape[-1])
+    return _product(x, weight, scale, bias, int8_input, x.dtype)
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    int8_input: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    inputs, factor = x.to(dtype), None
+    if scale is not None:
+        if scale.shape[1] > 1:
+            scale = scale.repeat_interleave(_group_size(x, scale), 1)[:, : x.shape[-1]]
+        weight = weight.float() * scale
+        if int8_input:
+            inputs, factor = quantize_rows(x)
+    result = F.linear(inputs.to(dtype), weight.to(dtype)).float()
+    if factor is not None:
+        result = result * factor
+    if bias is not None:
+        result = result + bias.float()
+    return result.to(x.dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations as whole numbers from -127 to 127, and their scale.
+
+    Args:
+        x: [..., in].
+
+    Returns:
+        float32 [..., in] of whole numbers, and float32 [..., 1]; NaN for a row that is not finite.
+    """
+    most = x.float().abs().amax(-1, keepdim=True)
+    finite = most.isfinite()
+    inverse = torch.where(finite & (most > 0), 127 / most, 0.0)
+    whole = torch.where(finite, x.float() * inverse, 0.0).round()
+    return whole, torch.where(finite, most / 127, torch.nan)
+
+
+def _sparse_linear_cpu(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    row_ptr: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    int8_input: bool = True,
+) -> Tensor:
+    if native.library() is None:
+        return _expanded(x, values, bitmask, row_ptr, scale, bias, int8_input)
+    _check(x, values, bitmask, row_ptr, scale, bias)
+    return _native(x, values, bitmask, row_ptr, scale, bias, len(bitmask), int8_input)
+
+
+def _native(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor | None,
+    row_ptr: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    int8_input: bool,
+) -> Tensor:
+    library = native.library()
+    assert library is not None
+    cols = x.shape[-1]
+    x = x.contiguous()
+    tokens = x.numel() // cols if cols else x.shape[:-1].numel()
+    out = x.new_empty(*x.shape[:-1], rows)
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    if scale is not None:
+        scale = scale.contiguous()
+    values = values.contiguous()
+    group_size = _group_size(x, scale) if scale is not None and scale.shape[1] > 1 else 0
+    status = library.besa_sparse_linear(
+        values.data_ptr(),
+        _DTYPES[values.dtype],
+        values.numel(),
+        None if bitmask is None else bitmask.data_ptr(),
+        None if row_ptr is None else row_ptr.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        group_size,
+        None if bias is None else bias.data_ptr(),
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        out.data_ptr(),
+        tokens,
+        rows,
+        cols,
+        int8_input and values.dtype == torch.int8,
+        isa_number(),
+        min(torch.get_num_threads(), 1 + rows * cols * tokens // _PER_THREAD),
+    )
+    if status:
+        raise BesaError(_STATUS[status])
+    return out
+
+
+def _group_size(x: Tensor, scale: Tensor) -> int:
+    """Columns that share a scale; 32, 64 and 128 never give the same number of several groups."""
+    for size in (32, 64, 128):
+        if -(-x.shape[-1] // size) == scale.shape[1]:
+            return size
+    raise ValueError(f"scale has {scale.shape[1]} groups, which no group size makes")
+
+
+def _check(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    row_ptr: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Shapes and types, before a raw pointer leaves Python."""
+    if x.dtype not in _INPUTS or x.ndim == 0:
+        raise ValueError(f"x must be bfloat16, float16 or float32 [..., in], not {_name(x)}")
+    if values.dtype not in _DTYPES or values.ndim != 1:
+        raise ValueError(f"values must be 1-D bfloat16, float16, float32 or int8: {_name(values)}")
+    if bitmask.dtype != torch.uint8 or bitmask.ndim != 2 or not bitmask.is_contiguous():
+        raise ValueError(f"bitmask must be a contiguous uint8 matrix, not {_name(bitmask)}")
+    rows, width = bitmask.shape
+    if width != -(-x.shape[-1] // 8):
+        raise ValueError(f"x has {x.shape[-1]} columns, but bitmask is {_name(bitmask)}")
+    if row_ptr.dtype != torch.int64 or row_ptr.shape != (rows + 1,) or not row_ptr.is_contiguous():
+        raise ValueError(f"row_ptr must be int64 [{rows + 1}], not {_name(row_ptr)}")
+    if (values.dtype == torch.int8) != (scale is not None):
+        raise ValueError("scale goes with int8 values, and with them only")
+    if scale is not None:
+        if scale.dtype != torch.float32 or scale.ndim != 2 or len(scale) != rows:
+            raise ValueError(f"scale must be float32 [{rows}, groups], not {_name(scale)}")
+        if scale.shape[1] != 1:
+            _group_size(x, scale)
+    if bias is not None and (bias.shape != (rows,) or not bias.is_floating_point()):
+        raise ValueError(f"bias must be floating point [{rows}], not {_name(bias)}")
+    for tensor in (values, bitmask, row_ptr, scale, bias):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"x is on {x.device}, but a part of the weight on {tensor.device}")
+
+
+def _name(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+def _fake(x: Tensor, _values: Tensor, bitmask: Tensor, *_rest: object, **_more: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], bitmask.shape[0])
+
+
+_LIBRARY = torch.library.Library("besa", "FRAGMENT")
+_LIBRARY.define(
+    "sparse_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_ptr, Tensor? scale=None, "
+    "Tensor? bias=None, bool int8_input=True) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+_LIBRARY.impl("sparse_linear", _sparse_linear_cpu, "CPU")
+_LIBRARY.impl("sparse_linear", _expanded, "CUDA")
+torch.library.register_fake("besa::sparse_linear", _fake, lib=_LIBRARY)

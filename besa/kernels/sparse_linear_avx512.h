@@ -1,0 +1,96 @@
+// Traits for AVX-512 of any kind: float32 products, 16 a step.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include "sparse_linear.h"
+
+namespace besa {
+namespace {
+
+inline std::int64_t sum_int32(__m512i acc) {
+    const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(acc));
+    const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(acc, 1));
+    return _mm512_reduce_add_epi64(_mm512_add_epi64(low, high));
+}
+
+// How each value type becomes float32 lanes: 16 of them, whatever is in memory.
+struct Bf16Lanes {
+    using Value = std::uint16_t;
+    static __m512i load(const Value* p) {
+        return _mm512_slli_epi32(
+            _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+    }
+    static __m512 floats(__m512i lanes) { return _mm512_castsi512_ps(lanes); }
+};
+
+struct Fp16Lanes {
+    using Value = std::uint16_t;
+    static __m512i load(const Value* p) {
+        return _mm512_castps_si512(
+            _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    }
+    static __m512 floats(__m512i lanes) { return _mm512_castsi512_ps(lanes); }
+};
+
+struct Fp32Lanes {
+    using Value = float;
+    static __m512i load(const Value* p) { return _mm512_loadu_si512(p); }
+    static __m512 floats(__m512i lanes) { return _mm512_castsi512_ps(lanes); }
+};
+
+struct Int8Lanes {
+    using Value = std::int8_t;
+    static __m512i load(const Value* p) {
+        return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static __m512 floats(__m512i lanes) { return _mm512_cvtepi32_ps(lanes); }
+};
+
+template <class Lanes, bool kGrouped = false>
+struct FloatDot {
+    using Value = typename Lanes::Value;
+    using X = float;
+    using Mask = std::uint16_t;
+    using W = __m512;
+    using Acc = __m512;
+    using Sum = float;
+    static constexpr int kStep = 16, kUnroll = 4, kRegisters = 24;
+    static constexpr int kTileRows = 6, kTileTokens = 4;
+    static constexpr int kOffset = 0;
+    static constexpr bool kInt8Input = false, kLate = false;
+
+    static std::int64_t place(std::int64_t j) { return j; }
+    static int popcount(Mask m) { return __builtin_popcount(m); }
+    static W expand(const Value* p, Mask m, const Groups& g, std::int64_t col) {
+        return scaled(_mm512_maskz_expand_epi32(m, Lanes::load(p)), g, col);
+    }
+    static W load(const Value* p, const Groups& g, std::int64_t col) {
+        return scaled(Lanes::load(p), g, col);
+    }
+    static W scaled(__m512i lanes, const Groups& g, std::int64_t col) {
+        const __m512 w = Lanes::floats(lanes);
+        return kGrouped ? _mm512_mul_ps(w, _mm512_set1_ps(g.scale[col >> g.shift])) : w;
+    }
+    static Acc zero() { return _mm512_setzero_ps(); }
+    static Acc dot(Acc acc, W w, const X* x) {
+        return _mm512_fmadd_ps(w, _mm512_load_ps(x), acc);
+    }
+    static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
+    static Sum sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
+};
+
+inline int run_float(const Job& job) {
+    switch (job.values_dtype) {
+        case kBf16: return run<FloatDot<Bf16Lanes>>(job);
+        case kFp16: return run<FloatDot<Fp16Lanes>>(job);
+        case kFp32: return run<FloatDot<Fp32Lanes>>(job);
+        default:
+            return job.group_size ? run<FloatDot<Int8Lanes, true>>(job)
+                                  : run<FloatDot<Int8Lanes>>(job);
+    }
+}
+
+}  // namespace
+}  // namespace besa
