@@ -1,33 +1,200 @@
-"""What machine this is, in a few words for people."""
+"""What machine this is: in a few words for people, and fact by fact for `besa doctor`.
+
+machine()                     # "2 cores, Intel(R) Xeon(R) Processor, 2 threads"
+cores(), cpu_features(), memory(), openmp_runtimes(), gpus()
+
+Read from where Linux tells it; what a system does not tell is None, or not there.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+
+_PROC = Path("/proc")
+_CGROUPS = Path("/sys/fs/cgroup")
+_CPUS = Path("/sys/devices/system/cpu")
+
+# Those that make a difference to the kernels, besa's or torch's, by the system's own names.
+_FEATURES = {
+    "x86_64": (
+        *("avx2", "avx512f", "avx512_vbmi2", "avx512_bf16", "avx512_vnni"),
+        *("amx_tile", "amx_bf16", "amx_int8"),
+    ),
+    "aarch64": ("asimd", "asimddp", "sve", "bf16", "i8mm"),
+}
+
+_OPENMP = re.compile(r"/lib(gomp|iomp5|omp)\b[^/]*\.so[.\d]*$")
 
 
 def cpu_name() -> str:
     """The processor's name, as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def machine() -> str:
     """Cores, processor, threads in use, and the GPU if there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    words = [f"{cores} cores", cpu_name(), f"{torch.get_num_threads()} threads"]
+    words = [f"{cores()} cores", cpu_name(), f"{torch.get_num_threads()} threads"]
     if torch.cuda.is_available():
         words.append(torch.cuda.get_device_name())
     return ", ".join(words)
+
+
+def cores() -> int:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def core_share() -> float | None:
+    """How many cores' time a container grants; None without such a limit."""
+    shares = []
+    for words in _limits("cpu", "cpu.max"):
+        quota, period = words.split()
+        if quota != "max":
+            shares.append(int(quota) / int(period))
+    for quota, period in zip(
+        _limits("cpu", "cpu.cfs_quota_us"), _limits("cpu", "cpu.cfs_period_us"), strict=False
+    ):
+        if int(quota) > 0:
+            shares.append(int(quota) / int(period))
+    return min(shares, default=None)
+
+
+def busy_seconds() -> float | None:
+    """The time that the cores have worked since the system started, for whatever program."""
+    words = _text(_PROC / "stat").split("\n")[0].split()
+    if len(words) < 9:
+        return None
+    user, nice, system, _idle, _waiting, irq, softirq, stolen = map(int, words[1:9])
+    ticks = user + nice + system + irq + softirq + stolen  # by other virtual machines
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_features() -> dict[str, bool]:
+    """Which of the instruction sets that matter the processor has."""
+    flags = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
+    return {name: name in flags for name in _FEATURES.get(platform.machine(), ())}
+
+
+def cache_size() -> int | None:
+    """Bytes of all last-level caches together: a processor may have one for every few cores."""
+    sizes: dict[int, dict[str, int]] = {}
+    for cache in _CPUS.glob("cpu[0-9]*/cache/index[0-9]*"):
+        level, shared, size = (_text(cache / x) for x in ("level", "shared_cpu_list", "size"))
+        if level and size:
+            kib = size.strip().removesuffix("K")
+            sizes.setdefault(int(level), {})[shared] = int(kib) * 1024
+    return sum(sizes[max(sizes)].values()) if sizes else None
+
+
+def memory() -> dict[str, int | None]:
+    """Bytes of memory in all, available now, granted by a container, and of swap in use."""
+    known = {}
+    for line in _text(_PROC / "meminfo").splitlines():
+        name, _, value = line.partition(":")
+        known[name] = int(value.split()[0]) * 1024
+    total = known.get("MemTotal")
+    limits = [
+        int(words)
+        for name in ("memory.max", "memory.limit_in_bytes")
+        for words in _limits("memory", name)
+        if words != "max"
+    ]
+    # Where there is no limit, an older kernel names a number beyond all memory.
+    limit = min((x for x in limits if total is None or x < total), default=None)
+    available = [x for x in (known.get("MemAvailable"), limit) if x is not None]
+    return {
+        "total": total,
+        "available": min(available, default=None),
+        "limit": limit,
+        "swap_used": known.get("SwapTotal", 0) - known.get("SwapFree", 0),
+    }
+
+
+def openmp_runtimes() -> list[str]:
+    """The OpenMP libraries that this process has loaded: with more than one, threads fight."""
+    mapped = (line.split(maxsplit=5)[-1] for line in _text(_PROC / "self/maps").splitlines())
+    return sorted({str(Path(path).resolve()) for path in mapped if _OPENMP.search(path)})
+
+
+def gpus() -> list[dict[str, Any]]:
+    """The GPUs that torch can use."""
+    if not torch.cuda.is_available():
+        return []
+    driver = _driver()
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": properties.name,
+                "memory": properties.total_memory,
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "driver": driver,
+            }
+        )
+    return found
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the system has one, be it that torch can use it or not."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver."""
+    told = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _text(_PROC / "driver/nvidia/version"))
+    if told:
+        return told[1]
+    if (command := shutil.which("nvidia-smi")) is None:
+        return None
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+    return answer.stdout.split("\n")[0].strip() or None
+
+
+def _cpuinfo(name: str) -> str | None:
+    """What /proc/cpuinfo says of the first core under a name."""
+    told = re.search(rf"^{name}\s*:\s*(.*)$", _text(_PROC / "cpuinfo"), re.MULTILINE)
+    return told[1].strip() if told else None
+
+
+def _limits(controller: str, name: str) -> Iterator[str]:
+    """What the control groups around this process say in their files `name`, innermost first."""
+    for line in _text(_PROC / "self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2: one hierarchy
+            root = _CGROUPS
+        elif controller in controllers.split(","):
+            root = _CGROUPS / controllers
+        else:
+            continue
+        # In a container the path may be the host's; then only the root is there.
+        folder = root / path.lstrip("/")
+        while True:
+            if words := _text(folder / name).strip():
+                yield words
+            if folder == root:
+                break
+            folder = folder.parent
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def give_memory_back() -> None:

@@ -1,0 +1,128 @@
+"""How fast this machine is, in two seconds: what memory allows, and what packed weights gain.
+
+    limit = read_bandwidth(room())
+    figure = dense_against_sparse(room())
+    figure["speedup"], figure["bytes"] / figure["sparse_seconds"] / limit
+
+A model generates text at the speed at which its weights are read: for one token each weight is
+used once, and no cache holds them all. So both measure on more memory than the caches have.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import cycle
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from besa.formats import Packed, pack
+from besa.kernels import sparse_linear
+from besa.machine import cache_size, memory
+
+SIZE = 4096  # rows and columns of the matrices
+SPARSITY = 0.5
+
+# The time for each measurement, and the least number of calls.
+_SECONDS, _TIMES = 0.4, 5
+
+T = TypeVar("T")
+
+
+def room() -> int:
+    """How many bytes to measure on: far more than the caches hold, of what memory there is."""
+    wanted = max(512 * 2**20, 2 * (cache_size() or 0))
+    available = memory()["available"]
+    return wanted if available is None else min(wanted, available // 4)
+
+
+def read_bandwidth(nbytes: int) -> float:
+    """The bytes a second that torch's threads read from memory, at best.
+
+    Args:
+        nbytes: how much to read at a time.
+    """
+    return max(nbytes / min(_times(reader)) for reader in readers(nbytes))
+
+
+def readers(nbytes: int) -> list[Callable[[], object]]:
+    """Two ways to read `nbytes` of memory from end to end; the faster one counts."""
+    # Written to, or all of it would be one page of zeros.
+    buffer = torch.ones(nbytes // 8 * 2)
+    first, second = buffer.chunk(2)
+    # Two streams keep more reads on their way than one. Two threads of a Xeon (2.3 GHz, AVX-512)
+    # read 27 GB/s in the dot product of the halves, as much as in loops of C++ written for it; 20
+    # in a sum, 13 in a maximum. But not every BLAS shares a dot product among threads.
+    return [partial(torch.dot, first, second), buffer.sum]
+
+
+@torch.no_grad()
+def dense_against_sparse(nbytes: int) -> dict[str, Any]:
+    """One token through matrices of bfloat16, dense and then packed.
+
+    Args:
+        nbytes: how much memory the matrices of each kind take.
+
+    Returns:
+        What was done, median seconds a matrix, and the bytes of a packed one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(SIZE, SIZE, dtype=torch.bfloat16, generator=generator)
+    weight[torch.rand(SIZE, SIZE, generator=generator) < SPARSITY] = 0
+    token = torch.randn(1, SIZE, dtype=torch.bfloat16, generator=generator)
+    packed = pack(weight)
+    # The dense ones are gone before there are packed ones.
+    dense = _seconds(
+        [weight.clone() for _ in range(_count(nbytes, weight.nbytes))],
+        lambda matrix: torch.nn.functional.linear(token, matrix),
+    )
+    sparse = _seconds(
+        [_copy(packed) for _ in range(_count(nbytes, packed.nbytes))],
+        lambda matrix: sparse_linear(token, matrix),
+    )
+    return {
+        "tokens": 1,
+        "rows": SIZE,
+        "cols": SIZE,
+        "sparsity": SPARSITY,
+        "dtype": "bfloat16",
+        "threads": torch.get_num_threads(),
+        "dense_seconds": dense,
+        "sparse_seconds": sparse,
+        "speedup": dense / sparse,
+        "bytes": packed.nbytes,
+    }
+
+
+def _count(nbytes: int, each: int) -> int:
+    return max(1, nbytes // each)
+
+
+def _copy(packed: Packed) -> Packed:
+    return replace(
+        packed,
+        values=packed.values.clone(),
+        bitmask=packed.bitmask.clone(),
+        row_ptr=packed.row_ptr.clone(),
+    )
+
+
+def _seconds(matrices: Sequence[T], product: Callable[[T], Tensor]) -> float:
+    turn = cycle(matrices)
+    return median(_times(lambda: product(next(turn))))
+
+
+def _times(call: Callable[[], object]) -> list[float]:
+    """Seconds of as many calls as the time allows; a first one goes untimed."""
+    call()
+    times: list[float] = []
+    while len(times) < _TIMES or sum(times) < _SECONDS:
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return times
