@@ -111,11 +111,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     )
 
 
-def write_json(path: Path, result: Mapping[str, Any]) -> None:
+def write_json(path: Path, result: Mapping[str, Any], quiet: bool = False) -> None:
     """Writes a result where the README's figures are taken from."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {path}", flush=True)
+    if not quiet:
+        print(f"written to {path}", flush=True)
 
 
 def seconds_of(work: Callable[[], object], device: str = "cpu") -> float:

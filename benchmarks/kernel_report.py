@@ -1,0 +1,139 @@
+"""The picture and the README's table of what benchmarks/kernels.py measured.
+
+    python benchmarks/kernel_report.py      # benchmarks/results/kernels.json -> kernels.svg
+
+The table goes into the README with all others: `python benchmarks/readme.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from common import RESULTS
+
+from besa.report.svg import line, linear, logarithmic, path, picture, tag, text
+
+SHAPE, THREADS = "4096x4096", 2
+SHOWN = {"dense": "dense, besa", "50%": "50%", "70%": "70%", "2:4": "2:4"}
+PANELS = {"bfloat16": "bfloat16", "float32": "float32", "int8": "int8"}
+AGAINST = {"bfloat16": "F.linear", "float32": "F.linear", "int8": "torch._int_mm"}
+
+STYLE = """
+svg { font: 12px system-ui, sans-serif; --ink: #1b1e23; --soft: #646a73; --grid: #e4e1da;
+      --a: #1d5a9e; --b: #b8520f; --c: #3d7a4f; --d: #8b857a; }
+@media (prefers-color-scheme: dark) { svg { --ink: #e8e6e1; --soft: #9aa0aa; --grid: #353941;
+      --a: #7db8f5; --b: #ee9150; --c: #86c79a; --d: #a49d90; } }
+text { fill: var(--ink); } .small { fill: var(--soft); font-size: 11px; }
+.strong { font-weight: 600; } .mid { text-anchor: middle; } .end { text-anchor: end; }
+.grid { stroke: var(--grid); } .one { stroke: var(--ink); stroke-dasharray: 3 3; }
+.line { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.s0 { stroke: var(--d); stroke-dasharray: 5 3; } .s1 { stroke: var(--a); }
+.s2 { stroke: var(--b); } .s3 { stroke: var(--c); }
+.dot { stroke: none; } .f0 { fill: var(--d); } .f1 { fill: var(--a); } .f2 { fill: var(--b); }
+.f3 { fill: var(--c); }
+"""
+
+
+def cells(record: dict[str, Any], shape: str, dtype: str, threads: int) -> list[dict[str, Any]]:
+    """The results of one shape, type and number of threads, by tokens."""
+    return [
+        row
+        for row in record["results"]
+        if (row["shape"], row["dtype"], row["threads"]) == (shape, dtype, threads)
+    ]
+
+
+def plot(record: dict[str, Any]) -> str:
+    """Times faster than torch, by tokens: a panel for each type."""
+    width, height, gap, left, top = 250.0, 210.0, 44.0, 34.0, 54.0
+    by_type = {dtype: cells(record, SHAPE, dtype, THREADS) for dtype in PANELS}
+    values = [
+        row["contenders"][name]["over_torch"]["median"]
+        for rows in by_type.values()
+        for row in rows
+        for name in SHOWN
+    ]
+    high = 2.0 ** math.ceil(math.log2(max(values)))
+    low = 2.0 ** math.floor(math.log2(min(0.9, *values)))
+    tokens = [row["tokens"] for row in next(iter(by_type.values()))]
+    y = logarithmic(low, high, top + height, top)
+    body = tag("style", STYLE)
+    for i, (dtype, rows) in enumerate(by_type.items()):
+        start = left + i * (width + gap)
+        x = linear(0, len(tokens) - 1, start + 8, start + width - 8)
+        body += text(start, top - 34, PANELS[dtype], "strong")
+        body += text(start, top - 18, f"times faster than {AGAINST[dtype]}", "small")
+        mark = low
+        while mark <= high * 1.001:
+            kind = "one" if mark == 1 else "grid"
+            body += line(start, y(mark), start + width, y(mark), kind)
+            body += text(start - 5, y(mark) + 4, f"{mark:g}×", "small end")
+            mark *= 2
+        for k, count in enumerate(tokens):
+            body += text(x(k), top + height + 16, str(count), "small mid")
+        for s, name in enumerate(SHOWN):
+            points = [
+                (x(k), y(row["contenders"][name]["over_torch"]["median"]))
+                for k, row in enumerate(rows)
+            ]
+            body += path(points, f"line s{s}")
+            for a, b in points:
+                body += tag("circle", cx=a, cy=b, r=2.6, class_=f"dot f{s}")
+    foot = top + height + 38
+    body += text(left, foot, "tokens", "small")
+    at = left + 70
+    for s, words in enumerate(SHOWN.values()):
+        body += line(at, foot - 4, at + 22, foot - 4, f"line s{s}") + text(at + 28, foot, words)
+        at += 58 + 7 * len(words)
+    conditions = record["conditions"]
+    description = (
+        f"A product of {SHAPE.replace('x', ' by ')}, {THREADS} threads, {conditions['cpu']}, "
+        f"torch {conditions['torch']}."
+    )
+    return picture(left + 3 * width + 2 * gap + 10, foot + 12, "Packed products", description, body)
+
+
+def readme_table(record: dict[str, Any]) -> str:
+    """The README's section: a few rows of the whole."""
+    names = ["50%", "60%", "70%", "80%", "2:4"]
+    lines = [
+        f"| {SHAPE.replace('x', ' × ')}, {THREADS} threads | torch | besa, dense "
+        f"| {' | '.join(names)} | of the read limit, 50% |",
+        "| --- |" + " --- |" * (len(names) + 3),
+    ]
+    for dtype in PANELS:
+        for row in cells(record, SHAPE, dtype, THREADS):
+            if row["tokens"] not in (1, 4, 16, 64, 256):
+                continue
+            made = row["contenders"]
+            parts = [f"{made[n]['seconds']['median'] * 1e3:.2f} ms" for n in ("torch", "dense")]
+            for name in names:
+                one = made[name]
+                parts.append(
+                    f"{one['seconds']['median'] * 1e3:.2f} ({one['over_torch']['median']:.1f}×)"
+                )
+            limit = f"{made['50%']['of_limit']:.0%}" if row["tokens"] == 1 else ""
+            plural = "token" if row["tokens"] == 1 else "tokens"
+            lines.append(f"| {dtype}, {row['tokens']} {plural} | {' | '.join(parts)} | {limit} |")
+    conditions = record["conditions"]
+    best = max(r["read_bandwidth"]["best"] for r in record["results"])
+    lines += [
+        "",
+        f"Medians of {record['rounds']} interleaved rounds; in parentheses, times faster than "
+        "`F.linear` (for int8 `torch._int_mm`, without quantizing its input). "
+        f"{conditions['cpu']}, {conditions['cores']} cores, read bandwidth up to "
+        f"{best / 1e9:.0f} GB/s, torch {conditions['torch']}. All shapes, threads and tokens: "
+        "`benchmarks/results/kernels.json`, by `python benchmarks/kernels.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    record = json.loads((RESULTS / "kernels.json").read_text())
+    (RESULTS / "kernels.svg").write_text(plot(record) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
