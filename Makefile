@@ -16,7 +16,7 @@ ifeq ($(shell command -v nvidia-smi),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types sanitize clean
 .DEFAULT_GOAL = test
 
 demo: $(VENV)/.installed
@@ -35,6 +35,16 @@ types: $(VENV)/.installed
 	mkdir -p build/types/besa
 	ln -s $(CURDIR)/besa/* $(CURDIR)/export $(CURDIR)/serve build/types/besa
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml besa
+
+# The native tests with a library that checks every access and every operation.
+sanitize: $(VENV)/.installed
+	$(BIN)/cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Debug \
+	  -DCMAKE_CXX_FLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+	$(BIN)/cmake --build build/sanitize
+	BESA_KERNELS=$(CURDIR)/build/sanitize/libbesa_kernels.so \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+	  $(BIN)/pytest tests/kernels tests/formats -m "not slow"
 
 # torch first and alone (its dependencies follow with besa's), or the newest one would be taken.
 $(VENV)/.installed: pyproject.toml CMakeLists.txt $(wildcard besa/kernels/*.cpp besa/kernels/*.h)

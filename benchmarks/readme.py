@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kernel_report import readme_table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {
@@ -108,6 +110,7 @@ def cost(wallclock: dict[str, Any], memory: dict[str, Any], allocation: dict[str
 SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "table": (table, ("table.json",)),
     "cost": (cost, ("wallclock.json", "memory.json", "allocation-cpu.json")),
+    "kernels": (readme_table, ("kernels.json",)),
 }
 
 

@@ -14,6 +14,7 @@ of threads fight for the cores: so torch is imported first, and the loader takes
 from __future__ import annotations
 
 import ctypes
+import os
 import warnings
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
@@ -51,15 +52,22 @@ _SIGNATURES = {
 }
 
 
+def path() -> Path | None:
+    """Where the library is: what BESA_KERNELS in the environment says, or with this package."""
+    if override := os.environ.get("BESA_KERNELS"):
+        return Path(override)
+    # An editable install has two folders: the sources', and the one that the build installs to.
+    found = (Path(folder, NAME) for folder in besa.kernels.__path__)
+    return next((file for file in found if file.is_file()), None)
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The library with its functions' types declared; None, with one warning, if it can't load."""
-    # An editable install has two folders: the sources', and the one that the build installs to.
-    found = [path for folder in besa.kernels.__path__ if (path := Path(folder, NAME)).is_file()]
     reason: object = f"{NAME} was not built with this installation"
-    if found:
+    if (file := path()) is not None:
         try:
-            loaded = ctypes.CDLL(str(found[0]))
+            loaded = ctypes.CDLL(str(file))
             for name, argtypes in _SIGNATURES.items():
                 function = getattr(loaded, name)
                 function.argtypes, function.restype = argtypes, c_int

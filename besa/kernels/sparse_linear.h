@@ -14,6 +14,7 @@
 //     kUnroll          independent sums of a single row and token
 //     kRegisters       accumulators that fit in registers beside the rest
 //     kTileRows, kTileTokens  the block of a tile's product: that many accumulators
+//     sums(from, to)         kAtOnce sums; 1 if that is no cheaper
 //     expand(p, m, g, col)   the next popcount(m) values to their places, zeros between; may read
 //                            kStep values from p; g scales it if the scales are per group
 //     dot(acc, w, x)         acc + w * x              sum(acc)  over all lanes
@@ -202,7 +203,7 @@ struct Worker {
     const Input<Tr>& in;
     Buffer<Value> copies;  // [slots, cols + kStep]: rows at the end of the values
     Buffer<W> tile;        // [kRows, kTileSteps]
-    Buffer<Acc> sums;      // [kPieceRows, kChunk]: what is summed up of a piece so far
+    Buffer<Acc> sums;      // [kChunk, kPieceRows]: what is summed up of a piece so far
     std::int64_t steps, mask_bytes;
     int shift = 0;
     Status status = kOk;
@@ -331,8 +332,9 @@ struct Worker {
         if (row.p - row.begin != row.count) status = kCorrupt;
     }
 
-    void finish(std::int64_t r, std::int64_t t, const Acc& acc, typename Tr::Sum offset) {
-        float value = static_cast<float>(Tr::sum(acc) - offset);
+    // Output (t, r) from the sum of its products.
+    void finish(std::int64_t r, std::int64_t t, typename Tr::Sum sum) {
+        float value = static_cast<float>(sum);
         if (job.scale && !job.group_size) value *= job.scale[r];
         if constexpr (Tr::kInt8Input) value *= in.scale[t];
         if (job.bias) value += load_float(job.bias, job.input_dtype, r);
@@ -381,7 +383,7 @@ struct Worker {
             each<T>([&](auto t) BESA_INLINE {
                 Acc sum = acc[0][r][t];
                 each<U - 1>([&](auto u) BESA_INLINE { sum = Tr::add(sum, acc[u + 1][r][t]); });
-                finish(r0 + r * apart, t0 + t, sum, late);
+                finish(r0 + r * apart, t0 + t, Tr::sum(sum) - late);
             });
         });
     }
@@ -395,7 +397,7 @@ struct Worker {
             row_of[r] = row(r0 + r, r);
             offset[r] = Tr::zero();
         }
-        for (int i = 0; i < n * count; ++i) sums[i] = Tr::zero();
+        for (int i = 0; i < kPieceRows * count; ++i) sums[i] = Tr::zero();
         for (std::int64_t s = 0; s < steps; s += kTileSteps) {
             const int width = static_cast<int>(least(kTileSteps, steps - s));
             for (int r = 0; r < n; r += kRows) {
@@ -407,22 +409,35 @@ struct Worker {
                         address(row_of[(r + i + kRows) % n].p) - address(row_of[r + i].p);
                     fill(tile.get() + i * kTileSteps, row_of[r + i], s, width, offset[r + i]);
                 }
-                Acc* to = sums.get() + r * count;
+                Acc* to = sums.get() + r;
                 const typename Tr::X* x = in.x.get() + t0 * in.stride + s * kStep;
                 int t = 0;
                 if (height == kRows)
                     for (; t + kTokens <= count; t += kTokens)
-                        product<kRows, kTokens>(tile.get(), x + t * in.stride, width, to + t, count);
+                        product<kRows, kTokens>(tile.get(), x + t * in.stride, width,
+                                                to + t * kPieceRows);
                 for (; t < count; ++t)
                     for (int i = 0; i < height; ++i)
                         product<1, 1>(tile.get() + i * kTileSteps, x + t * in.stride, width,
-                                      to + i * count + t, count);
+                                      to + t * kPieceRows + i);
             }
         }
+        typename Tr::Sum late[kPieceRows];
         for (int r = 0; r < n; ++r) {
             check(row_of[r]);
-            const typename Tr::Sum late = Tr::sum(offset[r]);
-            for (int t = 0; t < count; ++t) finish(r0 + r, t0 + t, sums[r * count + t], late);
+            late[r] = Tr::sum(offset[r]);
+        }
+        for (int t = 0; t < count; ++t) {
+            const Acc* from = sums.get() + t * kPieceRows;
+            int r = 0;
+            if constexpr (Tr::kAtOnce > 1)
+                for (; r + Tr::kAtOnce <= n; r += Tr::kAtOnce) {
+                    typename Tr::Sum sum[Tr::kAtOnce];
+                    Tr::sums(from + r, sum);
+                    for (int i = 0; i < Tr::kAtOnce; ++i)
+                        finish(r0 + r + i, t0 + t, sum[i] - late[r + i]);
+                }
+            for (; r < n; ++r) finish(r0 + r, t0 + t, Tr::sum(from[r]) - late[r]);
         }
     }
 
@@ -435,12 +450,12 @@ struct Worker {
         }
     }
 
-    // Adds R rows of the tile times T tokens to their sums, which lie `stride` apart by row.
+    // Adds R rows of the tile times T tokens to their sums.
     template <int R, int T>
-    void product(const W* w, const typename Tr::X* x, int width, Acc* to, int stride) const {
+    void product(const W* w, const typename Tr::X* x, int width, Acc* to) const {
         Acc acc[R][T];
         each<R>([&](auto r) BESA_INLINE {
-            each<T>([&](auto t) BESA_INLINE { acc[r][t] = to[r * stride + t]; });
+            each<T>([&](auto t) BESA_INLINE { acc[r][t] = to[t * kPieceRows + r]; });
         });
         for (int s = 0; s < width; ++s)
             each<R>([&](auto r) BESA_INLINE {
@@ -450,7 +465,7 @@ struct Worker {
                 });
             });
         each<R>([&](auto r) BESA_INLINE {
-            each<T>([&](auto t) BESA_INLINE { to[r * stride + t] = acc[r][t]; });
+            each<T>([&](auto t) BESA_INLINE { to[t * kPieceRows + r] = acc[r][t]; });
         });
     }
 };

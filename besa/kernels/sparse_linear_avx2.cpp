@@ -101,6 +101,7 @@ struct FloatDot {
     static constexpr int kTileRows = 4, kTileTokens = 2;
     static constexpr int kOffset = 0;
     static constexpr bool kInt8Input = false, kLate = false;
+    static constexpr int kAtOnce = 1;
 
     static std::int64_t place(std::int64_t j) { return j; }
     static int popcount(Mask m) { return __builtin_popcount(m); }
@@ -119,6 +120,9 @@ struct FloatDot {
     static Sum sum(Acc acc) { return sum_floats(acc); }
 };
 
+// As __m256i an array of accumulators would be stored to memory in every step (GCC).
+typedef std::int32_t Int32x8 __attribute__((vector_size(32)));
+
 // int8 values and activations as 16-bit numbers, whose products are added in pairs.
 template <bool kGrouped>
 struct Int8Pairs {
@@ -129,12 +133,13 @@ struct Int8Pairs {
         __m256i w;
         __m256 scale;
     };
-    using Acc = std::conditional_t<kGrouped, __m256, __m256i>;
+    using Acc = std::conditional_t<kGrouped, __m256, Int32x8>;
     using Sum = std::conditional_t<kGrouped, float, std::int64_t>;
     static constexpr int kStep = 16, kUnroll = 4, kRegisters = 8;
     static constexpr int kTileRows = 4, kTileTokens = 2;
     static constexpr int kOffset = 0;
     static constexpr bool kInt8Input = true, kLate = false;
+    static constexpr int kAtOnce = 1;
 
     static std::int64_t place(std::int64_t j) { return j; }
     static int popcount(Mask m) { return __builtin_popcount(m); }
@@ -154,7 +159,7 @@ struct Int8Pairs {
         if constexpr (kGrouped)
             return _mm256_setzero_ps();
         else
-            return _mm256_setzero_si256();
+            return Acc{};
     }
     static Acc dot(Acc acc, const W& w, const X* x) {
         const __m256i products =
@@ -162,20 +167,20 @@ struct Int8Pairs {
         if constexpr (kGrouped)
             return _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), w.scale, acc);
         else
-            return _mm256_add_epi32(acc, products);
+            return acc + (Acc)products;
     }
     static Acc add(Acc a, Acc b) {
         if constexpr (kGrouped)
             return _mm256_add_ps(a, b);
         else
-            return _mm256_add_epi32(a, b);
+            return a + b;
     }
     static Sum sum(Acc acc) {
         if constexpr (kGrouped) {
             return sum_floats(acc);
         } else {
-            const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(acc));
-            const __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(acc, 1));
+            const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128((__m256i)acc));
+            const __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256((__m256i)acc, 1));
             alignas(32) std::int64_t lanes[4];
             _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_add_epi64(low, high));
             return lanes[0] + lanes[1] + lanes[2] + lanes[3];

@@ -17,12 +17,13 @@ struct Int8Pairs {
         __m512i w;
         __m512 scale;
     };
-    using Acc = std::conditional_t<kGrouped, __m512, __m512i>;
+    using Acc = std::conditional_t<kGrouped, __m512, Int32x16>;
     using Sum = std::conditional_t<kGrouped, float, std::int64_t>;
     static constexpr int kStep = 16, kUnroll = 4, kRegisters = kGrouped ? 12 : 24;
     static constexpr int kTileRows = 4, kTileTokens = 2;
     static constexpr int kOffset = 0;
     static constexpr bool kInt8Input = true, kLate = false;
+    static constexpr int kAtOnce = 1;
 
     static std::int64_t place(std::int64_t j) { return j; }
     static int popcount(Mask m) { return __builtin_popcount(m); }
@@ -39,7 +40,7 @@ struct Int8Pairs {
         if constexpr (kGrouped)
             return _mm512_setzero_ps();
         else
-            return _mm512_setzero_si512();
+            return Acc{};
     }
     static Acc dot(Acc acc, const W& w, const X* x) {
         // The activation's sign would fill its upper half.
@@ -48,19 +49,19 @@ struct Int8Pairs {
         if constexpr (kGrouped)
             return _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), w.scale, acc);
         else
-            return _mm512_add_epi32(acc, products);
+            return acc + (Acc)products;
     }
     static Acc add(Acc a, Acc b) {
         if constexpr (kGrouped)
             return _mm512_add_ps(a, b);
         else
-            return _mm512_add_epi32(a, b);
+            return a + b;
     }
     static Sum sum(Acc acc) {
         if constexpr (kGrouped)
             return _mm512_reduce_add_ps(acc);
         else
-            return sum_int32(acc);
+            return sum_int32((__m512i)acc);
     }
 };
 

@@ -9,6 +9,32 @@
 namespace besa {
 namespace {
 
+// Accumulators that hold int32 say so: as __m512i, which is 64-bit lanes to GCC, an array of them is
+// stored to memory in every step.
+typedef std::int32_t Int32x16 __attribute__((vector_size(64)));
+
+// The sums over the lanes of 16 registers: each step adds two registers' halves into one register.
+inline __m512 sum_16(const __m512* from) {
+    __m512 a[8], b[4], c[2];
+    each<8>([&](auto i) BESA_INLINE {
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(from[2 * i], from[2 * i + 1]),
+                             _mm512_unpackhi_ps(from[2 * i], from[2 * i + 1]));
+    });
+    // Of each 128 bits: sums of registers 2i, 2i + 1, 2i, 2i + 1.
+    each<4>([&](auto i) BESA_INLINE {
+        const __m512d low = _mm512_castps_pd(a[2 * i]), high = _mm512_castps_pd(a[2 * i + 1]);
+        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    });
+    // Of each 128 bits: registers 4i to 4i + 3. What is left is to add up the four parts.
+    each<2>([&](auto i) BESA_INLINE {
+        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xDD));
+    });
+    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88),
+                         _mm512_shuffle_f32x4(c[0], c[1], 0xDD));
+}
+
 inline std::int64_t sum_int32(__m512i acc) {
     const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(acc));
     const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(acc, 1));
@@ -79,6 +105,8 @@ struct FloatDot {
     }
     static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
     static Sum sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
+    static constexpr int kAtOnce = 16;
+    static void sums(const Acc* from, Sum* to) { _mm512_storeu_ps(to, sum_16(from)); }
 };
 
 inline int run_float(const Job& job) {

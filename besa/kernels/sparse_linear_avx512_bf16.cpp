@@ -46,6 +46,8 @@ struct Bf16Halves {
     }
     static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
     static Sum sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
+    static constexpr int kAtOnce = 16;
+    static void sums(const Acc* from, Sum* to) { _mm512_storeu_ps(to, sum_16(from)); }
 };
 
 // int8 values and activations, four products a lane. The instruction wants one side unsigned: the
@@ -55,7 +57,7 @@ struct Int8Dot {
     using X = std::uint8_t;
     using Mask = std::uint64_t;
     using W = __m512i;
-    using Acc = __m512i;
+    using Acc = Int32x16;
     using Sum = std::int64_t;
     static constexpr int kStep = 64, kUnroll = 4, kRegisters = 20;
     static constexpr int kTileRows = 6, kTileTokens = 4;
@@ -68,15 +70,36 @@ struct Int8Dot {
         return _mm512_maskz_expand_epi8(m, _mm512_loadu_si512(p));
     }
     static W load(const Value* p, const Groups&, std::int64_t) { return _mm512_loadu_si512(p); }
-    static Acc zero() { return _mm512_setzero_si512(); }
+    static Acc zero() { return Acc{}; }
     static Acc dot(Acc acc, W w, const X* x) {
-        return _mm512_dpbusd_epi32(acc, _mm512_load_si512(x), w);
+        return (Acc)_mm512_dpbusd_epi32((__m512i)acc, _mm512_load_si512(x), w);
     }
     static Acc add_offset(Acc acc, W w) {
-        return _mm512_dpbusd_epi32(acc, _mm512_set1_epi8(static_cast<char>(kOffset)), w);
+        return (Acc)_mm512_dpbusd_epi32((__m512i)acc,
+                                        _mm512_set1_epi8(static_cast<char>(kOffset)), w);
     }
-    static Acc add(Acc a, Acc b) { return _mm512_add_epi32(a, b); }
-    static Sum sum(Acc acc) { return sum_int32(acc); }
+    static Acc add(Acc a, Acc b) { return a + b; }
+    static Sum sum(Acc acc) { return sum_int32((__m512i)acc); }
+    static constexpr int kAtOnce = 8;
+    static void sums(const Acc* from, Sum* to) {
+        // Pairs of lanes first, as 64 bits: no number of columns overflows.
+        __m512i wide[8];
+        each<8>([&](auto i) BESA_INLINE {
+            wide[i] = _mm512_add_epi64(_mm512_srai_epi64(_mm512_slli_epi64((__m512i)from[i], 32), 32),
+                                       _mm512_srai_epi64((__m512i)from[i], 32));
+        });
+        __m512i a[4], b[2];
+        each<4>([&](auto i) BESA_INLINE {
+            a[i] = _mm512_add_epi64(_mm512_unpacklo_epi64(wide[2 * i], wide[2 * i + 1]),
+                                    _mm512_unpackhi_epi64(wide[2 * i], wide[2 * i + 1]));
+        });
+        each<2>([&](auto i) BESA_INLINE {
+            b[i] = _mm512_add_epi64(_mm512_shuffle_i64x2(a[2 * i], a[2 * i + 1], 0x88),
+                                    _mm512_shuffle_i64x2(a[2 * i], a[2 * i + 1], 0xDD));
+        });
+        _mm512_storeu_si512(to, _mm512_add_epi64(_mm512_shuffle_i64x2(b[0], b[1], 0x88),
+                                                 _mm512_shuffle_i64x2(b[0], b[1], 0xDD)));
+    }
 };
 
 // The same with a scale per group of columns: a step's sums are scaled before they are added up.
@@ -119,6 +142,8 @@ struct Int8GroupDot {
     }
     static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
     static Sum sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
+    static constexpr int kAtOnce = 16;
+    static void sums(const Acc* from, Sum* to) { _mm512_storeu_ps(to, sum_16(from)); }
 };
 
 }  // namespace

@@ -1,0 +1,45 @@
+"""The kernels' benchmark runs, and its table and picture come from what it writes."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from tests.benchmarks.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def test_tiny(benchmark, monkeypatch):
+    record = benchmark("kernels")
+    assert record["conditions"]["isa"]
+    assert len(record["results"]) == 3 * 2 * 2  # types, threads, tokens
+    for row in record["results"]:
+        assert set(row["contenders"]) == {"torch", "dense", "50%", "60%", "70%", "80%", "2:4"}
+        assert row["read_bandwidth"]["best"] > 1e8
+        fifty, dense = (row["contenders"][name] for name in ("50%", "dense"))
+        assert fifty["seconds"]["median"] > 0
+        if row["dtype"] == "bfloat16":
+            assert fifty["bytes"] / dense["bytes"] == pytest.approx(9 / 16, abs=0.02)
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import kernel_report
+
+    as_real = copy.deepcopy(record)
+    for row in as_real["results"]:
+        row["shape"] = kernel_report.SHAPE
+    picture = ET.fromstring(kernel_report.plot(as_real))
+    circles = [one for one in picture.iter() if one.tag.endswith("circle")]
+    assert len(circles) == 3 * 4 * 2  # types, lines, tokens
+    table = kernel_report.readme_table(as_real)
+    assert table.count("| bfloat16, 1 token |") == 1
+
+
+def test_the_readme_is_what_the_results_say():
+    script = ROOT / "benchmarks" / "readme.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
