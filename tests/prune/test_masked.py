@@ -24,7 +24,7 @@ class Experts(nn.Module):
 
     def __init__(self, use: Callable[[Tensor, Tensor], Tensor], transposed: bool) -> None:
         super().__init__()
-        shape = (3, 8, 6) if transposed else (3, 6, 8)
+        shape = (3, 16, 10) if transposed else (3, 10, 16)
         self.weight = nn.Parameter(random(*shape, seed=5), requires_grad=False)
         self.is_transposed = transposed
         self.use = use
@@ -54,17 +54,17 @@ class Block(nn.Module):
 
     def __init__(self, middle: nn.Module) -> None:
         super().__init__()
-        self.first = nn.Linear(5, 8)
+        self.first = nn.Linear(12, 16)
         self.middle = middle
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.first.weight.shape == (8, 5)
+        assert self.first.weight.shape == (16, 12)
         return self.middle(self.first(x).tanh())
 
 
 BLOCKS = {
-    "linear": (lambda: nn.Linear(8, 6), None),
-    "conv1d": (lambda: Conv1D(6, 8), None),
+    "linear": (lambda: nn.Linear(16, 10), None),
+    "conv1d": (lambda: Conv1D(10, 16), None),
     "experts one by one": (lambda: Experts(by_expert, False), 3),
     "experts by tensor": (lambda: Experts(by_tensor_index, True), 3),
     "experts at once": (lambda: Experts(all_at_once, False), 3),
@@ -88,7 +88,7 @@ class Case:
             name: [random(*m.shape, seed=9 + i).sigmoid() for i, m in enumerate(matrices)]
             for name, matrices in self.weights.items()
         }
-        self.x = random(4, 5, seed=3)
+        self.x = random(4, 12, seed=3)
 
     def leaves(self) -> dict[str, list[Tensor]]:
         return {n: [m.clone().requires_grad_() for m in ms] for n, ms in self.masks.items()}
