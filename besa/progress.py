@@ -47,7 +47,7 @@ def steps_for(file: IO[str]) -> Iterator[Tell]:
             step = (event["phase"], event["what"])
             if step not in said:
                 said.add(step)
-                print(*step, file=file, flush=True)
+                write_line(" ".join(step), file)
 
         yield line
         return
@@ -61,6 +61,12 @@ def steps_for(file: IO[str]) -> Iterator[Tell]:
             phase=event["phase"],
             what=event["what"],
         )
+
+
+def write_line(line: str, file: IO[str]) -> None:
+    """Writes the line and its end at once: Ctrl-C can fall between the two writes of a print."""
+    file.write(line + "\n")
+    file.flush()
 
 
 class _Clock:
@@ -112,10 +118,10 @@ class _Plain:
             line = _summary(event)
             if left:
                 line += f", {duration(left)} left"
-            print(line, file=self.file, flush=True)
+            write_line(line, self.file)
         elif event["phase"] == "replay" and event["done"] == event["total"]:
             line = f"block {event['block'] + 1}/{event['blocks']}  finished before, replayed"
-            print(line, file=self.file, flush=True)
+            write_line(line, self.file)
 
 
 class _Live:

@@ -249,6 +249,8 @@ def _progress() -> Iterator[Callable[[str, str, int, int], None]]:
 
 
 def _print_progress(model: str, text: str, done: int, total: int) -> None:
+    from besa.progress import write_line
+
     step = max(1, total // 10)
     if done == total or (done and done % step == 0):
-        print(f"{model} on {text}: {done} of {total} windows", file=sys.stderr, flush=True)
+        write_line(f"{model} on {text}: {done} of {total} windows", sys.stderr)

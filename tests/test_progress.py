@@ -1,0 +1,41 @@
+"""Progress where there is no terminal: whole lines, whatever interrupts them."""
+
+from __future__ import annotations
+
+import io
+
+from besa.progress import progress_for, steps_for
+
+
+class Writes(io.StringIO):
+    """A file that remembers each write: a signal can be handled between two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.writes.append(text)
+        return super().write(text)
+
+
+RECORD = {"name": "model.layers.0", "sparsity": 0.5, "error": 0.1, "error_wanda": 0.2}
+
+
+def test_a_line_and_its_end_are_one_write():
+    file = Writes()
+    with progress_for(file) as tell:
+        tell({"phase": "replay", "block": 0, "blocks": 3, "done": 1, "total": 1})
+        tell({"phase": "written", "block": 1, "blocks": 3, "record": RECORD})
+    assert file.writes == [
+        "block 1/3  finished before, replayed\n",
+        "block 2/3  model.layers.0: 50.00% zeros, error 10.000% (Wanda 20.000%), 0 s left\n",
+    ]
+
+
+def test_a_step_is_written_once():
+    file = Writes()
+    with steps_for(file) as tell:
+        for done in range(3):
+            tell({"phase": "pruning", "what": "wanda", "done": done, "total": 2})
+    assert file.writes == ["pruning wanda\n"]
