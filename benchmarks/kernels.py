@@ -30,7 +30,7 @@ import torch
 from common import RESULTS, conditions, spread, table, write_json
 from torch import Tensor
 
-from besa.formats import Packed, pack
+from besa.formats import pack
 from besa.kernels import dense_linear, linear, sparse_linear
 from besa.kernels.isa import chosen_isa
 from besa.machine import cache_size
@@ -123,21 +123,10 @@ def contenders(
             packed = pack(weight.to(DTYPES[dtype]))
         made[name] = Contender(
             packed.nbytes,
-            [_copy(packed) for _ in range(copies_of(packed.nbytes, working_set))],
+            [packed.clone() for _ in range(copies_of(packed.nbytes, working_set))],
             lambda x, w: sparse_linear(x["x"], w),
         )
     return made
-
-
-def _copy(packed: Packed) -> Packed:
-    return Packed(
-        packed.values.clone(),
-        packed.bitmask.clone(),
-        packed.row_ptr.clone(),
-        packed.scale,
-        packed.in_features,
-        packed.group_size,
-    )
 
 
 class Memory:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from statistics import median
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from besa.formats import Packed, pack
+from besa.formats import pack
 from besa.kernels import sparse_linear
 from besa.machine import cache_size, memory
 
@@ -82,7 +81,7 @@ def dense_against_sparse(nbytes: int) -> dict[str, Any]:
         lambda matrix: torch.nn.functional.linear(token, matrix),
     )
     sparse = _seconds(
-        [_copy(packed) for _ in range(_count(nbytes, packed.nbytes))],
+        [packed.clone() for _ in range(_count(nbytes, packed.nbytes))],
         lambda matrix: sparse_linear(token, matrix),
     )
     return {
@@ -101,15 +100,6 @@ def dense_against_sparse(nbytes: int) -> dict[str, Any]:
 
 def _count(nbytes: int, each: int) -> int:
     return max(1, nbytes // each)
-
-
-def _copy(packed: Packed) -> Packed:
-    return replace(
-        packed,
-        values=packed.values.clone(),
-        bitmask=packed.bitmask.clone(),
-        row_ptr=packed.row_ptr.clone(),
-    )
 
 
 def _seconds(matrices: Sequence[T], product: Callable[[T], Tensor]) -> float:

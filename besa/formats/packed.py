@@ -11,6 +11,7 @@ its rows happen to be even.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,12 +102,19 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """The same weight on another device; tensors that are there already are shared."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def clone(self) -> Packed:
+        """The same weight in memory of its own."""
+        return self._each(Tensor.clone)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Packed:
         return replace(
             self,
-            values=self.values.to(device),
-            bitmask=self.bitmask.to(device),
-            row_ptr=self.row_ptr.to(device),
-            scale=None if self.scale is None else self.scale.to(device),
+            values=change(self.values),
+            bitmask=change(self.bitmask),
+            row_ptr=change(self.row_ptr),
+            scale=None if self.scale is None else change(self.scale),
         )
 
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -16,7 +16,6 @@ off AVX-512.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from besa.kernels import native
+from besa.kernels.isa import chosen_isa
 
 # For each type of element, the one of its bit patterns, and the bits that tell a zero.
 _PATTERNS = {
@@ -266,7 +266,7 @@ def _threads(elements: int) -> int:
 
 
 def _wide() -> int:
-    return int(os.environ.get("BESA_ISA") not in {"portable", "avx2"})
+    return int(chosen_isa()[0].startswith("avx512"))
 
 
 def _check_matrix(weight: Tensor) -> None:

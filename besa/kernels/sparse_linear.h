@@ -146,42 +146,42 @@ struct Input {
         return true;
     }
 
-    template <int kFrom>
-    static void floats(const Job& job, std::int64_t first, typename Tr::X* to) {
-        for (std::int64_t j = 0; j < job.cols; ++j)
-            to[Tr::place(j)] = load_float(job.input, kFrom, first + j);
-    }
-
     void row(const Job& job, std::int64_t t) {
         typename Tr::X* to = x.get() + t * stride;
-        const std::int64_t first = t * job.cols;
         const std::int64_t tail = job.cols / Tr::kStep * Tr::kStep;
         std::memset(to + tail, 0, (stride - tail) * sizeof(typename Tr::X));
+        switch (job.input_dtype) {  // outside of the loops, which are vectors then
+            case kBf16: row_from<kBf16>(job, t, to); break;
+            case kFp16: row_from<kFp16>(job, t, to); break;
+            default: row_from<kFp32>(job, t, to);
+        }
+    }
+
+    template <int kFrom>
+    void row_from(const Job& job, std::int64_t t, typename Tr::X* to) {
+        const auto value = [&job, first = t * job.cols](std::int64_t j) {
+            return load_float(job.input, kFrom, first + j);
+        };
         if constexpr (Tr::kInt8Input) {
-            float most = 0;
-            bool finite = true;
+            // The bits of sizes are ordered as the sizes are, infinity and NaN above all.
+            std::int32_t bits = 0;
             for (std::int64_t j = 0; j < job.cols; ++j) {
-                const float value = load_float(job.input, job.input_dtype, first + j);
-                const float size = value < 0 ? -value : value;
-                finite &= size - size == 0;
-                most = size > most ? size : most;
+                const std::int32_t size = float_to_bits(value(j)) & 0x7FFFFFFF;
+                bits = size > bits ? size : bits;
             }
+            const bool finite = bits < 0x7F800000;
+            const float most = bits_to_float(bits);
             // A token with NaN or Inf has no scale: all that comes of it is NaN.
             scale[t] = finite ? most / 127 : __builtin_nanf("");
             const float inverse = finite && most > 0 ? 127 / most : 0;
             for (std::int64_t j = 0; j < job.cols; ++j) {
-                const float value = load_float(job.input, job.input_dtype, first + j);
-                const float scaled = finite ? value * inverse : 0;
+                const float scaled = finite ? value(j) * inverse : 0;
                 // Ties to even: adding 1.5 * 2^23 leaves no fraction.
                 const int whole = static_cast<int>((scaled + 12582912.0f) - 12582912.0f);
                 to[Tr::place(j)] = static_cast<typename Tr::X>(whole + Tr::kOffset);
             }
         } else {
-            switch (job.input_dtype) {  // outside of the loops, which are vectors then
-                case kBf16: floats<kBf16>(job, first, to); break;
-                case kFp16: floats<kFp16>(job, first, to); break;
-                default: floats<kFp32>(job, first, to);
-            }
+            for (std::int64_t j = 0; j < job.cols; ++j) to[Tr::place(j)] = value(j);
         }
     }
 };
