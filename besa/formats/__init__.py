@@ -1,5 +1,15 @@
 """How weights are held once their zeros are worth something."""
 
+from besa.formats.checkpoint import PackedConfig, packed_of, packed_weights, tensors_of
 from besa.formats.packed import FormatError, Packed, pack, quantize_int8
 
-__all__ = ["FormatError", "Packed", "pack", "quantize_int8"]
+__all__ = [
+    "FormatError",
+    "Packed",
+    "PackedConfig",
+    "pack",
+    "packed_of",
+    "packed_weights",
+    "quantize_int8",
+    "tensors_of",
+]

@@ -1,0 +1,139 @@
+"""Packed weights in a Hugging Face directory, format version 1: what writers and readers agree on.
+
+`config.json` has a `quantization_config` (`PackedConfig`). In the safetensors shards each packed
+linear has, in place of `NAME.weight`,
+
+    NAME.weight_values     [nonzeros]              the nonzeros, row by row
+    NAME.weight_bitmask    uint8 [out, ceil(in/8)] where they are, little-endian bits
+    NAME.weight_rows       int32 [out]             0, 1, …, out - 1
+    NAME.weight_scale      float32 [out, groups]   with int8 values only
+
+next to each other in one file, [out, in] whichever way round the model stores the weight. All else
+is as it was. Row pointers are rebuilt at load. `weight_rows` costs 4 bytes a row and lets an engine
+slice, fuse and reorder rows by its own rules, as it does with any tensor of one number per row, and
+say afterwards which rows it took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from besa.errors import BesaError
+from besa.formats.packed import GROUP_SIZES, FormatError, Packed
+
+QUANT_METHOD = "besa"
+FORMAT_VERSION = 1
+VALUES = ("bfloat16", "float16", "float32", "int8")
+
+# What is appended to the name of a weight.
+SUFFIXES = ("_values", "_bitmask", "_rows", "_scale")
+
+
+@dataclass(frozen=True)
+class PackedConfig:
+    """The `quantization_config` of a packed checkpoint.
+
+    Attributes:
+        values: what the values are stored as, one of `VALUES`.
+        ignore: the linears of the decoder's blocks that are stored dense, by name.
+        group_size: for int8, how many columns share a scale; None if the whole row does.
+        int8_input: for int8, whether activations are quantized to int8 too, per token.
+    """
+
+    values: str
+    ignore: tuple[str, ...] = ()
+    group_size: int | None = None
+    int8_input: bool = True
+
+    def __post_init__(self) -> None:
+        if self.values not in VALUES:
+            raise BesaError(f"values {self.values!r} is none of {', '.join(VALUES)}")
+        if self.group_size not in (None, *GROUP_SIZES):
+            raise BesaError(f"group_size {self.group_size!r} is none of {GROUP_SIZES}")
+        if self.group_size is not None and self.values != "int8":
+            raise BesaError(f"group_size is for int8 values, not {self.values}")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> PackedConfig:
+        """Reads what `to_dict` made.
+
+        Raises:
+            BesaError: another method, or a version of the format that this besa does not know.
+        """
+        if config.get("quant_method") != QUANT_METHOD:
+            raise BesaError(f"quantized by {config.get('quant_method')!r}, not {QUANT_METHOD!r}")
+        version = config.get("format_version")
+        if version != FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            todo = "upgrade besa" if newer else "export the model again"
+            raise BesaError(
+                f"the packed format is version {version!r}, and this besa reads version "
+                f"{FORMAT_VERSION}: {todo}"
+            )
+        try:
+            return cls(
+                values=config["values"],
+                ignore=tuple(config.get("ignore") or ()),
+                group_size=config.get("group_size"),
+                int8_input=bool(config.get("int8_input", True)),
+            )
+        except KeyError as error:
+            raise BesaError(f"quantization_config lacks {error.args[0]!r}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json has it."""
+        fields = asdict(self)
+        fields["ignore"] = list(self.ignore)
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "format": "bitmask",
+            **fields,
+        }
+
+
+def tensors_of(packed: Packed, weight: str) -> dict[str, Tensor]:
+    """What a file holds of a packed weight named `weight` ("….q_proj.weight")."""
+    tensors = {
+        weight + "_values": packed.values,
+        weight + "_bitmask": packed.bitmask,
+        weight + "_rows": torch.arange(len(packed.bitmask), dtype=torch.int32),
+    }
+    if packed.scale is not None:
+        tensors[weight + "_scale"] = packed.scale
+    return tensors
+
+
+def packed_of(
+    read: Callable[[str], Tensor | None], weight: str, in_features: int, config: PackedConfig
+) -> Packed:
+    """The packed weight that a file holds under the name `weight`, checked.
+
+    Args:
+        read: gives a stored tensor by its name, or None.
+
+    Raises:
+        FormatError: a part is missing, or they do not fit together.
+    """
+    values, bitmask = read(weight + "_values"), read(weight + "_bitmask")
+    for name, part in (("_values", values), ("_bitmask", bitmask)):
+        if part is None:
+            raise FormatError(f"{weight}{name} is missing")
+    assert values is not None
+    assert bitmask is not None
+    try:
+        return Packed.from_tensors(
+            values, bitmask, in_features, read(weight + "_scale"), config.group_size
+        )
+    except FormatError as error:
+        raise FormatError(f"{weight}: {error}") from None
+
+
+def packed_weights(names: Mapping[str, Any] | list[str]) -> list[str]:
+    """The names of the packed weights among stored tensors, in their order."""
+    return [name.removesuffix("_values") for name in names if name.endswith(".weight_values")]
