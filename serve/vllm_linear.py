@@ -1,0 +1,233 @@
+"""Packed linears in vLLM: the quantization method "besa".
+
+A packed weight has as many values as it has nonzeros, so no parameter of a known shape can take
+it. Each linear registers empty placeholders instead, whose own loaders keep what arrives until all
+parts of a source weight are there. Which of its rows this rank holds, and where, is asked of vLLM's
+own loader of that layer: `weight_rows` goes through it as any tensor of one number per row would,
+so that fused projections, tensor parallelism and replicated heads are vLLM's business. The columns
+of row-parallel layers are found the same way. After loading, the parts of a layer become one packed
+weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.utils import set_weight_attrs
+
+from besa.errors import BesaError
+from besa.formats import QUANT_METHOD, FormatError, Packed, PackedConfig, pack, packed_of
+from besa.formats.slicing import stack_rows, take_columns, take_rows
+from besa.kernels import sparse_linear
+from besa.kernels.isa import chosen_isa
+
+logger = init_logger("vllm.besa")
+
+_DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int8")}
+
+
+@register_quantization_config(QUANT_METHOD)
+class BesaConfig(QuantizationConfig):  # type: ignore[misc]
+    """What vLLM asks of a quantization method."""
+
+    def __init__(self, config: PackedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.ignore = list(config.ignore)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> BesaConfig:
+        parsed = PackedConfig.from_dict(config)
+        logger.info("besa: packed %s weights, kernels %s (%s)", parsed.values, *chosen_isa())
+        return cls(parsed)
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0  # on a GPU the weight is expanded by plain torch
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.ignore = hf_to_vllm_mapper.apply_list(self.ignore)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return None
+        parent, _, name = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(name, [name])
+        if all(f"{parent}.{part}" in self.ignore for part in parts):
+            return UnquantizedLinearMethod()
+        return PackedLinearMethod(self.config, prefix)
+
+
+@dataclass
+class _Source:
+    """One weight of the checkpoint, while its parts arrive: `q_proj` of a `qkv_proj`."""
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    slots: Tensor | None = None  # the rows of the layer that it fills
+    packed: Packed | None = None  # those rows
+
+
+def _first_slot(source: _Source) -> int:
+    return int(source.slots[0]) if source.slots is not None and len(source.slots) else -1
+
+
+class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """A linear, fused or not, whose weights are packed on disk and in memory."""
+
+    def __init__(self, config: PackedConfig, prefix: str) -> None:
+        self.config, self.prefix = config, prefix
+        self.sources: dict[str, _Source] = {}
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,  # noqa: ARG002 - vLLM passes it by name
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """Registers the placeholders of what the checkpoint may hold of this layer."""
+        self.loader: Callable[..., None] = attributes["weight_loader"]
+        self.columns = (input_size_per_partition, input_size)
+        self.rows = sum(output_partition_sizes)
+        values = _DTYPES[self.config.values]
+        placeholders = {
+            "weight_values": torch.empty(0, dtype=values),
+            "weight_bitmask": torch.empty(0, dtype=torch.uint8),
+            "weight_rows": torch.empty(self.rows, dtype=torch.int32),
+            "weight": torch.empty(0, dtype=params_dtype),
+        }
+        if self.config.values == "int8":
+            placeholders["weight_scale"] = torch.empty(0)
+        for name, tensor in placeholders.items():
+            parameter = Parameter(tensor, requires_grad=False)
+            layer.register_parameter(name, parameter)
+            set_weight_attrs(parameter, {"weight_loader": partial(self._arrives, name)})
+            if name in ("weight_rows", "weight"):  # a model may reorder rows before it loads them
+                set_weight_attrs(parameter, {"output_dim": 0})
+
+    def _arrives(self, name: str, _: Parameter, loaded: Tensor, *shard: Any, **more: Any) -> None:
+        """Takes one part of a source; with the last one, packs what this rank needs of it."""
+        source = self.sources.setdefault(repr((shard, more)), _Source())
+        source.parts[name] = loaded
+        if name == "weight":  # stored dense, beside others of the layer that are packed
+            source.parts["weight_rows"] = torch.arange(len(loaded), dtype=torch.int32)
+        wanted = {"weight_values", "weight_bitmask", "weight_rows"}
+        if self.config.values == "int8":
+            wanted.add("weight_scale")
+        if "weight" not in source.parts and not wanted <= set(source.parts):
+            return
+        taken = self._local(0, source.parts["weight_rows"], self.rows, *shard, **more)
+        source.slots = (taken >= 0).nonzero()[:, 0]
+        whole = self._whole(source.parts)
+        # A copy, so that the checkpoint's file does not stay mapped.
+        source.packed = self._own_columns(take_rows(whole, taken[source.slots])).clone()
+        source.parts.clear()
+
+    def _whole(self, parts: dict[str, Tensor]) -> Packed:
+        """The source as the checkpoint has it, checked."""
+        in_features = self.columns[1]
+        if "weight" in parts:
+            if self.config.values == "int8":
+                raise BesaError(
+                    f"{self.prefix} is fused of int8 and of dense weights: export the model with "
+                    "all of its parts packed, or all dense"
+                )
+            return pack(parts["weight"].to(_DTYPES[self.config.values]))
+        try:
+            return packed_of(lambda name: parts.get(name), "weight", in_features, self.config)
+        except FormatError as error:
+            raise FormatError(f"{self.prefix}: {error}") from None
+
+    def _own_columns(self, packed: Packed) -> Packed:
+        """The columns of a row-parallel layer's rank; all of them elsewhere."""
+        own, every = self.columns
+        if own == every:
+            return packed
+        taken = self._local(None, torch.arange(every, dtype=torch.int32), own)
+        return take_columns(packed, int(taken[0]), int(taken[-1]) + 1)
+
+    def _local(
+        self, output_dim: int | None, numbers: Tensor, size: int, *shard: Any, **more: Any
+    ) -> Tensor:
+        """Where vLLM's loader puts `numbers` in `size` places of this rank; -1 where nowhere."""
+        probe = Parameter(torch.full((size,), -1, dtype=torch.int32), requires_grad=False)
+        attributes = {"output_dim": 0} if output_dim is not None else {"input_dim": 0}
+        set_weight_attrs(probe, attributes)
+        self.loader(probe, numbers, *shard, **more)
+        return probe.data.long()
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Makes one packed weight of what arrived."""
+        device = layer.weight_rows.device
+        packed = self._joined().to(device)
+        for name in ("weight_values", "weight_bitmask", "weight_rows", "weight", "weight_scale"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+        # LoRA looks for a weight of this name to learn the device.
+        tensors = {
+            "weight_packed": packed.values,
+            "weight_bitmask": packed.bitmask,
+            "weight_row_ptr": packed.row_ptr,
+        }
+        if packed.scale is not None:
+            tensors["weight_scale"] = packed.scale
+        for name, tensor in tensors.items():
+            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        self.sources.clear()
+
+    def _joined(self) -> Packed:
+        """The sources, one below the other in the order of the rows that they fill."""
+        slots, ready = [], []
+        for source in sorted(self.sources.values(), key=_first_slot):
+            if source.slots is None or source.packed is None:
+                missing = {"weight_values", "weight_bitmask", "weight_rows"} - set(source.parts)
+                raise BesaError(f"the checkpoint lacks {', '.join(missing)} of {self.prefix}")
+            if len(source.slots):
+                slots.append(source.slots)
+                ready.append(source.packed)
+        if not slots or not torch.equal(torch.cat(slots), torch.arange(self.rows)):
+            raise BesaError(f"the checkpoint does not hold {self.prefix} whole")
+        return stack_rows(ready)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias."""
+        result: Tensor = torch.ops.besa.sparse_linear(
+            x,
+            layer.weight_packed,
+            layer.weight_bitmask,
+            layer.weight_row_ptr,
+            getattr(layer, "weight_scale", None),
+            bias,
+            self.config.int8_input,
+        )
+        return result
