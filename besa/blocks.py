@@ -97,7 +97,11 @@ _NARROW = 8
 
 
 def find_linears(
-    block: nn.Module, block_name: str, experts: int | None, exclude: str | None = None
+    block: nn.Module,
+    block_name: str,
+    experts: int | None,
+    exclude: str | None = None,
+    strict: bool = True,
 ) -> list[Linear]:
     """The prunable weights of a block, in the order in which the block defines them.
 
@@ -106,7 +110,7 @@ def find_linears(
     finds in the full name.
 
     Raises:
-        BesaError: names a large weight matrix of a module that besa does not know.
+        BesaError: names a large weight matrix of a module that besa does not know, if `strict`.
     """
     linears = []
     unknown: dict[str, int] = {}
@@ -132,7 +136,8 @@ def find_linears(
             elif parameter.ndim >= 2 and experts not in parameter.shape[:1]:
                 unknown[full] = parameter.numel()
     size = sum(p.numel() for p in block.parameters())
-    if large := [name for name, count in unknown.items() if count > size / 100]:
+    large = [name for name, count in unknown.items() if count > size / 100]
+    if large and strict:
         raise BesaError(
             f"{block_name}.{large[0]} belongs to a {type(block).__name__} module that besa does "
             f"not know how to prune; leave it dense with --exclude '{'|'.join(large)}'"

@@ -80,6 +80,8 @@ class Checkpoint:
         files: the file of each stored tensor.
         block_keys: the names of the stored tensors of each block.
         other_keys: the names of all other stored tensors.
+        targets: the model's parameter that each stored tensor goes into (the first, if several).
+        converted: the stored tensors that are cut up, stacked or turned on the way, as experts are.
     """
 
     directory: Path
@@ -90,7 +92,8 @@ class Checkpoint:
     files: dict[str, Path]
     block_keys: list[list[str]]
     other_keys: list[str]
-    _targets: dict[str, str]
+    targets: dict[str, str]
+    converted: set[str]
     _conversions: list[Any]
 
     @classmethod
@@ -111,7 +114,15 @@ class Checkpoint:
         if quantized is not None:
             method = dict(quantized).get("quant_method", "some way")
             raise BesaError(f"{directory} is quantized ({method}): prune the unquantized model")
-        files = weight_files(directory)
+        return cls.of(directory, config, weight_files(directory))
+
+    @classmethod
+    def of(cls, directory: Path, config: Any, files: dict[str, Path]) -> Checkpoint:
+        """The skeleton for a config and the tensors that are stored; reads headers only.
+
+        Raises:
+            BesaError: transformers does not know the architecture, or it has no blocks.
+        """
         dtype = stored_dtype(files)
         with one_line(f"{directory} is no causal language model"), parameters_on_meta():
             skeleton = AutoModelForCausalLM.from_config(
@@ -120,7 +131,7 @@ class Checkpoint:
         skeleton.eval()
         blocks_name, blocks = find_blocks(skeleton)
         conversions = get_model_conversion_mapping(skeleton)
-        targets = _targets_of(files, skeleton, conversions)
+        targets, converted = _targets_of(files, skeleton, conversions)
         prefix = blocks_name + "."
         block_keys: list[list[str]] = [[] for _ in blocks]
         other_keys = []
@@ -141,6 +152,7 @@ class Checkpoint:
             block_keys,
             other_keys,
             targets,
+            converted,
             conversions,
         )
 
@@ -178,7 +190,7 @@ class Checkpoint:
         return block
 
     def _lacking(self, name: str) -> BesaError:
-        if name in self._targets.values():
+        if name in self.targets.values():
             return BesaError(f"{self.directory}: {name} has another shape than config.json says")
         return BesaError(f"{self.directory} lacks the weight {name}")
 
@@ -197,7 +209,7 @@ class Checkpoint:
         """
         name = self.blocks_name.split(".")[0]
         base, prefix = self.model.get_submodule(name), name + "."
-        keys = [key for key in self.other_keys if self._targets[key].startswith(prefix)]
+        keys = [key for key in self.other_keys if self.targets[key].startswith(prefix)]
         self._load(keys, self.files)
         for name, parameter in self.model.named_parameters():
             inside = name.startswith(prefix) and not name.startswith(self.blocks_name + ".")
@@ -233,13 +245,14 @@ class Checkpoint:
         self.load_block(index)
         before = self._in_files_layout(index)
         # Old files may spell a name differently, without the base model's prefix above all.
-        spelt = {t: n for n, t in _targets_of(after, self.model, self._conversions).items()}
+        targets, _ = _targets_of(after, self.model, self._conversions)
+        spelt = {target: name for name, target in targets.items()}
         known = self.model.state_dict()
         tensors = {}
         with open_tensors(self.files, self.block_keys[index]) as slices:
             for key in self.block_keys[index]:
                 source = tensors[key] = slices[key][...]
-                target = self._targets[key]
+                target = self.targets[key]
                 name = key if key in after else spelt.get(target)
                 if name is None and target in known:
                     raise BesaError(
@@ -279,18 +292,24 @@ class Checkpoint:
                     shutil.copyfile(path, out / path.name)
 
 
-def _targets_of(keys: Iterable[str], model: nn.Module, conversions: list[Any]) -> dict[str, str]:
-    """The model's parameter that each stored tensor goes into (the first, if several)."""
+def _targets_of(
+    keys: Iterable[str], model: nn.Module, conversions: list[Any]
+) -> tuple[dict[str, str], set[str]]:
+    """`targets` and `converted` of a Checkpoint."""
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     names = model.state_dict()
-    targets = {}
+    targets, converted = {}, set()
     for key in keys:
-        target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
+        target, converter = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, names
+        )
         if target not in names and key in names:
             target = key
+        elif converter is not None:
+            converted.add(key)
         targets[key] = target
-    return targets
+    return targets, converted
 
 
 def _bytes_equal(a: Tensor, b: Tensor) -> bool:

@@ -14,6 +14,10 @@ class BesaWarning(UserWarning):
     """One line: what goes on, but not as it should. The command line prints it as such."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a word on how to go on."""
+
+
 @contextmanager
 def one_line(what: str) -> Iterator[None]:
     """Turns whatever a library raises inside into `what` and the first line of its reason."""

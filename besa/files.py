@@ -108,6 +108,19 @@ def stored_dtype(files: Mapping[str, Path]) -> torch.dtype:
     return by_name[max(known, key=lambda name: known[name])]
 
 
+def stored_bytes(files: Mapping[str, Path]) -> dict[str, int]:
+    """The bytes that each stored tensor takes, from the headers."""
+    sizes = {}
+    for path in set(files.values()):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, tensor in header.items():
+            if name in files:  # and not the metadata
+                start, end = tensor["data_offsets"]
+                sizes[name] = end - start
+    return sizes
+
+
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes a safetensors file atomically: it is there whole, or not at all."""
     with atomic(path) as partial:

@@ -30,7 +30,7 @@ from besa.blocks import Call, Linear, capture, check_finite, expert_count, find_
 from besa.calibration import calibration_windows, token_stream
 from besa.checkpoint import Checkpoint
 from besa.config import Pattern, PruneConfig
-from besa.errors import BesaError
+from besa.errors import BesaError, Interrupted
 from besa.files import write_text
 from besa.loading import load_tokenizer, max_positions, pick_device
 from besa.machine import give_memory_back
@@ -73,10 +73,6 @@ class PruneResult:
     def sparsity(self) -> float:
         """The achieved fraction of zeros over all pruned linears."""
         return float(self.record["sparsity"]["achieved"])
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with a word on how to go on."""
 
 
 def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: None) -> PruneResult:

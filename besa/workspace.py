@@ -15,7 +15,7 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -117,10 +117,16 @@ class Workspace:
         return self.path / f"model-{number:05d}-of-{of:05d}.safetensors"
 
     def finish(
-        self, name: str, shard: Path, tensors: dict[str, Tensor], record: Mapping[str, Any]
+        self,
+        name: str,
+        shard: Path,
+        tensors: dict[str, Tensor],
+        record: Mapping[str, Any],
+        check: Callable[[Path], None] = lambda path: None,
     ) -> dict[str, Any]:
-        """Writes a shard, then the record that says that it is finished."""
+        """Writes a shard, lets `check` read it, then writes the record that it is finished."""
         write_tensors(tensors, shard)
+        check(shard)
         record = {"file": shard.name, "sha256": sha256(shard), "keys": list(tensors), **record}
         write_text(json.dumps(record), self.path / f"{name}.finished.json")
         return record

@@ -1,1 +1,43 @@
-"""`besa.export`: will hold the packed checkpoint and the ONNX exporter. Neither is there yet."""
+"""Packs a pruned checkpoint for serving, and unpacks it again: `besa export`.
+
+from besa.export import ExportConfig, export
+
+result = export("pruned", ExportConfig(out="sparse"))
+print(result.record["sizes"])
+export("sparse", ExportConfig(out="dense", format="dense"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from besa.export.config import ExportConfig, ExportResult
+
+__all__ = ["ExportConfig", "ExportResult", "export"]
+
+
+def export(
+    source: str | Path,
+    config: ExportConfig,
+    tell: Callable[[Mapping[str, Any]], None] = lambda event: None,
+) -> ExportResult:
+    """Writes `source` to `config.out` in `config.format`.
+
+    Args:
+        source: a pruned Hugging Face directory or hub id; for "dense", what an export packed.
+        tell: is given every step's event (phase, what, done, total) for display.
+
+    Raises:
+        BesaError: something that the user can mend; what was finished stays in `OUT.partial`
+            and the same call goes on from there.
+    """
+    # torch takes seconds to import; `besa --help` should not.
+    if config.format == "dense":
+        from besa.export.unpack import unpack_checkpoint
+
+        return unpack_checkpoint(source, config, tell)
+    from besa.export.pack import pack_checkpoint
+
+    return pack_checkpoint(source, config, tell)

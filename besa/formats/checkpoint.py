@@ -8,10 +8,10 @@ linear has, in place of `NAME.weight`,
     NAME.weight_rows       int32 [out]             0, 1, …, out - 1
     NAME.weight_scale      float32 [out, groups]   with int8 values only
 
-next to each other in one file, [out, in] whichever way round the model stores the weight. All else
-is as it was. Row pointers are rebuilt at load. `weight_rows` costs 4 bytes a row and lets an engine
-slice, fuse and reorder rows by its own rules, as it does with any tensor of one number per row, and
-say afterwards which rows it took.
+in one file, [out, in] whichever way round the model stores the weight. All else is as it was. Row
+pointers are rebuilt at load. `weight_rows` costs 4 bytes a row and lets an engine slice, fuse and
+reorder rows by its own rules, as it does with any tensor of one number per row, and say afterwards
+which rows it took.
 """
 
 from __future__ import annotations
@@ -40,15 +40,18 @@ class PackedConfig:
 
     Attributes:
         values: what the values are stored as, one of `VALUES`.
-        ignore: the linears of the decoder's blocks that are stored dense, by name.
+        ignore: the linears that are stored dense, by name: as the files spell it, and as the
+            model does where that differs. Of fused experts, the module that holds them.
         group_size: for int8, how many columns share a scale; None if the whole row does.
         int8_input: for int8, whether activations are quantized to int8 too, per token.
+        pattern: "unstructured", or the N:M that all packed linears keep to.
     """
 
     values: str
     ignore: tuple[str, ...] = ()
     group_size: int | None = None
     int8_input: bool = True
+    pattern: str = "unstructured"
 
     def __post_init__(self) -> None:
         if self.values not in VALUES:
@@ -81,6 +84,7 @@ class PackedConfig:
                 ignore=tuple(config.get("ignore") or ()),
                 group_size=config.get("group_size"),
                 int8_input=bool(config.get("int8_input", True)),
+                pattern=str(config.get("pattern", "unstructured")),
             )
         except KeyError as error:
             raise BesaError(f"quantization_config lacks {error.args[0]!r}") from None

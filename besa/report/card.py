@@ -38,7 +38,7 @@ def model_card(record: Record) -> str:
     model = str(record["model"])
     summary = summarise(record)
     settings = {k: v for k, v in public(record)["settings"].items() if k not in ("model", "out")}
-    notes = [_words(note) for note in record.get("notes") or []]
+    notes = [words(note) for note in record.get("notes") or []]
     without = unrouted(record["blocks"])
     if without:
         notes.append(
@@ -48,9 +48,9 @@ def model_card(record: Record) -> str:
         environment(autoescape=False)
         .get_template("card.md.j2")
         .render(
-            base_model=_yaml(short_name(model)),
+            base_model=yaml(short_name(model)),
             public=hub_id(model),
-            name=_words(short_name(model)),
+            name=words(short_name(model)),
             summary=summary,
             kind=describe(record),
             target=rate(summary.target),
@@ -63,29 +63,29 @@ def model_card(record: Record) -> str:
             error_wanda=small(summary.error_wanda),
             time=duration(record["seconds"]),
             memory=size(record.get("peak_memory_bytes")),
-            device=_words(record["device"]),
-            dtype=_words(record["dtype"]),
-            settings=[(_words(k), _words(plain(v))) for k, v in settings.items() if v is not None],
-            versions=", ".join(f"{_words(k)} {_words(v)}" for k, v in record["versions"].items()),
-            command=_code(command(public(record))),
+            device=words(record["device"]),
+            dtype=words(record["dtype"]),
+            settings=[(words(k), words(plain(v))) for k, v in settings.items() if v is not None],
+            versions=", ".join(f"{words(k)} {words(v)}" for k, v in record["versions"].items()),
+            command=code(command(public(record))),
             notes=notes,
-            version=_words(record.get("besa_version", "")),
+            version=words(record.get("besa_version", "")),
         )
     )
     return clean(card)
 
 
-def _yaml(value: Any) -> str:
+def yaml(value: Any) -> str:
     """A JSON string is a YAML string, whatever is in it."""
     return json.dumps(str(value))
 
 
-def _words(value: Any) -> str:
+def words(value: Any) -> str:
     """On one line, and as plain words to Markdown and HTML alike."""
     flat = html.escape(re.sub(r"\s+", " ", str(value)), quote=False)
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", flat)
 
 
-def _code(words: str) -> str:
+def code(words: str) -> str:
     """Inside a fenced block only a fence can end it: a line break or three backticks in a row."""
     return re.sub(r"[\r\n]+", " ", words).replace("```", "` ` `")

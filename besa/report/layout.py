@@ -21,8 +21,7 @@ WIDE, NARROW = 960.0, 328.0  # the text column of a desktop window and of a 360-
 
 
 @cache
-def environment(autoescape: bool = True) -> Environment:
-    folder = Path(__file__).parent
+def environment(autoescape: bool = True, folder: Path = Path(__file__).parent) -> Environment:
     return Environment(
         loader=FileSystemLoader(folder),
         autoescape=autoescape,

@@ -1,0 +1,113 @@
+"""What `besa export` prints: sizes, densities, and what stays dense."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def print_packed(out: Path, record: dict[str, Any], verbose: bool) -> None:
+    """Prints the record of a packed checkpoint."""
+    from besa.export.card import described, left_dense
+    from besa.report.figures import size
+
+    sizes, read, linears = record["sizes"], record["read_per_token"], record["linears"]
+    values = record["values"]
+    if values == "int8":
+        group = record["group_size"]
+        values += f" with a scale per {f'{group} columns' if group else 'row'}"
+    print(f"{out}: {len(linears)} linears packed as {values}; {described(record['pattern'])}")
+    table = Table(box=box.SIMPLE_HEAD)
+    for head in ("", "dense", "packed", ""):
+        table.add_column(head, justify="right" if head else "left")
+    rows = (
+        ("weight files", sizes["dense_bytes"], sizes["bytes"]),
+        ("packed linears", sizes["linears_dense_bytes"], sizes["linears_bytes"]),
+        ("read per token", read["dense_bytes"], read["packed_bytes"]),
+    )
+    for name, dense, packed in rows:
+        table.add_row(name, size(dense), size(packed), f"{packed / dense:.3f}×")
+    _show(table)
+    _show(_densities(linears))
+    if verbose:
+        _show(_every(linears))
+    for line in left_dense(record):
+        print(f"stays dense: {line}")
+    print(
+        f"Expected decoding at batch 1: {read['speedup']:.2f}× as fast, from bytes read; "
+        "`besa bench` measures it."
+    )
+
+
+def print_unpacked(out: Path, record: dict[str, Any]) -> None:
+    """Prints the record of a checkpoint that was unpacked."""
+    from besa.report.figures import size
+
+    sizes = record["sizes"]
+    print(
+        f"{out}: {record['unpacked']} linears unpacked, "
+        f"{size(sizes['packed_bytes'])} to {size(sizes['bytes'])}"
+    )
+
+
+def _densities(linears: list[dict[str, Any]]) -> Table:
+    """Of each kind of linear over the blocks: how much is kept."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("density")
+    for head in ("linears", "min", "mean", "max", "bytes"):
+        table.add_column(head, justify="right")
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for linear in linears:
+        kinds.setdefault(linear["kind"], []).append(linear)
+    for kind, members in kinds.items():
+        densities = [linear["density"] for linear in members]
+        weights = sum(linear["shape"][0] * linear["shape"][1] for linear in members)
+        mean = sum(linear["nonzeros"] for linear in members) / weights
+        share = _ratio(members)
+        table.add_row(
+            kind,
+            str(len(members)),
+            f"{min(densities):.4f}",
+            f"{mean:.4f}",
+            f"{max(densities):.4f}",
+            share,
+        )
+    return table
+
+
+def _every(linears: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("linear")
+    for head in ("shape", "nonzeros", "density", "bytes"):
+        table.add_column(head, justify="right")
+    for linear in linears:
+        table.add_row(
+            linear["name"],
+            "×".join(map(str, linear["shape"])),
+            f"{linear['nonzeros']:,}",
+            f"{linear['density']:.4f}",
+            _ratio([linear]),
+        )
+    return table
+
+
+def _ratio(linears: list[dict[str, Any]]) -> str:
+    """Packed over dense bytes."""
+    dense = sum(linear["dense_bytes"] for linear in linears)
+    return f"{sum(linear['bytes'] for linear in linears) / dense:.3f}×"
+
+
+def _show(table: Table) -> None:
+    # A pipe has no width: do not fold its lines, unless someone wishes it.
+    free = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    console = Console(width=10_000 if free else None, highlight=False)
+    with console.capture() as shown:
+        console.print(table)
+    # A table fills its last column with spaces.
+    print("\n".join(line.rstrip() for line in shown.get().strip("\n").splitlines()), end="\n\n")

@@ -1,0 +1,217 @@
+"""Packs a pruned checkpoint, block by block: a Hugging Face directory that serves as it is.
+
+    result = pack_checkpoint("pruned", ExportConfig(out="sparse", quantize="int8"))
+
+Each linear of the decoder's blocks that has zeros enough is stored without them, as
+besa.formats.checkpoint says; everything else is copied as it is. A block is a shard. Each is read
+back from its file and compared with the source before it counts as finished.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import besa
+from besa.checkpoint import Checkpoint
+from besa.errors import BesaError, Interrupted
+from besa.export.card import packed_card
+from besa.export.config import ExportConfig, ExportResult
+from besa.export.record import export_record
+from besa.export.survey import PackedLinear, Plan, survey
+from besa.files import open_tensors, resolve, write_text
+from besa.formats import (
+    QUANT_METHOD,
+    Packed,
+    PackedConfig,
+    pack,
+    packed_of,
+    quantize_int8,
+    tensors_of,
+)
+from besa.machine import give_memory_back
+from besa.workspace import Workspace, check_free
+
+Tell = Callable[[Mapping[str, Any]], None]
+
+
+def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportResult:
+    """Writes the packed checkpoint; see `besa.export.export`."""
+    started = time.monotonic()
+    out = Path(config.out)
+    check_free(out, config.overwrite)
+    directory = resolve(pruned)
+    _check_unpacked(directory)
+    checkpoint = Checkpoint.open(directory)
+    plan = survey(checkpoint, config, tell)
+    packed_config = PackedConfig(
+        values=config.quantize or str(plan.dtype).removeprefix("torch."),
+        ignore=plan.ignore,
+        group_size=config.group_size,
+        pattern=plan.pattern,
+    )
+    settings = {
+        "command": "export",
+        "format": config.format,
+        "quantize": config.quantize,
+        "group_size": config.group_size,
+        "model": str(pruned),
+        "model_fingerprint": checkpoint.fingerprint(),
+        "nonzeros": sum(linear.nonzeros for linear in plan.packed),
+        "besa": besa.__version__,
+    }
+    saved = sum(
+        linear.dense_bytes - linear.packed_bytes(config.quantize, config.group_size)
+        for linear in plan.packed
+    )
+    needed = checkpoint.nbytes - saved
+    with Workspace.open(out, settings, config.overwrite, needed) as workspace:
+        try:
+            shards = _write_shards(checkpoint, plan, packed_config, workspace, tell)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted; {workspace.path} keeps what is finished, and the same command "
+                "goes on from there"
+            ) from None
+        workspace.write_index(shards)
+        checkpoint.copy_companions(workspace.path)
+        model_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        model_config["quantization_config"] = packed_config.to_dict()
+        write_text(json.dumps(model_config, indent=2) + "\n", workspace.path / "config.json")
+        size = sum((workspace.path / shard["file"]).stat().st_size for shard in shards)
+        record = export_record(
+            checkpoint, plan, packed_config, settings, shards, size, time.monotonic() - started
+        )
+        write_text(json.dumps(record, indent=1), workspace.path / "besa.json")
+        write_text(packed_card(record), workspace.path / "README.md")
+        workspace.publish()
+    return ExportResult(out, record)
+
+
+def _check_unpacked(directory: Path) -> None:
+    """A word on what is packed or quantized already; all else is for `Checkpoint.open` to say."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        method = config["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if method == QUANT_METHOD:
+        raise BesaError(
+            f"{directory} is packed already: serve it as it is, or unpack it with --format dense"
+        )
+    raise BesaError(f"{directory} is quantized ({method}): export a model with float weights")
+
+
+def _write_shards(
+    checkpoint: Checkpoint, plan: Plan, config: PackedConfig, workspace: Workspace, tell: Tell
+) -> list[dict[str, Any]]:
+    """The shards' records: first what belongs to no block, then each block."""
+    blocks = len(checkpoint.blocks)
+    finished = workspace.finished("others")
+    if finished is None:
+        with checkpoint.other_tensors() as tensors:
+            finished = workspace.finish("others", workspace.shard(1, blocks + 1), tensors, {})
+    shards = [finished]
+    for index in range(blocks):
+        event = {"what": f"{checkpoint.blocks_name}.{index}", "done": index + 1, "total": blocks}
+        name = f"block-{index:05d}"
+        finished = workspace.finished(name)
+        if finished is None:
+            linears = plan.of_block(index)
+            tell({"phase": "packing", **event})
+            tensors, records = _packed_block(checkpoint, index, linears, config)
+
+            def check(path: Path, linears: list[PackedLinear] = linears) -> None:
+                verify(checkpoint, linears, config, path)
+
+            shard = workspace.shard(index + 2, blocks + 1)
+            finished = workspace.finish(name, shard, tensors, {"linears": records}, check)
+            del tensors
+        else:
+            tell({"phase": "finished before:", **event})
+        shards.append(finished)
+        give_memory_back()
+    return shards
+
+
+def _packed_block(
+    checkpoint: Checkpoint, index: int, linears: list[PackedLinear], config: PackedConfig
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """A block's tensors as the shard holds them, and the packed linears' records."""
+    by_key = {linear.key: linear for linear in linears}
+    tensors: dict[str, Tensor] = {}
+    records = []
+    with open_tensors(checkpoint.files, checkpoint.block_keys[index]) as slices:
+        for key, stored in slices.items():
+            linear = by_key.get(key)
+            if linear is None:
+                tensors[key] = stored[...]
+                continue
+            packed = pack_weight(linear.matrix(stored[...]), config)
+            parts = tensors_of(packed, key)
+            tensors |= parts
+            records.append(
+                {
+                    "name": linear.name,
+                    "kind": linear.kind,
+                    "block": index,
+                    "shape": [linear.rows, linear.cols],
+                    "nonzeros": packed.values.numel(),
+                    "density": packed.density,
+                    "dense_bytes": linear.dense_bytes,
+                    "bytes": sum(part.nbytes for part in parts.values()),
+                }
+            )
+    return tensors, records
+
+
+def pack_weight(weight: Tensor, config: PackedConfig) -> Packed:
+    """A weight [out, in] as `config` wants it: as it is, or rounded to int8 first."""
+    if config.values != "int8":
+        return pack(weight)
+    return pack(*quantize_int8(weight, config.group_size), group_size=config.group_size)
+
+
+def verify(
+    checkpoint: Checkpoint, linears: list[PackedLinear], config: PackedConfig, path: Path
+) -> None:
+    """Reads the packed linears of a shard back and compares them with their source.
+
+    Raises:
+        BesaError: the file does not hold what was written. It is removed.
+    """
+    with (
+        safe_open(path, framework="pt") as file,
+        open_tensors(checkpoint.files, [linear.key for linear in linears]) as slices,
+    ):
+        names = set(file.keys())
+
+        def read(name: str) -> Tensor | None:
+            return file.get_tensor(name) if name in names else None
+
+        for linear in linears:
+            weight = linear.matrix(slices[linear.key][...])
+            scale = None
+            if config.values == "int8":
+                weight, scale = quantize_int8(weight, config.group_size)
+            try:
+                packed = packed_of(read, linear.key, linear.cols, config)
+                # -0.0, which comes back as +0.0, is equal to it.
+                equal = torch.equal(packed.unpack_values(), weight)
+                if equal and scale is not None and packed.scale is not None:
+                    equal = torch.equal(packed.scale, scale)
+            except BesaError:
+                equal = False
+            if not equal:
+                path.unlink()
+                raise BesaError(
+                    f"{path} does not hold what was written ({linear.name}): check the disk, "
+                    "then run the same command again"
+                )

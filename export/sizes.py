@@ -1,0 +1,52 @@
+"""What packing saves: bytes on disk, and bytes that a token reads.
+
+    gain = read_per_token(checkpoint, plan, config)
+    gain["dense_bytes"] / gain["packed_bytes"]       # the most that decoding can gain
+
+A decoder at batch 1 reads every weight once for each token, and waits for memory: bytes are time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from besa.blocks import expert_count
+from besa.checkpoint import Checkpoint
+from besa.export.survey import expert_lists
+
+# How configs call the number of experts that a token goes to.
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+
+
+def read_per_token(checkpoint: Checkpoint, linears: list[dict[str, Any]]) -> dict[str, Any]:
+    """Bytes of weights that one token reads, dense and packed: the blocks and the head.
+
+    Of the experts, those that a token is sent to; of the embedding a row, which is nothing, unless
+    it is the head too.
+
+    Args:
+        linears: the packed ones' records, with `dense_bytes` and `bytes`.
+    """
+    experts = expert_count(checkpoint.config)
+    share = 1.0
+    if experts:
+        text = checkpoint.config.get_text_config()
+        chosen = next((n for name in _CHOSEN if (n := getattr(text, name, None))), experts)
+        share = min(1.0, chosen / experts)
+    dense = 0.0
+    for block in checkpoint.blocks:
+        routed = expert_lists(block, experts)
+        for name, parameter in block.named_parameters():
+            expert = name.startswith(routed) or (parameter.ndim == 3 and len(parameter) == experts)
+            dense += parameter.numel() * (share if expert else 1.0)
+    model: Any = checkpoint.model
+    head = model.get_output_embeddings()
+    if head is not None:
+        dense += head.weight.numel()
+    dense *= checkpoint.dtype.itemsize
+    saved = sum(linear["dense_bytes"] - linear["bytes"] for linear in linears)
+    return {
+        "dense_bytes": round(dense),
+        "packed_bytes": round(dense - saved),
+        "speedup": dense / (dense - saved),
+    }

@@ -1,0 +1,234 @@
+"""Unpacks a packed checkpoint, block by block: the plain Hugging Face directory that it was.
+
+    result = unpack_checkpoint("sparse", ExportConfig(out="dense", format="dense"), tell)
+
+Names, shapes, layouts and floats come back as they were, bit for bit (-0.0 as +0.0). int8 values
+come back as value × scale, rounded once to the model's dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
+
+import besa
+from besa.checkpoint import Checkpoint
+from besa.errors import BesaError, Interrupted, one_line
+from besa.export.config import ExportConfig, ExportResult
+from besa.export.record import peak_memory, source_record, versions
+from besa.files import resolve, sha256, stored_bytes, stored_dtype, weight_files, write_text
+from besa.formats import FormatError, PackedConfig, packed_of
+from besa.formats.checkpoint import SUFFIXES
+from besa.machine import give_memory_back
+from besa.workspace import Workspace, check_free
+
+Tell = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class PackedCheckpoint:
+    """A packed model on disk.
+
+    Attributes:
+        directory: where it is.
+        config: what its config.json says of the packing.
+        files: the file of each stored tensor.
+        weights: the names of the packed weights.
+        skeleton: the model that they make, as if `weights` were stored dense.
+        dtype: the model's own, which int8 values become.
+    """
+
+    directory: Path
+    config: PackedConfig
+    files: dict[str, Path]
+    weights: frozenset[str]
+    skeleton: Checkpoint
+    dtype: torch.dtype
+
+    @classmethod
+    def open(cls, model: str | Path) -> PackedCheckpoint:
+        """Opens a directory or hub id; reads headers only.
+
+        Raises:
+            BesaError: it is not packed, in another version of the format, or not whole.
+        """
+        directory = resolve(model)
+        if not (directory / "config.json").is_file():
+            raise BesaError(f"{directory} is no model: it has no config.json")
+        with one_line(f"{directory}/config.json"):
+            config = AutoConfig.from_pretrained(directory)
+        if getattr(config, "quantization_config", None) is None:
+            raise BesaError(f"{directory} is not packed: it is a plain checkpoint already")
+        try:
+            packed_config = PackedConfig.from_dict(dict(config.quantization_config))
+        except BesaError as error:
+            raise BesaError(f"{directory}: {error}") from None
+        del config.quantization_config
+        files = weight_files(directory)
+        parts = {name: weight for name in files if (weight := _packed_weight(name))}
+        # In the plain checkpoint one tensor stands where the parts are.
+        plain = {parts.get(name, name): path for name, path in files.items()}
+        declared = getattr(config.get_text_config(), "dtype", None)
+        dtype = declared if isinstance(declared, torch.dtype) else stored_dtype(files)
+        skeleton = Checkpoint.of(directory, config, plain)
+        weights = frozenset(parts.values())
+        return cls(directory, packed_config, files, weights, skeleton, dtype)
+
+    def check_digests(self) -> None:
+        """Raises a BesaError if a file is not, to the last bit, what `besa export` wrote."""
+        record = source_record(self.directory) or {}
+        digests = record.get("digests")
+        for name, digest in digests.items() if isinstance(digests, dict) else ():
+            path = self.directory / name
+            if path.is_file() and sha256(path) != digest:
+                raise BesaError(
+                    f"{path} is damaged: it is not what besa.json says that `besa export` wrote; "
+                    "copy or export the model again"
+                )
+
+    def read(self, name: str) -> Tensor | None:
+        """A stored tensor, or None.
+
+        Raises:
+            BesaError: its file cannot be read.
+        """
+        path = self.files.get(name)
+        if path is None:
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise BesaError(f"{path} is damaged ({error}): export the model again") from None
+
+    def dense(self, name: str) -> Tensor:
+        """A tensor of the plain checkpoint, unpacked if need be.
+
+        Raises:
+            FormatError: a packed weight is damaged, or has another shape than config.json says.
+        """
+        if name not in self.weights:
+            tensor = self.read(name)
+            assert tensor is not None
+            return tensor
+        shape, transposed = self.layout(name)
+        packed = packed_of(self.read, name, shape[1], self.config)
+        if packed.shape != shape:
+            raise FormatError(f"{name} is {list(packed.shape)}, but config.json says {list(shape)}")
+        weight = packed.unpack(self.dtype if packed.scale is not None else None)
+        return weight.T.contiguous() if transposed else weight
+
+    def layout(self, name: str) -> tuple[torch.Size, bool]:
+        """The shape [out, in] of a packed weight, and whether its model stores [in, out]."""
+        target = self.skeleton.targets[name]
+        try:
+            module = self.skeleton.model.get_submodule(target.rpartition(".")[0])
+        except AttributeError:
+            module = None
+        if not isinstance(module, nn.Linear | Conv1D):
+            kind = type(self.skeleton.model).__name__
+            raise FormatError(f"{name} is packed, but no linear of a {kind}")
+        transposed = isinstance(module, Conv1D)
+        shape = module.weight.shape
+        return (torch.Size(shape[::-1]) if transposed else shape), transposed
+
+
+def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> ExportResult:
+    """Writes the plain checkpoint; see `besa.export.export`."""
+    started = time.monotonic()
+    out = Path(config.out)
+    check_free(out, config.overwrite)
+    source = PackedCheckpoint.open(packed)
+    skeleton = source.skeleton
+    source.check_digests()
+    settings = {
+        "command": "export",
+        "format": config.format,
+        "model": str(packed),
+        "model_fingerprint": skeleton.fingerprint(),
+        "besa": besa.__version__,
+    }
+    with Workspace.open(out, settings, config.overwrite, _dense_bytes(source)) as workspace:
+        try:
+            shards = _write_shards(source, workspace, tell)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted; {workspace.path} keeps what is finished, and the same command "
+                "goes on from there"
+            ) from None
+        except FormatError as error:
+            raise BesaError(f"{source.directory} is damaged: {error}") from None
+        workspace.write_index(shards)
+        skeleton.copy_companions(workspace.path)
+        model_config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+        del model_config["quantization_config"]
+        write_text(json.dumps(model_config, indent=2) + "\n", workspace.path / "config.json")
+        size = sum((workspace.path / shard["file"]).stat().st_size for shard in shards)
+        record = {
+            "besa_version": besa.__version__,
+            "command": "export",
+            "format": "dense",
+            "model": str(packed),
+            "architecture": type(skeleton.model).__name__,
+            "settings": settings,
+            "versions": versions(),
+            "sizes": {"packed_bytes": skeleton.nbytes, "bytes": size},
+            "unpacked": len(source.weights),
+            "seconds": round(time.monotonic() - started, 3),
+            "peak_memory_bytes": peak_memory(),
+            "digests": {shard["file"]: shard["sha256"] for shard in shards},
+            "source": source_record(source.directory),
+        }
+        write_text(json.dumps(record, indent=1), workspace.path / "besa.json")
+        workspace.publish()
+    return ExportResult(out, record)
+
+
+def _write_shards(
+    source: PackedCheckpoint, workspace: Workspace, tell: Tell
+) -> list[dict[str, Any]]:
+    """The shards' records: first what belongs to no block, then each block."""
+    skeleton = source.skeleton
+    parts = [("others", skeleton.other_keys)]
+    parts += [(f"block-{i:05d}", keys) for i, keys in enumerate(skeleton.block_keys)]
+    shards = []
+    for number, (name, keys) in enumerate(parts):
+        finished = workspace.finished(name)
+        if finished is None:
+            what = f"{skeleton.blocks_name}.{number - 1}" if number else "embedding and head"
+            tell({"phase": "unpacking", "what": what, "done": number + 1, "total": len(parts)})
+            tensors = {key: source.dense(key) for key in keys}
+            shard = workspace.shard(number + 1, len(parts))
+            finished = workspace.finish(name, shard, tensors, {})
+            del tensors
+        shards.append(finished)
+        give_memory_back()
+    return shards
+
+
+def _packed_weight(name: str) -> str | None:
+    """The packed weight that a stored tensor is a part of, or None."""
+    for suffix in SUFFIXES:
+        if name.endswith(f".weight{suffix}"):
+            return name.removesuffix(suffix)
+    return None
+
+
+def _dense_bytes(source: PackedCheckpoint) -> int:
+    """What the plain checkpoint will take on the disk."""
+    bytes_of = stored_bytes(source.files)
+    size = sum(count for name, count in bytes_of.items() if _packed_weight(name) is None)
+    values = source.config.values
+    dtype = source.dtype if values == "int8" else getattr(torch, values)
+    shapes = (source.layout(weight)[0] for weight in source.weights)
+    return size + sum(rows * cols for rows, cols in shapes) * dtype.itemsize
