@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 class BesaError(Exception):
@@ -16,6 +19,36 @@ class BesaWarning(UserWarning):
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with a word on how to go on."""
+
+
+@contextmanager
+def interruptible(how_to_go_on: str) -> Iterator[None]:
+    """Turns Ctrl-C inside into `Interrupted`, also where a library makes another error of it.
+
+    torch, for one, asks a sequence for its length, and whatever comes of it is a ValueError.
+    """
+    pressed = False
+
+    def press(_number: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    # Only the main thread may choose, and a handler that someone else chose is to stay.
+    usual = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if usual:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    except BaseException as error:
+        if pressed or isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"interrupted; {how_to_go_on}") from None
+        raise
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from besa.blocks import Call, Linear, capture, check_finite, expert_count, find_
 from besa.calibration import calibration_windows, token_stream
 from besa.checkpoint import Checkpoint
 from besa.config import Pattern, PruneConfig
-from besa.errors import BesaError, Interrupted
+from besa.errors import BesaError
 from besa.files import write_text
 from besa.loading import load_tokenizer, max_positions, pick_device
 from besa.machine import give_memory_back
@@ -98,13 +98,8 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
     settings = settings_of(model, config, checkpoint, windows, device, dtype)
     with Workspace.open(out, settings, config.overwrite, checkpoint.nbytes) as workspace:
         run = _Run(checkpoint, config, plan, workspace, device, dtype, tell)
-        try:
+        with workspace.interruptible():
             shards = run.all_blocks(windows)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"interrupted; {workspace.path} keeps the finished blocks, and the same command "
-                "goes on from there"
-            ) from None
         blocks = [shard["record"] for shard in shards if "record" in shard]
         seconds = time.monotonic() - started
         record = run_record(checkpoint, settings, blocks, shards, seconds, device)

@@ -16,13 +16,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from torch import Tensor
 
-from besa.errors import BesaError
+from besa.errors import BesaError, interruptible
 from besa.files import INDEX, sha256, write_tensors, write_text, writing
 
 
@@ -111,6 +112,12 @@ class Workspace:
     def close(self) -> None:
         """Lets go of the lock."""
         self._lock.close()
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Says of Ctrl-C inside how to go on."""
+        return interruptible(
+            f"{self.path} keeps what is finished, and the same command goes on from there"
+        )
 
     def shard(self, number: int, of: int) -> Path:
         """The file of shard `number`, counted from 1."""

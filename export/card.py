@@ -57,12 +57,14 @@ def packed_card(record: dict[str, Any]) -> str:
 
 def pruning(record: dict[str, Any]) -> dict[str, Any] | None:
     """The record of `besa prune` in an export's, if besa pruned the model."""
-    source = record.get("source")
-    if not isinstance(source, dict):
-        return None
     kinds = {"model": str, "sparsity": dict, "settings": dict}
-    known = all(isinstance(source.get(key), kind) for key, kind in kinds.items())
-    return source if known and "achieved" in source["sparsity"] else None
+    source = record.get("source")
+    while isinstance(source, dict):  # a model may have been unpacked before it was packed again
+        known = all(isinstance(source.get(key), kind) for key, kind in kinds.items())
+        if known and "achieved" in source["sparsity"]:
+            return source
+        source = source.get("source")
+    return None
 
 
 def described(pattern: str) -> str:
@@ -83,6 +85,10 @@ def left_dense(record: dict[str, Any]) -> list[str]:
         total = size(sum(linear["bytes"] for linear in members))
         first = members[0]["name"]
         what = first if len(members) == 1 else f"{len(members)} × {kind}, as {first}"
+        densities = [linear["density"] for linear in members if linear["density"] is not None]
+        if densities:
+            low, high = percent(1 - max(densities)), percent(1 - min(densities))
+            reason += f", {low}" if low == high else f", {low} to {high}"
         lines.append(f"{what} ({total}): {reason}")
     return lines
 

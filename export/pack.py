@@ -21,7 +21,7 @@ from torch import Tensor
 
 import besa
 from besa.checkpoint import Checkpoint
-from besa.errors import BesaError, Interrupted
+from besa.errors import BesaError
 from besa.export.card import packed_card
 from besa.export.config import ExportConfig, ExportResult
 from besa.export.record import export_record
@@ -73,13 +73,8 @@ def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> Exp
     )
     needed = checkpoint.nbytes - saved
     with Workspace.open(out, settings, config.overwrite, needed) as workspace:
-        try:
+        with workspace.interruptible():
             shards = _write_shards(checkpoint, plan, packed_config, workspace, tell)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"interrupted; {workspace.path} keeps what is finished, and the same command "
-                "goes on from there"
-            ) from None
         workspace.write_index(shards)
         checkpoint.copy_companions(workspace.path)
         model_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -147,7 +142,7 @@ def _packed_block(
     """A block's tensors as the shard holds them, and the packed linears' records."""
     by_key = {linear.key: linear for linear in linears}
     tensors: dict[str, Tensor] = {}
-    records = []
+    records = {}
     with open_tensors(checkpoint.files, checkpoint.block_keys[index]) as slices:
         for key, stored in slices.items():
             linear = by_key.get(key)
@@ -157,19 +152,18 @@ def _packed_block(
             packed = pack_weight(linear.matrix(stored[...]), config)
             parts = tensors_of(packed, key)
             tensors |= parts
-            records.append(
-                {
-                    "name": linear.name,
-                    "kind": linear.kind,
-                    "block": index,
-                    "shape": [linear.rows, linear.cols],
-                    "nonzeros": packed.values.numel(),
-                    "density": packed.density,
-                    "dense_bytes": linear.dense_bytes,
-                    "bytes": sum(part.nbytes for part in parts.values()),
-                }
-            )
-    return tensors, records
+            records[key] = {
+                "name": linear.name,
+                "kind": linear.kind,
+                "block": index,
+                "shape": [linear.rows, linear.cols],
+                "nonzeros": packed.values.numel(),
+                "density": packed.density,
+                "dense_bytes": linear.dense_bytes,
+                "bytes": sum(part.nbytes for part in parts.values()),
+            }
+    # In the model's order; files sort by name.
+    return tensors, [records[linear.key] for linear in linears]
 
 
 def pack_weight(weight: Tensor, config: PackedConfig) -> Packed:

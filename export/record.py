@@ -6,6 +6,7 @@ import json
 import platform
 import resource
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import besa
 from besa.checkpoint import Checkpoint
 from besa.export.sizes import read_per_token
-from besa.export.survey import DenseLinear, Plan
+from besa.export.survey import Plan
 from besa.formats import PackedConfig
 from besa.formats.checkpoint import FORMAT_VERSION
 from besa.report.figures import short_names
@@ -60,16 +61,12 @@ def export_record(
         },
         "read_per_token": read_per_token(checkpoint, linears),
         "linears": [{**linear, "kind": short[linear["kind"]]} for linear in linears],
-        "dense": [_dense(linear, short[linear.kind]) for linear in plan.dense],
+        "dense": [{**asdict(linear), "kind": short[linear.kind]} for linear in plan.dense],
         "seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory(),
         "digests": {shard["file"]: shard["sha256"] for shard in shards},
         "source": source_record(checkpoint.directory),
     }
-
-
-def _dense(linear: DenseLinear, kind: str) -> dict[str, Any]:
-    return {"name": linear.name, "kind": kind, "bytes": linear.bytes, "reason": linear.reason}
 
 
 def source_record(directory: Path) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 import besa
 from besa.checkpoint import Checkpoint
-from besa.errors import BesaError, Interrupted, one_line
+from besa.errors import BesaError, one_line
 from besa.export.config import ExportConfig, ExportResult
 from besa.export.record import peak_memory, source_record, versions
 from besa.files import resolve, sha256, stored_bytes, stored_dtype, weight_files, write_text
@@ -160,12 +160,8 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
     }
     with Workspace.open(out, settings, config.overwrite, _dense_bytes(source)) as workspace:
         try:
-            shards = _write_shards(source, workspace, tell)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"interrupted; {workspace.path} keeps what is finished, and the same command "
-                "goes on from there"
-            ) from None
+            with workspace.interruptible():
+                shards = _write_shards(source, workspace, tell)
         except FormatError as error:
             raise BesaError(f"{source.directory} is damaged: {error}") from None
         workspace.write_index(shards)

@@ -22,7 +22,7 @@ def print_packed(out: Path, record: dict[str, Any], verbose: bool) -> None:
     if values == "int8":
         group = record["group_size"]
         values += f" with a scale per {f'{group} columns' if group else 'row'}"
-    print(f"{out}: {len(linears)} linears packed as {values}; {described(record['pattern'])}")
+    print(f"{out}: {len(linears)} linears packed as {values}; {described(record['pattern'])}\n")
     table = Table(box=box.SIMPLE_HEAD)
     for head in ("", "dense", "packed", ""):
         table.add_column(head, justify="right" if head else "left")
@@ -109,5 +109,6 @@ def _show(table: Table) -> None:
     console = Console(width=10_000 if free else None, highlight=False)
     with console.capture() as shown:
         console.print(table)
-    # A table fills its last column with spaces.
-    print("\n".join(line.rstrip() for line in shown.get().strip("\n").splitlines()), end="\n\n")
+    # A table fills its last column with spaces, and has an empty line above and below.
+    lines = [line.rstrip() for line in shown.get().splitlines()]
+    print(*filter(None, lines), sep="\n", end="\n\n")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,9 +19,11 @@ from tests.helpers import (
     assert_same_record,
     digests,
     everything,
+    fill,
     random_model,
     run,
     save_with_tokenizer,
+    small_disk,
     start,
 )
 
@@ -337,10 +336,12 @@ def test_damaged_settings_are_said(case: Case):
 def test_two_runs_at_once(case: Case, whole: Whole):
     first = case.start()
     assert first.wait_for((case.partial / "settings.json").exists)
+    first.send(signal.SIGSTOP)  # or it might end before the last of them begins
     for more in ([], ["--overwrite"], ["--seed", "1"]):
         second = case.run(*more)
         assert second.returncode == 2
         assert "another besa is writing" in one_line(second)
+    first.send(signal.SIGCONT)
     assert first.wait() == 0, first.errors
     assert digests(case.out) == digests(whole())
     assert_same_record(case.out, whole())
@@ -391,34 +392,6 @@ def test_a_link_is_refused(case: Case):
 
 
 # ------------------------------------------------------------------------------ full disk
-
-
-@contextmanager
-def small_disk(directory: Path, size: str) -> Iterator[Path]:
-    """A file system of its own with room for `size`."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    directory.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this machine lets nobody mount a small disk")
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", "-l", directory], check=True)
-
-
-def fill(directory: Path) -> Path:
-    """A file that takes all the room there is."""
-    ballast = directory / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        for size in (65536, 4096, 1):
-            try:
-                while file.write(b"\0" * size) == size:
-                    pass
-            except OSError:
-                continue
-    return ballast
 
 
 @pytest.mark.slow
