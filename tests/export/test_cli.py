@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -227,15 +225,3 @@ def test_the_source_is_not_touched(pruned: Path, tmp_path: Path):
     before = everything(pruned)
     run("export", pruned, "--out", "out", cwd=tmp_path)
     assert everything(pruned) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-def test_interrupted_at_any_moment(seed: int, pruned: Path, tmp_path: Path):
-    """Also where Ctrl-C falls into a library that makes another error of it."""
-    process = start("export", pruned, "--out", "out", cwd=tmp_path)
-    assert process.wait_for((tmp_path / "out.partial/block-00000.finished.json").exists)
-    time.sleep(random.Random(seed).uniform(0, 0.05))
-    process.send(signal.SIGINT)
-    assert process.wait() == 130, process.errors
-    assert "Traceback" not in process.errors
