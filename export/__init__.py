@@ -9,11 +9,13 @@ export("sparse", ExportConfig(out="dense", format="dense"))
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from besa.export.config import ExportConfig, ExportResult
+
+if TYPE_CHECKING:
+    from besa.progress import Tell
 
 __all__ = ["ExportConfig", "ExportResult", "export"]
 
@@ -21,7 +23,7 @@ __all__ = ["ExportConfig", "ExportResult", "export"]
 def export(
     source: str | Path,
     config: ExportConfig,
-    tell: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    tell: Tell = lambda event: None,
 ) -> ExportResult:
     """Writes `source` to `config.out` in `config.format`.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,8 @@ from besa.formats import (
     tensors_of,
 )
 from besa.machine import give_memory_back
+from besa.progress import Tell
 from besa.workspace import Workspace, check_free
-
-Tell = Callable[[Mapping[str, Any]], None]
 
 
 def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportResult:

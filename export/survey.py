@@ -10,7 +10,7 @@ not pruned, a disk that is too small and the config of the result are known at t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from besa.errors import BesaError
 from besa.export.config import ExportConfig
 from besa.files import open_tensors
 from besa.kernels.packing import pack_mask
+from besa.progress import Tell
 
 # Packed bytes over dense bytes from which on a linear stays dense (0.84 of bfloat16 weights kept).
 # Below, the product's time follows the bytes: 0.82 of the time for 0.81 of them at batch 1.
@@ -113,7 +114,7 @@ class Plan:
 def survey(
     checkpoint: Checkpoint,
     config: ExportConfig,
-    tell: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    tell: Tell = lambda event: None,
 ) -> Plan:
     """Reads every linear of the blocks and decides which are packed.
 
