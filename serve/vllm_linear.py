@@ -12,7 +12,7 @@ weight.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -32,10 +32,10 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.model_executor.utils import set_weight_attrs
 
+import besa.kernels.linear  # noqa: F401 - the operator
 from besa.errors import BesaError
 from besa.formats import QUANT_METHOD, FormatError, Packed, PackedConfig, pack, packed_of
 from besa.formats.slicing import stack_rows, take_columns, take_rows
-from besa.kernels import sparse_linear
 from besa.kernels.isa import chosen_isa
 
 logger = init_logger("vllm.besa")
@@ -119,6 +119,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.loader: Callable[..., None] = attributes["weight_loader"]
         self.columns = (input_size_per_partition, input_size)
         self.rows = sum(output_partition_sizes)
+        self.dtype = params_dtype
         values = _DTYPES[self.config.values]
         placeholders = {
             "weight_values": torch.empty(0, dtype=values),
@@ -188,8 +189,9 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Makes one packed weight of what arrived."""
-        device = layer.weight_rows.device
-        packed = self._joined().to(device)
+        packed = self._joined().to(layer.get_parameter("weight_rows").device)
+        if packed.values.is_floating_point():  # the type that the engine runs the model in
+            packed = replace(packed, values=packed.values.to(self.dtype))
         for name in ("weight_values", "weight_bitmask", "weight_rows", "weight", "weight_scale"):
             if hasattr(layer, name):
                 delattr(layer, name)

