@@ -15,7 +15,7 @@ from typing import Any
 from besa.errors import BesaWarning
 
 # The versions of vLLM whose quantization interface this is: from the first, below the second.
-VERSIONS = ("0.32", "0.34")
+VERSIONS = ("0.31", "0.34")
 
 
 def register() -> None:

@@ -29,6 +29,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -275,7 +276,7 @@ struct Worker {
         }
         if (status != kOk || begin + job.cols + kStep > job.count) {
             Value* copy = copies.get() + slot * (job.cols + kStep);
-            std::memcpy(copy, row.p, row.count * sizeof(Value));
+            std::copy_n(row.p, row.count, copy);  // of no values there is no address
             std::memset(copy + row.count, 0, (job.cols + kStep - row.count) * sizeof(Value));
             row.p = copy;
         }

@@ -161,6 +161,7 @@ def test_contiguous_float32_is_native_and_the_same_on_any_threads(monkeypatch, w
 
 
 def test_without_the_library_torch_serves_and_says_so_once(monkeypatch):
+    monkeypatch.delenv("BESA_KERNELS", raising=False)
     monkeypatch.setattr(native, "NAME", "no_such_library.so")
     native.library.cache_clear()
     try:
