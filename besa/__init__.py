@@ -11,17 +11,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from besa.errors import BesaError
+from besa.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from besa.config import PruneConfig
     from besa.pipeline import PruneResult, prune
+    from besa.serve.hf_quantizer import BesaConfig
 
-__all__ = ["BesaError", "PruneConfig", "PruneResult", "__version__", "prune"]
+__all__ = ["BesaConfig", "BesaError", "PruneConfig", "PruneResult", "__version__", "prune"]
 __version__ = "0.1.0"
 
 
 # torch takes seconds to import; `besa --help` should not.
 _LAZY = {
+    "BesaConfig": "besa.serve.hf_quantizer",
     "PruneConfig": "besa.config",
     "PruneResult": "besa.pipeline",
     "prune": "besa.pipeline",
@@ -32,3 +35,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'besa' has no attribute {name!r}")
+
+
+# Loads no more than is loaded already.
+register_with_transformers()

@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from besa import loading, tasks
 from besa.calibration import evaluation_windows, token_stream
 from besa.errors import BesaError
+from besa.files import model_directory
+from besa.serve.hf_linear import SparseLinear
 from besa.texts import documents_from, window_cap
 
 # Logits turned into float32 at a time: 64 MiB of them.
@@ -142,8 +144,11 @@ def sparsity(model: nn.Module) -> float:
     head = model.get_output_embeddings()  # type: ignore[operator]
     left_out = {id(module.weight) for module in [*embeddings, head] if module is not None}
     matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in left_out]
-    zeros = sum(p.numel() - int(torch.count_nonzero(p)) for p in matrices)
-    return zeros / max(1, sum(p.numel() for p in matrices))
+    packed = [m.packed for m in model.modules() if isinstance(m, SparseLinear)]
+    nonzeros = sum(int(torch.count_nonzero(p)) for p in matrices)
+    nonzeros += sum(weight.values.numel() for weight in packed)
+    weights = sum(p.numel() for p in matrices) + sum(weight.shape.numel() for weight in packed)
+    return (weights - nonzeros) / max(1, weights)
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,7 @@ def evaluate(
         BesaError: one of the models, texts, tasks or the device is not what it should be.
     """
     device = loading.pick_device(config.device)
-    directories = [loading.model_directory(model) for model in models]
+    directories = [model_directory(model) for model in models]
     seqlen = _common_seqlen(models, directories, config.seqlen)
     manager = tasks.find(config.tasks, config.task_path) if config.tasks else None
     tokenizers = [loading.load_tokenizer(directory) for directory in directories]

@@ -47,6 +47,29 @@ def resolve(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=patterns))
 
 
+def model_directory(model: str | Path) -> Path:
+    """The directory of a model that is whole: config, all shards, every shard to its end.
+
+    Args:
+        model: a directory, or the id of a model on the hub.
+
+    Raises:
+        BesaError: nothing there, no model, an unfinished run of besa, or half a download.
+    """
+    path = Path(model)
+    partial = path if path.suffix == ".partial" else Path(f"{path}.partial")
+    if partial.is_dir() and (path == partial or not path.is_dir()):
+        raise BesaError(
+            f"{model} is not finished: run the command that began it again, it goes on from the "
+            f"last finished block in {partial}"
+        )
+    directory = resolve(model)
+    if not (directory / "config.json").is_file():
+        raise BesaError(f"{directory} is no model: it has no config.json")
+    weight_files(directory)
+    return directory
+
+
 def weight_files(directory: Path) -> dict[str, Path]:
     """The safetensors file that holds each stored tensor, from the index and the file headers.
 

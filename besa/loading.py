@@ -1,6 +1,7 @@
 """Loads a whole model and its tokenizer for evaluation, or says in one line why not.
 
-from besa.loading import load_model, load_tokenizer, model_directory
+from besa.files import model_directory
+from besa.loading import load_model, load_tokenizer
 
 directory = model_directory("path/to/model")
 model = load_model(directory, dtype="bfloat16", device="cpu")
@@ -19,35 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from besa.errors import BesaError, one_line
-from besa.files import resolve, weight_files
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # The files that hold a tokenizer's vocabulary, in any of the formats that transformers reads.
 _VOCABULARIES = ("tokenizer.json", "*vocab*", "*.model", "*.tiktoken")
-
-
-def model_directory(model: str | Path) -> Path:
-    """The directory of a model that is whole: config, all shards, every shard to its end.
-
-    Args:
-        model: a directory, or the id of a model on the hub.
-
-    Raises:
-        BesaError: nothing there, no model, an unfinished `besa prune`, or half a download.
-    """
-    path = Path(model)
-    partial = path if path.suffix == ".partial" else Path(f"{path}.partial")
-    if partial.is_dir() and (path == partial or not path.is_dir()):
-        raise BesaError(
-            f"{model} is not finished: run the same `besa prune` again, it goes on from the last "
-            f"finished block in {partial}"
-        )
-    directory = resolve(model)
-    if not (directory / "config.json").is_file():
-        raise BesaError(f"{directory} is no model: it has no config.json")
-    weight_files(directory)
-    return directory
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import besa.evaluate
 from besa.errors import BesaError
 from besa.evaluate import EvalConfig, Perplexity, evaluate, paired, sparsity, window_losses
-from besa.loading import load_model, load_tokenizer, model_directory
+from besa.files import model_directory
+from besa.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ def test_missing_weights_are_not_made_up(tiny_model: Path, tmp_path: Path) -> No
 def test_unfinished_prune_is_named(tiny_model: Path, tmp_path: Path) -> None:
     partial = copy_of(tiny_model, tmp_path / "out.partial")
     for asked in (partial, tmp_path / "out"):
-        with pytest.raises(BesaError, match="is not finished: run the same `besa prune` again"):
+        with pytest.raises(BesaError, match="is not finished: run the command that began it again"):
             model_directory(asked)
     finished = copy_of(tiny_model, tmp_path / "out")
     assert model_directory(finished) == finished

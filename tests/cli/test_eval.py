@@ -89,6 +89,20 @@ def test_table_shows_what_json_says(
     assert re.search(r"bfloat16 on cpu; besa \S+, python \S+, torch \S+", table.stdout)
 
 
+def test_packed_is_what_it_was_made_from(
+    zeroed: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    exported = in_process(capfd, "export", zeroed, "--out", tmp_path / "packed")
+    assert exported.returncode == 0, exported.stderr
+    finished = in_process(capfd, "eval", zeroed, tmp_path / "packed", "--text", text, "--json")
+    assert finished.returncode == 0, finished.stderr
+    dense, packed = json.loads(finished.stdout)["results"]
+    assert packed["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-6)
+    assert abs(packed["difference"]["nats_per_token"]) < 1e-6
+    assert packed["sparsity"] == dense["sparsity"]
+    assert packed["dtype"] == dense["dtype"]
+
+
 def test_single_window_is_valid_json(
     tiny_model: Path, text: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,7 +152,7 @@ BAD_MODELS = [
     (no_model, "no config.json"),
     (truncated, "damaged or cut off"),
     (missing_shard, "is missing: the download"),
-    (unfinished, "is not finished: run the same `besa prune` again"),
+    (unfinished, "is not finished: run the command that began it again"),
     (damaged_config, "config.json"),
 ]
 

@@ -1,0 +1,208 @@
+"""A transformers model's linears made sparse before its weights are loaded, and dense afterwards.
+
+    make_sparse(skeleton, ["path/to/sparse/model.safetensors"], packed_config)
+    ...                                          # transformers loads what the files hold
+    settle(model)
+    make_dense(model)                            # where that was asked for
+
+`make_sparse` reads all that can be wrong with a packed checkpoint before anything is loaded:
+headers, bitmasks and scales, a tenth of it. Names in files need not be those of the model: they go
+the way through transformers' renaming that they will go when they are loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from besa.blocks import find_blocks
+from besa.errors import BesaError
+from besa.formats import FormatError, Packed, PackedConfig, packed_of, packed_weights
+from besa.formats.checkpoint import SUFFIXES
+from besa.serve.hf_linear import SparseLinear
+
+
+def make_sparse(model: nn.Module, files: Sequence[str], config: PackedConfig) -> None:
+    """Puts a `SparseLinear`, on the meta device, where the files have a packed weight.
+
+    Raises:
+        BesaError: a damaged file; a packed weight that is damaged, or for which the model has no
+            linear of its shape; a weight of the model that no file has.
+    """
+    if getattr(model.config, "distributed_config", None) is not None:
+        raise BesaError(
+            "transformers cannot share a packed model out among processes: serve it with vLLM, or "
+            "make it dense first, with `besa export --format dense`"
+        )
+    with _opened(files) as stored:
+        packed = packed_weights(list(stored))
+        parts = {weight + suffix for weight in packed for suffix in SUFFIXES}
+        dense = [name for name in stored if name not in parts]
+        targets = _targets([*dense, *packed], model)
+        _check_complete(model, {target for names in targets.values() for target in names})
+        for name in packed:
+            target = targets[name][0]
+            linear = _linear(model, target, name)
+            if linear is None:
+                continue
+            transposed = isinstance(linear, Conv1D)
+            weight = _read(stored, name, linear.weight.T if transposed else linear.weight, config)
+            sparse = SparseLinear(
+                weight.to("meta"), linear.bias, config.int8_input, linear.weight.dtype, transposed
+            )
+            model.set_submodule(target.removesuffix(".weight"), sparse)
+        _check_names([name for name in stored if name in parts], targets, model)
+
+
+def settle(model: nn.Module) -> None:
+    """Once the weights are loaded: every packed one checked again, and in memory of its own.
+
+    Raises:
+        FormatError: a weight that was not loaded, or not as the files have it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            try:
+                module.settle()
+            except FormatError as error:
+                raise FormatError(f"{name}.weight: {error}") from None
+
+
+def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model with ordinary linears, each unpacked as its packed weight is let go.
+
+    Args:
+        dtype: of the weights; None for what each had if the model were dense.
+
+    Raises:
+        BesaError: parts of the model are offloaded.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise BesaError("a model that is offloaded in part cannot be made dense: load it whole")
+    names = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    for name in names:
+        sparse = model.get_submodule(name)
+        assert isinstance(sparse, SparseLinear)
+        with torch.device("meta"):
+            linear = (
+                Conv1D(sparse.out_features, sparse.in_features)
+                if sparse.transposed
+                else nn.Linear(sparse.in_features, sparse.out_features, bias=False)
+            )
+        linear.weight = nn.Parameter(sparse.unpack(dtype or sparse.dtype))
+        linear.bias = sparse.bias
+        model.set_submodule(name, linear.train(sparse.training))
+    return model
+
+
+@contextmanager
+def _opened(files: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Slices of all stored tensors, by name."""
+    if not files or not all(file.endswith(".safetensors") for file in files):
+        raise BesaError("packed weights are loaded from safetensors files, and none are there")
+    with ExitStack() as stack:
+        stored: dict[str, Any] = {}
+        for file in files:
+            try:
+                opened = stack.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise BesaError(
+                    f"{file} is damaged or cut off ({error}): export the model again"
+                ) from None
+            stored |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        yield stored
+
+
+def _targets(names: Sequence[str], model: nn.Module) -> dict[str, list[str]]:
+    """The model's tensors that each stored one goes into, by transformers' rules."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    known, prefix = model.state_dict(), model.base_model_prefix
+    targets = {}
+    for name in names:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
+        if target not in known and name in known:
+            target, pattern = rename_source_key(name, [], [], prefix, known)
+        several = by_pattern[pattern].target_patterns if pattern else [""]
+        targets[name] = [target.replace(several[0], other) for other in several]
+    return targets
+
+
+def _check_complete(model: Any, stored: set[str]) -> None:
+    """Where a file lacks a weight, transformers would go on with a random one.
+
+    All of the model has to be there if the files are of this class; a class with another head may
+    make that new, but not what is in the blocks.
+    """
+    same = type(model).__name__ in (model.config.architectures or ())
+    prefix = "" if same else find_blocks(model)[0] + "."
+    ignored = "|".join(model._keys_to_ignore_on_load_missing or ["(?!)"])
+    tied = model.all_tied_weights_keys
+    for name, _ in model.named_parameters():
+        optional = name in tied or re.search(ignored, name)
+        if name.startswith(prefix) and name not in stored and not optional:
+            raise BesaError(f"the checkpoint lacks the weight {name}: export the model again")
+
+
+def _check_names(parts: Sequence[str], targets: Mapping[str, list[str]], model: nn.Module) -> None:
+    """Parts that are renamed otherwise than their weight would not be found, and go unnoticed."""
+    known = model.state_dict()
+    for part, found in _targets(parts, model).items():
+        weight, _, kind = part.rpartition("_")
+        expected = f"{targets[weight][0]}_{kind}"
+        if expected in known and found != [expected]:
+            raise BesaError(
+                f"{part} cannot be loaded: transformers renames it to {found[0]}, not {expected}"
+            )
+
+
+def _linear(model: nn.Module, weight: str, stored: str) -> nn.Linear | Conv1D | None:
+    """The linear of a weight, None if there is no such weight in the model."""
+    try:
+        module = model.get_submodule(weight.rpartition(".")[0])
+    except AttributeError:
+        return None  # a part that this class of model lacks, and that transformers reports
+    if not isinstance(module, nn.Linear | Conv1D) or not weight.endswith(".weight"):
+        raise BesaError(
+            f"{stored} is packed, but {weight} in transformers' {type(model).__name__} is no "
+            "linear's weight: load it with the transformers that it was exported with"
+        )
+    return module
+
+
+def _read(stored: Mapping[str, Any], name: str, weight: Tensor, config: PackedConfig) -> Packed:
+    """A packed weight whose tensors lie in the files' memory map, checked.
+
+    Args:
+        weight: what it stands for, [out, in].
+
+    Raises:
+        FormatError: it is damaged, or of another shape.
+    """
+    out_features, in_features = weight.shape
+
+    def read(part: str) -> Tensor | None:
+        return stored[part][...] if part in stored else None
+
+    packed = packed_of(read, name, in_features, config)
+    if packed.shape != weight.shape:
+        raise FormatError(
+            f"{name} is {list(packed.shape)}, but config.json makes it {list(weight.shape)}"
+        )
+    rows = read(name + "_rows")
+    if rows is None:
+        raise FormatError(f"{name}_rows is missing")
+    if rows.dtype != torch.int32 or not torch.equal(rows, torch.arange(out_features).int()):
+        raise FormatError(f"{name}_rows does not count the rows")
+    return packed
