@@ -64,7 +64,7 @@ def _register() -> None:
     """A transformers that besa does not fit is no reason for its own import to fail."""
     try:
         import besa.serve.hf_quantizer  # noqa: F401
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         warnings.warn(
             f"transformers will not load besa's packed checkpoints: {error}",
             BesaWarning,

@@ -122,10 +122,13 @@ class BesaQuantizer(HfQuantizer):  # type: ignore[misc]
         settle(model)
         return make_dense(model) if self.quantization_config.dense else model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        # Not `_dequantize`, which is told one type for all weights, by its name once it was saved.
         from besa.serve.hf_model import make_dense
 
-        return make_dense(model, dtype)
+        make_dense(model, dtype)
+        self.remove_quantization_config(model)
+        return model
 
     def is_serializable(self) -> bool:
         return True
