@@ -107,10 +107,61 @@ def cost(wallclock: dict[str, Any], memory: dict[str, Any], allocation: dict[str
     return "\n".join(lines)
 
 
+def engines(record: dict[str, Any]) -> str:
+    """Dense against packed in the engines, from benchmarks/engines.py."""
+    names = list(record["checkpoint_bytes"])
+    lines = [
+        f"| {record['shape']}'s shape, random weights, 50% | {' | '.join(names)} |",
+        "| --- |" + " --- |" * len(names),
+    ]
+
+    def line(title: str, cells: list[str]) -> None:
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+
+    for engine, result in record["engines"].items():
+        for question, seconds in result["seconds"].items():
+            cells = []
+            for name in names:
+                ratio = result["speedup"][question][name]
+                cell = f"{seconds[name]['median'] * 1e3:.0f} ms"
+                if name != "dense":
+                    ends = f"{ratio['min']:.2f}–{ratio['max']:.2f}"
+                    cell += f" ({ratio['median']:.2f}×, {ends})"
+                cells.append(cell)
+            batch = question.removeprefix("batch ")
+            step = f"a step of {batch} sequence{'' if batch == '1' else 's'}"
+            first = f"first token after a {question}"
+            title = first if question.startswith("prompt") else step
+            line(f"{NAMES_OF_ENGINES[engine]}: {title}", cells)
+        start = result["start_seconds"]
+        cells = [f"{start[n]:.1f} s ({start[n] / start['dense']:.2f})" for n in names]
+        line(f"{NAMES_OF_ENGINES[engine]}: start", cells)
+    linears = record["engines"]["vllm"]["linear_bytes"]
+    for title, sizes in (
+        ("pruned linears in memory", linears),
+        ("checkpoint on disk", record["checkpoint_bytes"]),
+    ):
+        cells = [f"{sizes[n] / 2**20:.0f} MiB ({sizes[n] / sizes['dense']:.3f})" for n in names]
+        line(title, cells)
+    conditions = record["conditions"]
+    lines += [
+        "",
+        f"Medians of {record['rounds']} interleaved rounds, smallest and largest ratio; bfloat16 "
+        f"except for int8 values, {record['layers']} blocks, prompts of {record['prompt']} tokens "
+        f"before a step. {conditions['cpu']}, {conditions['threads']} threads, "
+        f"torch {conditions['torch']}, vLLM {conditions['vllm']}, transformers "
+        f"{conditions['transformers']}. `python benchmarks/engines.py --work DIR`.",
+    ]
+    return "\n".join(lines)
+
+
+NAMES_OF_ENGINES = {"vllm": "vLLM", "transformers": "transformers"}
+
 SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "table": (table, ("table.json",)),
     "cost": (cost, ("wallclock.json", "memory.json", "allocation-cpu.json")),
     "kernels": (readme_table, ("kernels.json",)),
+    "engines": (engines, ("engines.json",)),
 }
 
 

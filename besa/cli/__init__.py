@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 from besa import __version__
 from besa.errors import BesaError, BesaWarning
 
-COMMANDS = ("prune", "export", "eval", "demo", "doctor")
+COMMANDS = ("prune", "export", "serve", "eval", "demo", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args, unknown = build_parser().parse_known_args(argv)
-    if unknown:
+    if unknown and hasattr(args, "engine_args"):  # `besa serve` hands on what it does not know
+        args.engine_args = unknown
+    elif unknown:
         words = f"unrecognized arguments: {' '.join(unknown)} (see `besa {args.command} --help`)"
         print(f"besa {args.command}: {words}", file=sys.stderr)
         return 2

@@ -1,0 +1,185 @@
+"""`besa serve`: starts an engine, waits until it answers, and ends with it.
+
+    serve(ServeConfig("sparse"))     # until Ctrl-C or SIGTERM; the exit code
+    print(dry_run(ServeConfig("sparse", engine_args=("--tensor-parallel-size", "2"))))
+
+The engine is a process group of its own, so that Ctrl-C reaches besa alone: besa tells the engine
+to stop, which refuses what is new and finishes what it has begun, and after --shutdown-timeout ends
+whatever is left. Until the engine answers, its log is kept back; if it never does, the line that
+says why is shown. From then on what it writes is shown, and without --verbose that is only what
+went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from besa.errors import BesaError, BesaWarning, one_line
+from besa.files import model_directory
+from besa.formats.checkpoint import QUANT_METHOD, PackedConfig
+from besa.serve.command import EngineCommand, command_for
+from besa.serve.process import Engine
+from besa.serve.settings import ServeConfig
+
+
+def dry_run(config: ServeConfig) -> str:
+    """The environment and the command line of the engine, as a shell takes them, without the key.
+
+    Raises:
+        BesaError: as `serve` does before it starts anything.
+    """
+    directory = model_directory(config.model)
+    packing_of(directory)
+    return str(command_for(config, directory))
+
+
+def serve(config: ServeConfig) -> int:
+    """Serves until it is told to stop.
+
+    Returns:
+        The exit code: 0 when it was told to stop, 1 when the engine ended by itself.
+
+    Raises:
+        BesaError: no model, no engine, no such address, or the engine did not start.
+    """
+    directory = model_directory(config.model)
+    packing = packing_of(directory)
+    config = replace(config, port=free_port(config.host, config.port))
+    command = command_for(config, directory)
+    if packing is None:
+        _say(f"nothing is packed in {config.model}: it is served as it is; see `besa export`")
+    if config.api_key is None and not config.is_local:
+        warnings.warn(
+            f"whoever reaches {config.host}:{config.port} can use the model: give an --api-key",
+            BesaWarning,
+            stacklevel=2,
+        )
+    if config.verbose:
+        _say(f"runs {command}")
+    else:
+        _say(f"{command.engine} {command.version} loads {config.name} (--verbose shows its log)")
+    with _stops() as stops:
+        try:
+            with Engine(command, config) as engine:
+                try:
+                    engine.wait_until_ready()
+                    print(announcement(config), flush=True)
+                    return _ended(engine, command)
+                except _Stop:
+                    stops.again()
+                    _drain(engine, config)
+        except _Stop:
+            _say("stopped at once")
+    return 0
+
+
+def _ended(engine: Engine, command: EngineCommand) -> int:
+    """Waits for an engine that nobody told to stop."""
+    code = engine.wait()
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    reason = engine.reason()
+    _say(f"{command.engine} ended by itself ({how}){': ' + reason if reason else ''}")
+    return 1
+
+
+def _drain(engine: Engine, config: ServeConfig) -> None:
+    if not engine.stop():
+        _say(f"what was not finished after {config.shutdown_timeout} s is cut off")
+
+
+def packing_of(directory: Path) -> PackedConfig | None:
+    """How a model is packed; None if it is not.
+
+    Raises:
+        BesaError: in a version of the format that this besa does not know.
+    """
+    path = directory / "config.json"
+    with one_line(f"{path} is damaged"):
+        config: dict[str, Any] = json.loads(path.read_text())
+        found = config.get("quantization_config") or {}
+    if found.get("quant_method") != QUANT_METHOD:
+        return None
+    return PackedConfig.from_dict(found)
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or any that is free for 0.
+
+    Raises:
+        BesaError: it is taken, or the address is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise BesaError(f"--host {host} cannot be resolved: {error.strerror}") from None
+    with socket.socket(family, kind, protocol) as listener:
+        # As servers do: connections that have just ended do not keep a port taken.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen()  # two may bind one port, until one of them listens
+        except PermissionError:
+            raise BesaError(f"--port {port} is not yours to use: take one above 1023") from None
+        except OSError as error:
+            if error.errno == 98:
+                raise BesaError(f"port {port} of {host} is in use: give another --port") from None
+            raise BesaError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        return int(listener.getsockname()[1])
+
+
+def announcement(config: ServeConfig) -> str:
+    """Where the server is, and a line that tries it."""
+    body = {"model": config.name, "prompt": "Once upon a time", "max_tokens": 32}
+    words = ["curl", f"{config.url}/v1/completions", "-H", "Content-Type: application/json"]
+    line = shlex.join([*words, "-d", json.dumps(body)])
+    if config.api_key is not None:  # which one, its owner knows
+        line += ' -H "Authorization: Bearer $BESA_API_KEY"'
+    return f"{config.url}/v1 serves {config.name}\n{line}"
+
+
+def _say(words: str) -> None:
+    print(f"besa serve: {words}", file=sys.stderr, flush=True)
+
+
+class _Stop(Exception):
+    """SIGINT, SIGTERM or SIGHUP came."""
+
+
+class _Stops:
+    """Signals that raise `_Stop`: the first, and after `again` one more."""
+
+    def __init__(self) -> None:
+        self.armed = True
+
+    def again(self) -> None:
+        self.armed = True
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        if self.armed:
+            self.armed = False
+            raise _Stop
+
+
+@contextmanager
+def _stops() -> Iterator[_Stops]:
+    stops = _Stops()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, stops) for number in numbers}
+    try:
+        yield stops
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

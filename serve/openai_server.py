@@ -1,0 +1,123 @@
+"""`transformers serve`, with what a client of an OpenAI-compatible server counts on.
+
+    python -m besa.serve.engine transformers serve DIR --served-model-name tiny --port 8000
+
+The server and all of its flags are transformers' own (5.19 to 5.23): completions and chat
+completions, streamed or not. It looks its parts up by name when it starts, and besa puts its own in
+the place of five of them:
+
+- one model, from a directory, under a name that is no path (`/v1/models` lists it and it alone);
+- API keys, closed connections, closed endpoints (besa.serve.gate);
+- requests batched on a CPU; stop strings cut off, prompts that do not fit refused, sampling as each
+  request asks, cancelled requests ended (besa.serve.generation);
+- bad requests answered with status 400 in OpenAI's words, streams ended with `[DONE]`, and fields
+  that would have been ignored (`n`, `logprobs`, …) refused (besa.serve.handlers).
+
+Not there: `/metrics`, `/v1/responses`, log probabilities, more than one choice, structured output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cli import serve as command
+from transformers.cli.serving import chat_completion, completion, model_manager, server, utils
+
+from besa.errors import BesaError
+from besa.serve.gate import Gate
+from besa.serve.generation import Generation
+from besa.serve.handlers import ChatRequests, CompletionRequests, answer_errors
+
+
+def run(arguments: list[str]) -> None:
+    """Serves until a signal comes.
+
+    Args:
+        arguments: DIR, --served-model-name NAME, and transformers' flags.
+    """
+    parser = argparse.ArgumentParser(prog="transformers serve", add_help=False, allow_abbrev=False)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--served-model-name", required=True)
+    ours, flags = parser.parse_known_args(arguments)
+
+    name: str = ours.served_model_name
+    key = os.environ.get("BESA_API_KEY") or None
+    _replace(name, ours.directory, key)
+    _quiet_access_log()
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command.Serve)
+    try:
+        # After `--`, as a name may begin with a dash.
+        typer.main.get_command(app).main(
+            [*flags, "--", name], prog_name="transformers serve", standalone_mode=False
+        )
+    except Exception as error:
+        if (words := getattr(error, "format_message", None)) is None:
+            raise
+        print(f"error: {words()}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _replace(name: str, directory: Path, key: str | None) -> None:
+    """Puts besa's parts in the place of transformers', for this process."""
+    build_server = server.build_server
+
+    def build(*args: Any, **kwargs: Any) -> Gate:
+        app = build_server(*args, **kwargs)
+        answer_errors(app)
+        return Gate(app, key, name)
+
+    class OneModel(model_manager.ModelManager):  # type: ignore[misc]
+        """Loads the model that is served, whatever it is called."""
+
+        @staticmethod
+        def process_model_name(model_id: str) -> str:
+            return model_id
+
+        def _load_processor(self, *_: Any, **__: Any) -> Any:
+            return AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=self.trust_remote_code
+            )
+
+        def _load_model(self, *_: Any, **__: Any) -> Any:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=self.dtype,
+                attn_implementation=self.attn_implementation,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+            )
+            if missing := sorted(found["missing_keys"]):
+                raise BesaError(f"{directory} lacks {len(missing)} weights, as {missing[0]}")
+            return model.to(_device(self.device)).eval()
+
+    for module, part, replacement in (
+        (server, "build_server", build),
+        (model_manager, "ModelManager", OneModel),
+        (completion, "CompletionHandler", CompletionRequests),
+        (chat_completion, "ChatCompletionHandler", ChatRequests),
+        (utils, "GenerationState", Generation),
+    ):
+        if not hasattr(module, part):
+            raise BesaError(f"{module.__name__}.{part} is gone: install transformers 5.19 to 5.23")
+        setattr(module, part, replacement)
+
+
+def _device(asked: str | int) -> torch.device:
+    if asked != "auto":
+        return torch.device(asked)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _quiet_access_log() -> None:
+    """A line for each request is not what a log of problems is for."""
+    logging.getLogger("uvicorn.access").addFilter(lambda _: False)
+    logging.getLogger("uvicorn.error").addFilter(lambda record: record.levelno > logging.INFO)
