@@ -1,0 +1,232 @@
+"""`besa bench --offline`: inside the engines, so that theirs and the server's time are told apart.
+
+Every model in every engine that is installed, each in a process of its own, asked in turns. A step
+is what an engine takes for one token of every sequence of a batch; whoever is not asked waits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from besa.bench.child import Child, ChildError
+from besa.bench.offline_figures import OFFLINE_FIGURES
+from besa.bench.processes import family, memory_of
+from besa.bench.results import (
+    SCHEMA_VERSION,
+    Results,
+    finite,
+    gains,
+    machine,
+    stamp,
+    summary,
+    versions,
+)
+from besa.bench.run import settings_of
+from besa.bench.settings import BenchConfig, Contender
+from besa.errors import BesaError
+from besa.files import model_directory
+from besa.serve.command import vllm_version
+from besa.serve.cpu import thread_binding
+
+_CHECK = {"batch": 1, "prompt": 8, "steps": 8, "seed": "check"}
+
+
+class _Inside:
+    """A model in an engine."""
+
+    def __init__(self, contender: Contender, engine: str, several: bool) -> None:
+        assert contender.model is not None
+        self.contender, self.engine = contender, engine
+        self.model = contender.name
+        self.name = f"{contender.name}, {engine}" if several else contender.name
+        self.directory = _directory(contender.model, engine)
+        self.child: Child | None = None
+        self.broken: str | None = None
+        self.start_seconds: float | None = None
+        self.memory: dict[str, int | None] = {"steady": None, "peak": None, "gpu": None}
+        self.said: list[int] | None = None
+
+    def start(self, config: BenchConfig, batches: Sequence[int], stack: ExitStack) -> None:
+        longest = config.input_length + config.output_length + 32
+        arguments = [self.engine, str(self.directory), str(max(batches)), str(longest)]
+        command = [sys.executable, "-P", "-m", "besa.bench.offline_engine", *arguments]
+        environment = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "ORT_DISABLE_TELEMETRY": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": thread_binding(1) or "auto",
+        }
+        missing = {name: value for name, value in environment.items() if name not in os.environ}
+        self.child = stack.enter_context(Child(command, missing))
+        self.start_seconds = self.child.answer(config.start_timeout)["start"]
+        self.check(config)
+
+    def check(self, config: BenchConfig) -> None:
+        """Raises ChildError for an engine that is broken, or answers otherwise than before."""
+        assert self.child is not None
+        said = self.child.ask(_CHECK, config.timeout)["tokens"]
+        if self.said is not None and said != self.said:
+            raise ChildError("answers the same prompt otherwise than before")
+        self.said = said
+
+    def measure(self, config: BenchConfig, batch: int, seed: str) -> dict[str, float]:
+        assert self.child is not None
+        question = {"batch": batch, "prompt": config.input_length, "steps": config.output_length}
+        self.child.ask({**question, "steps": 2, "seed": f"warm-up {seed}"}, config.timeout)
+        found = self.child.ask({**question, "seed": seed}, config.timeout)
+        step = statistics.median(found["steps"])
+        return {"prefill": found["prefill"], "step": step, "decode_tps": batch / step}
+
+    def weigh(self) -> None:
+        assert self.child is not None
+        self.memory = memory_of(family(self.child.process.pid))
+
+    def fail(self, error: ChildError) -> None:
+        self.broken = str(error)
+        if self.child is not None:
+            self.child.end()
+
+
+def bench_offline(
+    config: BenchConfig, batches: Sequence[int], tell: Callable[[str], None] = lambda _: None
+) -> Results:
+    """Measures the contenders inside the engines; as `besa.bench.run.bench` otherwise.
+
+    Raises:
+        BesaError: a model is not there, or no engine.
+    """
+    if any(contender.url is not None for contender in config.contenders):
+        raise BesaError("--offline measures models, not a --url")
+    engines = _engines(config.engine)
+    insides = [
+        _Inside(contender, engine, len(engines) > 1)
+        for engine in engines
+        for contender in config.contenders
+        if engine != "onnx" or _is_onnx(contender.model)
+    ]
+    rounds: dict[tuple[str, str], list[dict[str, float]]] = {}
+    loads = {batch: f"batch {batch}" for batch in batches}
+    with ExitStack() as stack:
+        for inside in insides:
+            tell(f"starts: {inside.name}")
+            try:
+                inside.start(config, batches, stack)
+            except ChildError as error:
+                inside.fail(error)
+                tell(f"{inside.name} is broken: {error}")
+        for batch, load in loads.items():
+            for turn in range(config.rounds):
+                for inside in (one for one in insides if one.broken is None):
+                    tell(f"{load}, round {turn + 1} of {config.rounds}: {inside.name}")
+                    try:
+                        inside.check(config)
+                        figures = inside.measure(config, batch, f"{config.seed} {batch} {turn}")
+                        rounds.setdefault((inside.name, load), []).append(figures)
+                    except ChildError as error:
+                        inside.fail(error)
+                        tell(f"{inside.name} is broken: {error}")
+        for inside in insides:
+            if inside.broken is None:
+                inside.weigh()
+    return finite(_results(config, insides, loads, rounds))
+
+
+def _engines(asked: str | None) -> list[str]:
+    there = ["vllm"] if vllm_version() is not None else []
+    there.append("transformers")
+    if importlib.util.find_spec("onnxruntime_genai") is not None:
+        there.append("onnx")
+    if asked is not None and asked not in there:
+        raise BesaError(f"--engine {asked} is not here: {', '.join(there)} are")
+    return there if asked is None else [asked]
+
+
+def _is_onnx(model: str | None) -> bool:
+    return model is not None and (Path(model) / "genai_config.json").is_file()
+
+
+def _directory(model: str, engine: str) -> Path:
+    return Path(model) if engine == "onnx" else model_directory(model)
+
+
+def _results(
+    config: BenchConfig,
+    insides: list[_Inside],
+    loads: dict[int, str],
+    rounds: dict[tuple[str, str], list[dict[str, float]]],
+) -> Results:
+    whole = {inside.name: inside for inside in insides if inside.broken is None}
+    measurements = [
+        {"contender": name, "load": load, "rounds": own, "summary": summary(own)}
+        for (name, load), own in rounds.items()
+        if name in whole
+    ]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "offline",
+        "date": stamp(),
+        "settings": {**settings_of(config), "loads": list(loads.values())},
+        "machine": machine(),
+        "versions": versions(),
+        "reference": next(iter(whole), None),
+        "contenders": [_contender(inside) for inside in insides],
+        "loads": [{"name": name, "kind": "batch", "value": b} for b, name in loads.items()],
+        "measurements": measurements,
+        "comparisons": _comparisons(measurements, whole),
+        "slo": None,
+        "quality": {"skipped": "offline"},
+        "notes": [
+            *(
+                f"{inside.name} is broken and not in any figure: {inside.broken}."
+                for inside in insides
+                if inside.broken is not None
+            ),
+            *(
+                ["Random weights: the figures are about speed and memory only."]
+                if any(inside.contender.random_weights for inside in insides)
+                else []
+            ),
+        ],
+    }
+
+
+def _comparisons(measurements: list[dict[str, Any]], whole: dict[str, _Inside]) -> dict[str, Any]:
+    """Each model's gains over the first model in the same engine."""
+    rounds = {(m["contender"], m["load"]): m["rounds"] for m in measurements}
+    first: dict[str, str] = {}
+    for name, inside in whole.items():
+        first.setdefault(inside.engine, name)
+    better = {name: higher for name, (_, _, higher) in OFFLINE_FIGURES.items()}
+    found: dict[str, Any] = {}
+    for (name, load), own in rounds.items():
+        reference = first[whole[name].engine]
+        if name != reference and (reference, load) in rounds:
+            found.setdefault(name, {})[load] = gains(own, rounds[reference, load], better)
+    return found
+
+
+def _contender(inside: _Inside) -> dict[str, Any]:
+    return {
+        "name": inside.name,
+        "model": inside.directory.name,
+        "url": None,
+        "engine": inside.engine,
+        "engine_version": None,
+        "flags": None,
+        "packing": None,
+        "random_weights": inside.contender.random_weights,
+        "broken": inside.broken,
+        "start_seconds": inside.start_seconds,
+        "disk_bytes": sum(p.stat().st_size for p in inside.directory.glob("*.safetensors")) or None,
+        "memory": inside.memory,
+        "perplexity": None,
+    }

@@ -1,0 +1,41 @@
+"""Quality beside speed: the perplexity of the contenders' checkpoints on one text.
+
+    perplexities({"dense": Path("DENSE"), "sparse": Path("SPARSE")}, "builtin:test", 32, limit=3600)
+
+By `besa eval`, in a process of its own: the servers have ended by then, and what it loads is gone
+before anything else is done.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from besa.bench.child import ChildError, run_to_end
+from besa.errors import BesaError
+
+
+def perplexities(
+    models: Mapping[str, Path], text: str, windows: int, limit: float
+) -> dict[str, dict[str, Any]]:
+    """By name: perplexity, its standard error, tokens, and the difference to the first in nats.
+
+    Raises:
+        BesaError: it cannot be measured.
+    """
+    command = [sys.executable, "-P", "-m", "besa", "eval", *map(str, models.values())]
+    try:
+        answer = run_to_end(
+            [*command, "--text", text, "--limit", str(windows), "--json"], limit, {}
+        )
+    except ChildError as error:
+        raise BesaError(f"perplexity: {error}") from None
+    results = json.loads(answer)["results"]
+    keys = ("perplexity", "standard_error", "tokens", "seqlen", "difference")
+    return {
+        name: {"text": text, **{key: one.get(key) for key in keys}}
+        for name, one in zip(models, results, strict=True)
+    }

@@ -1,0 +1,175 @@
+"""What `besa bench` was asked for: `BenchConfig`, checked once.
+
+>>> parse_contender("dense=models/Llama").name, parse_contender("models/Llama").name
+('dense', 'Llama')
+>>> parse_slo("ttft=500ms,itl=0.05s")
+{'ttft': 0.5, 'itl': 0.05}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from besa.bench.load import Load
+from besa.errors import BesaError
+
+SLO_NAMES = ("ttft", "itl", "e2e")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is measured: a model that besa serves, or a server that runs already.
+
+    Attributes:
+        name: what the tables call it.
+        model: directory or hub id; for a server, what it calls its model (None: its first one).
+        url: where the server is, without a path; None for a model that besa serves.
+        random_weights: whether its weights are random, so that what it says means nothing.
+    """
+
+    name: str
+    model: str | None
+    url: str | None = None
+    random_weights: bool = False
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """A comparison of contenders under loads.
+
+    Attributes:
+        contenders: the first is what the others are compared with.
+        loads: in this order; none with `auto_rates` only.
+        auto_rates: also shares of the rate at which the fastest contender saturates.
+        slo: limits in seconds by name ("ttft", "itl", "e2e"): the highest rate within them is
+            searched for.
+        slo_share: the share of requests that has to be within each limit.
+        input_length, output_length: tokens.
+        prompts: a file of prompts instead of synthetic ones.
+        requests: in a measurement; at a concurrency at least four for each at a time.
+        rounds: measurements of each contender at each load, in turns.
+        warmup: requests before each of them that do not count.
+        seed: of prompts and arrivals.
+        engine: one of besa.serve's, for all contenders alike.
+        engine_args: flags for it, for all alike.
+        generator: what makes the load; None for the best that is there.
+        tokenizer: directory to count tokens with, where no contender has one.
+        timeout: seconds that a measurement may take.
+        start_timeout: seconds that a server may take to start.
+        quality: whether to measure perplexity.
+        text: what perplexity is measured on, as `besa eval --text` takes it.
+        windows: how many windows of it at most.
+        out: directory of the results.
+
+    Raises:
+        BesaError: a value that cannot be.
+    """
+
+    contenders: tuple[Contender, ...]
+    out: Path = Path("besa-bench")
+    loads: tuple[Load, ...] = (Load("concurrency", 1), Load("concurrency", 4))
+    auto_rates: bool = False
+    slo: Mapping[str, float] = field(default_factory=dict)
+    slo_share: float = 0.9
+    input_length: int = 128
+    output_length: int = 64
+    prompts: Path | None = None
+    requests: int = 8
+    rounds: int = 5
+    warmup: int = 1
+    seed: int = 0
+    engine: str | None = None
+    engine_args: tuple[str, ...] = ()
+    generator: str | None = None
+    tokenizer: str | None = None
+    timeout: float = 600
+    start_timeout: float = 900
+    quality: bool = True
+    text: str = "builtin:test"
+    windows: int = 32
+
+    def __post_init__(self) -> None:
+        names = [contender.name for contender in self.contenders]
+        for name in names:
+            if names.count(name) > 1:
+                raise BesaError(f"two contenders are called {name}: name them, as NAME={name}")
+        if not names:
+            raise BesaError("nothing to measure: give a model, or --url NAME=URL")
+        least = {
+            "input_length": 1,
+            "output_length": 2,
+            "requests": 1,
+            "rounds": 1,
+            "warmup": 0,
+            "windows": 1,
+            "timeout": 0.1,
+            "start_timeout": 0.1,
+        }
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                flag = name.replace("_", "-")
+                raise BesaError(f"--{flag} is {getattr(self, name)}: at least {smallest}")
+        if not 0 < self.slo_share <= 1:
+            raise BesaError(f"--slo-share is {self.slo_share}: above 0, at most 1")
+
+
+def parse_contender(words: str) -> Contender:
+    """A model as the command line takes it: a directory or hub id, with or without a NAME=."""
+    name, equals, model = words.partition("=")
+    if not equals or "/" in name:
+        name, model = Path(words).resolve().name or words, words
+    if not name or not model:
+        raise BesaError(f"{words!r} is not MODEL or NAME=MODEL")
+    return Contender(name, model)
+
+
+def parse_url(words: str) -> Contender:
+    """A server as --url takes it: NAME=URL, and with #MODEL what it calls the model.
+
+    Raises:
+        BesaError: it is not that.
+    """
+    name, equals, url = words.partition("=")
+    url, _, model = url.partition("#")
+    if not equals or not name or not re.match(r"https?://[^/\s]+", url):
+        raise BesaError(f"--url {words!r} is not NAME=URL, as old=http://127.0.0.1:8000")
+    return Contender(name, model or None, url.rstrip("/").removesuffix("/v1"))
+
+
+def parse_slo(words: str) -> dict[str, float]:
+    """Limits in seconds: `ttft=500ms,itl=50ms`.
+
+    Raises:
+        BesaError: it is not that.
+    """
+    found = {}
+    for part in words.split(","):
+        match = re.fullmatch(r"(\w+)=(\d+(?:\.\d*)?|\.\d+)(ms|s)", part.strip())
+        if not match or match[1] not in SLO_NAMES or float(match[2]) == 0:
+            names = ", ".join(SLO_NAMES)
+            raise BesaError(f"--slo {words!r} is not like ttft=500ms,itl=50ms (of {names})")
+        found[match[1]] = float(match[2]) / (1000 if match[3] == "ms" else 1)
+    return found
+
+
+def parse_loads(words: str | None, kind: str) -> tuple[Load, ...]:
+    """Loads of a list of numbers: `1,4,16`.
+
+    Raises:
+        BesaError: a number that cannot be.
+    """
+    found = []
+    for part in (words or "").split(","):
+        if not part.strip():
+            continue
+        try:
+            value = float(part)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < 1e6 or (kind == "concurrency" and value != int(value)):
+            raise BesaError(f"--{kind} {words}: {part.strip()!r} is no such number")
+        found.append(Load(kind, value))
+    return tuple(found)

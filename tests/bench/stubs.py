@@ -1,0 +1,48 @@
+"""Stub servers as processes, and `besa bench` with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@contextmanager
+def stub(*arguments: object) -> Iterator[str]:
+    """A stub server; gives its URL."""
+    command = [sys.executable, str(Path(__file__).with_name("stub.py")), *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+
+
+def start_bench(out: Path, *arguments: object) -> subprocess.Popen[str]:
+    """A `besa bench` that runs."""
+    command = [sys.executable, "-m", "besa", "bench", *map(str, arguments), "--out", str(out)]
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def bench(out: Path, *arguments: object) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """`besa bench` to its end, and its results.json; empty if it wrote none."""
+    process = start_bench(out, *arguments)
+    stdout, stderr = process.communicate(timeout=300)
+    done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    results = out / "results.json"
+    return done, json.loads(results.read_text()) if results.exists() else {}

@@ -1,0 +1,313 @@
+"""`besa bench` as users start it, against servers whose delays and faults are known."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import signal
+import statistics
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from besa.bench.processes import family
+from tests.bench.stubs import bench, start_bench, stub
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None and importlib.util.find_spec("guidellm") is None,
+    reason="no load generator is installed",
+)
+
+QUICK = ("--input-len", 16, "--output-len", 8, "--requests", 4, "--warmup", 1)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], Path]:
+    """One run with every fault there is, and what the two sound servers really did."""
+    folder = tmp_path_factory.mktemp("bench")
+    with ExitStack() as stack:
+        servers = {
+            "dense": ("--ttft", 0.2, "--itl", 0.04, "--journal", folder / "dense.jsonl"),
+            "sparse": ("--ttft", 0.1, "--itl", 0.02, "--salt", "s"),
+            "same": ("--ttft", 0.2, "--itl", 0.04),
+            "dying": ("--fault", "die", "--after", 24),
+            "hanging": ("--fault", "hang", "--after", 24),
+            "failing": ("--fault", "error", "--after", 24),
+            "fickle": ("--fault", "unstable"),
+        }
+        urls = [f"--url={name}={stack.enter_context(stub(*x))}" for name, x in servers.items()]
+        urls.append("--url=absent=http://127.0.0.1:9")
+        done, results = bench(
+            folder / "out", *urls, *QUICK, "--concurrency", "1,2", "--rounds", 5, "--timeout", 8
+        )
+    return done, results, folder
+
+
+@pytest.mark.slow
+def test_figures_are_right_within_two_percent_or_a_millisecond(
+    compared: tuple[Any, dict[str, Any], Path],
+) -> None:
+    """Against what the server did; and, as it is told to, against what it was asked to do."""
+    _, results, folder = compared
+    journal = [json.loads(line) for line in (folder / "dense.jsonl").read_text().splitlines()]
+    counted = [line for line in journal if len(line["sent"]) == 8]
+    truth = {
+        "ttft_p50": statistics.median(x["sent"][0] - x["received"] for x in counted),
+        "itl_p50": statistics.median(
+            b - a for x in counted for a, b in zip(x["sent"], x["sent"][1:], strict=False)
+        ),
+        "e2e_p50": statistics.median(x["sent"][-1] - x["received"] for x in counted),
+    }
+    nominal = {"ttft_p50": 0.2, "itl_p50": 0.04, "e2e_p50": 0.2 + 7 * 0.04}
+    measured = next(m for m in results["measurements"] if m["contender"] == "dense")["summary"]
+    for name, true in truth.items():
+        allowed = max(0.02 * true, 0.001)
+        assert measured[name]["median"] == pytest.approx(true, abs=allowed), name
+        assert measured[name]["median"] == pytest.approx(nominal[name], abs=2 * allowed), name
+    rate = 8 / nominal["e2e_p50"]
+    assert measured["output_tps"]["median"] == pytest.approx(rate, rel=0.05)
+
+
+@pytest.mark.slow
+def test_gains(compared: tuple[Any, dict[str, Any], Path]) -> None:
+    _, results, _ = compared
+    assert results["reference"] == "dense"
+    for load in ("1 at a time", "2 at a time"):
+        gains = results["comparisons"]["sparse"][load]
+        for name in ("ttft_p50", "itl_p50", "e2e_p50", "output_tps"):
+            assert gains[name]["median"] == pytest.approx(2, rel=0.1), name
+            assert gains[name]["verdict"] == "better", name
+        same = results["comparisons"]["same"][load]
+        assert same["e2e_p50"]["median"] == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.slow
+def test_broken_contenders_are_named_and_counted_nowhere(
+    compared: tuple[Any, dict[str, Any], Path],
+) -> None:
+    done, results, folder = compared
+    assert done.returncode == 1
+    broken = {one["name"]: one["broken"] for one in results["contenders"] if one["broken"]}
+    assert set(broken) == {"dying", "hanging", "failing", "fickle", "absent"}
+    assert "no answer within 8 s" in broken["hanging"]
+    assert "status 500" in broken["failing"] or "requests failed" in broken["failing"]
+    assert "otherwise than before" in broken["fickle"]
+    assert "cannot be reached" in broken["absent"]
+    page = (folder / "out" / "report.html").read_text()
+    for name in broken:
+        assert name in page
+        assert f"{name} is broken" in done.stdout
+    measured = {m["contender"] for m in results["measurements"]}
+    assert measured == {"dense", "sparse", "same"}
+    assert set(results["comparisons"]) == {"sparse", "same"}
+
+
+@pytest.mark.slow
+def test_files(compared: tuple[Any, dict[str, Any], Path]) -> None:
+    done, results, folder = compared
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "report.html",
+        "results.csv",
+        "results.json",
+    ]
+    assert results["schema_version"] == 1
+    assert results["settings"]["rounds"] == 5
+    assert results["machine"]["cores"] >= 1
+    assert results["versions"]["besa"]
+    with (folder / "out" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 2 * 5
+    first = results["measurements"][0]
+    own = [r for r in rows if (r["contender"], r["load"]) == (first["contender"], first["load"])]
+    assert [float(r["e2e_p50"]) for r in own] == [r["e2e_p50"] for r in first["rounds"]]
+    same = {one["name"]: one["same_answers"] for one in results["contenders"]}
+    assert same["same"] == 1
+    assert same["sparse"] == 0
+    assert "no difference" in done.stdout or "1.0" in done.stdout
+
+
+@pytest.mark.slow
+def test_every_contender_gets_the_same_requests_and_none_twice(tmp_path: Path) -> None:
+    journals = [tmp_path / "a", tmp_path / "b"]
+    with stub("--journal", journals[0]) as a, stub("--journal", journals[1]) as b:
+        done, _ = bench(
+            tmp_path / "out", f"--url=a={a}", f"--url=b={b}", *QUICK, "--concurrency", "2",
+            "--rate", "50", "--rounds", 2,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    asked = [
+        [json.loads(line)["prompt"] for line in journal.read_text().splitlines()]
+        for journal in journals
+    ]
+    assert sorted(asked[0]) == sorted(asked[1])
+    assert len(set(asked[0])) == len(asked[0])
+
+
+@pytest.mark.slow
+def test_the_objective_is_found(tmp_path: Path) -> None:
+    """Two at a time, 0.1 s each: 20 requests a second, and beyond that they wait."""
+    with stub("--ttft", 0.03, "--itl", 0.01, "--slots", 2) as url:
+        done, results = bench(
+            tmp_path / "out", f"--url=one={url}", *QUICK, "--requests", 24, "--concurrency", "2",
+            "--rounds", 1, "--slo", "ttft=100ms",
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = results["slo"]["rates"]["one"]
+    assert 8 < found["rate"] < found["above"] < 45
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left(tmp_path: Path, number: signal.Signals) -> None:
+    with stub("--itl", 0.2) as url:
+        process = start_bench(tmp_path / "out", f"--url=one={url}", "--output-len", 64)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "round 1" in line:
+                break
+        children = set(family(process.pid)) - {process.pid}
+        assert children, "the load generator is a process of its own"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    expected = -number if number == signal.SIGKILL else 130
+    assert process.returncode == expected
+    assert "Traceback" not in errors
+    deadline = time.monotonic() + 10
+    while any(_lives(pid) for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_servers_that_were_started_are_gone(
+    tmp_path: Path, tiny_model: Path, number: signal.Signals
+) -> None:
+    """While an engine starts, and its parent is told to end or is just gone."""
+    process = start_bench(tmp_path / "out", tiny_model, "--engine", "transformers")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "starts" in line:
+            break
+    deadline = time.monotonic() + 60
+    while not (engines := _engines(process.pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(_lives(pid) for pid in engines):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _engines(pid: int) -> list[int]:
+    found = []
+    for each in family(pid):
+        try:
+            if b"besa.serve.engine" in Path(f"/proc/{each}/cmdline").read_bytes():
+                found.append(each)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_real_engine(tmp_path: Path, tiny_model: Path) -> None:
+    """From the model to the page: served, measured, weighed, and its perplexity."""
+    text = tmp_path / "text.txt"
+    text.write_text("It is said that one day " * 100)
+    done, results = bench(
+        tmp_path / "out", f"sparse={tiny_model}", "--against", f"dense={tiny_model}",
+        "--engine", "transformers", *QUICK, "--concurrency", "1", "--rounds", 2,
+        "--text", text, "--windows", 4,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for one in results["contenders"]:
+        assert one["engine"] == "transformers"
+        assert one["broken"] is None
+        assert one["start_seconds"] > 0
+        assert one["disk_bytes"] == (tiny_model / "model.safetensors").stat().st_size
+        assert 2**26 < one["memory"]["steady"] <= one["memory"]["peak"]
+        assert one["perplexity"]["perplexity"] > 1
+        assert one["idle_cores"] < 0.5
+    assert results["contenders"][1]["same_answers"] == 1
+    assert str(tmp_path) not in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_offline_on_a_random_shape(tmp_path: Path, tiny_model: Path) -> None:
+    done, results = bench(
+        tmp_path / "out", "--shape", tiny_model / "config.json", "--sparsity", 0.75, "--offline",
+        "--engine", "transformers", "--batch", "1,2", "--input-len", 8, "--output-len", 4,
+        "--rounds", 5, "--cache", tmp_path / "cache",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [one["name"] for one in results["contenders"]] == ["dense", "75%"]
+    assert all(one["random_weights"] for one in results["contenders"])
+    assert results["contenders"][1]["disk_bytes"] < 0.8 * results["contenders"][0]["disk_bytes"]
+    assert {m["load"] for m in results["measurements"]} == {"batch 1", "batch 2"}
+    for m in results["measurements"]:
+        for figures in m["rounds"]:
+            batch = int(m["load"].split()[1])
+            assert figures["decode_tps"] == pytest.approx(batch / figures["step"])
+    assert "Random weights" in done.stdout
+    assert "Random weights" in (tmp_path / "out" / "report.html").read_text()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "nothing to measure"),
+        (("--url", "x"), "is not NAME=URL"),
+        (("--url", "a=http://h", "--url", "a=http://i"), "two contenders are called a"),
+        (("--url", "a=http://h", "--slo", "ttft=5"), "is not like ttft=500ms"),
+        (("--url", "a=http://h", "--concurrency", "1.5"), "no such number"),
+        (("--url", "a=http://h", "--rate", "x"), "no such number"),
+        (("--url", "a=http://h", "--rounds", "0"), "--rounds is 0"),
+        (("--url", "a=http://h", "--prompts", "absent.txt"), "cannot be read"),
+        (("--url", "a=http://h", "--generator", "wrk"), "is none of vllm, guidellm"),
+        (("--url", "a=http://h", "--offline"), "measures models"),
+        (("absent-directory/",), "does not exist"),
+        (("--shape", "gpt-9"), "is none of tinyllama"),
+        (("--shape", "tinyllama", "--pattern", "4:2"), "is neither unstructured nor N:M"),
+        (("--against", "x"), "needs a model before it"),
+        (("compare", "a.json"), "compare takes two files"),
+        (("compare", "a.json", "b.json"), "cannot be read"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from besa.cli import main
+
+    code = main(["bench", *arguments, "--out", str(tmp_path / "out")])
+    errors = capsys.readouterr().err
+    assert code == 2
+    assert words in errors
+    assert len([x for x in errors.splitlines() if x.startswith("besa bench:")]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_are_not_overwritten(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from besa.cli import main
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("{}")
+    assert main(["bench", "--url", "a=http://h", "--out", str(tmp_path / "out")]) == 2
+    assert "is not empty" in capsys.readouterr().err
