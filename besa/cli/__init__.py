@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 from besa import __version__
 from besa.errors import BesaError, BesaWarning
 
-COMMANDS = ("prune", "export", "serve", "eval", "demo", "doctor")
+COMMANDS = ("prune", "export", "serve", "bench", "eval", "demo", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):

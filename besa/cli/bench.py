@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine", help="vllm or transformers (default: vllm where it is installed)")
     add(
         "--engine-args",
+        dest="engine_flags",
         default="",
         metavar="'FLAGS'",
         help="flags for the engine, of every contender alike: --engine-args='--max-model-len 2048'",
@@ -189,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
             warmup=args.warmup,
             seed=args.seed,
             engine=args.engine,
-            engine_args=tuple(shlex.split(args.engine_args)),
+            engine_args=tuple(shlex.split(args.engine_flags)),
             generator=args.generator,
             tokenizer=args.tokenizer,
             timeout=args.timeout,

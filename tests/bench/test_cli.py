@@ -283,7 +283,7 @@ def test_offline_on_a_random_shape(tmp_path: Path, tiny_model: Path) -> None:
         (("--url", "a=http://h", "--prompts", "absent.txt"), "cannot be read"),
         (("--url", "a=http://h", "--generator", "wrk"), "is none of vllm, guidellm"),
         (("--url", "a=http://h", "--offline"), "measures models"),
-        (("absent-directory/",), "does not exist"),
+        (("absent-directory/",), "is no directory here"),
         (("--shape", "gpt-9"), "is none of tinyllama"),
         (("--shape", "tinyllama", "--pattern", "4:2"), "is neither unstructured nor N:M"),
         (("--against", "x"), "needs a model before it"),
