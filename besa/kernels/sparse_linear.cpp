@@ -4,18 +4,13 @@
 
 namespace besa {
 
-int sparse_linear_portable(const Job& job);
-#ifdef __x86_64__
-int sparse_linear_avx2(const Job& job);
-int sparse_linear_avx512(const Job& job);
-int sparse_linear_avx512_bf16(const Job& job);
-#endif
-
 namespace {
 
 enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
-Isa best_isa() {
+}  // namespace
+
+int best_isa() {
 #ifdef __x86_64__
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -33,12 +28,22 @@ Isa best_isa() {
     return kPortable;
 }
 
-}  // namespace
+int sparse_linear(const Job& job, int isa) {
+    if (isa > best_isa()) return kUnsupported;
+    switch (isa) {
+#ifdef __x86_64__
+        case kAvx512Bf16: return sparse_linear_avx512_bf16(job);
+        case kAvx512: return sparse_linear_avx512(job);
+        case kAvx2: return sparse_linear_avx2(job);
+#endif
+        default: return sparse_linear_portable(job);
+    }
+}
+
 }  // namespace besa
 
 #define BESA_API extern "C" __attribute__((visibility("default")))
 
-// The best instruction set that this CPU has: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 BF16.
 BESA_API int besa_best_isa() { return besa::best_isa(); }
 
 // output = input W^T + bias. See besa::Job for the arguments; returns a besa::Status.
@@ -49,17 +54,9 @@ BESA_API int besa_sparse_linear(const void* values, int values_dtype, std::int64
                                 const void* input, int input_dtype, void* output,
                                 std::int64_t tokens, std::int64_t rows, std::int64_t cols,
                                 int int8_input, int isa, int threads) {
-    if (isa > besa::best_isa()) return besa::kUnsupported;
     const besa::Job job{values,        count,  bitmask_or_null, row_ptr_or_null, scale_or_null,
                         group_size,    bias_or_null, input,     output,          tokens,
                         rows,          cols,   values_dtype,    input_dtype,     int8_input != 0,
                         threads};
-    switch (isa) {
-#ifdef __x86_64__
-        case besa::kAvx512Bf16: return besa::sparse_linear_avx512_bf16(job);
-        case besa::kAvx512: return besa::sparse_linear_avx512(job);
-        case besa::kAvx2: return besa::sparse_linear_avx2(job);
-#endif
-        default: return besa::sparse_linear_portable(job);
-    }
+    return besa::sparse_linear(job, isa);
 }

@@ -61,7 +61,23 @@ struct Job {
     int values_dtype, input_dtype;
     bool int8_input;               // for int8 values: quantize the activations too
     int threads;
+    // Whose threads: runs lane(task) `lanes` times, at once where it can. Null for OpenMP's.
+    void (*parallel)(void* pool, int lanes, void (*lane)(void*), void* task) = nullptr;
+    void* pool = nullptr;
 };
+
+int sparse_linear_portable(const Job& job);
+#ifdef __x86_64__
+int sparse_linear_avx2(const Job& job);
+int sparse_linear_avx512(const Job& job);
+int sparse_linear_avx512_bf16(const Job& job);
+#endif
+
+// The best instruction set that this CPU has: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 BF16.
+int best_isa();
+
+// The product by an instruction set; returns a Status.
+int sparse_linear(const Job& job, int isa);
 
 // How many bytes of values are fetched ahead in each stream of rows.
 constexpr int kAhead = 2048;
@@ -126,6 +142,20 @@ BESA_INLINE inline void each(const F& f) {
 
 inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
+// Calls lane() `lanes` times on the job's threads. A lane takes what others have left of the work,
+// so that it matters to nobody whether they run at once or one after the other.
+template <class F>
+void in_lanes(const Job& job, int lanes, const F& lane) {
+    if (lanes > 1 && job.parallel) {
+        job.parallel(
+            job.pool, lanes, [](void* task) { (*static_cast<const F*>(task))(); },
+            const_cast<F*>(&lane));
+        return;
+    }
+#pragma omp parallel num_threads(lanes) if (lanes > 1)
+    lane();
+}
+
 // Activations in the form that Tr::dot wants: [tokens, stride], zeros past cols.
 template <class Tr>
 struct Input {
@@ -141,9 +171,10 @@ struct Input {
         x = buffer<typename Tr::X>(job.tokens * stride);
         if (Tr::kInt8Input) scale = buffer<float>(job.tokens);
         if (!x || (Tr::kInt8Input && !scale)) return false;
-#pragma omp parallel for schedule(static) num_threads(job.threads) \
-    if (job.threads > 1 && job.tokens * job.cols > (1 << 16))
-        for (std::int64_t t = 0; t < job.tokens; ++t) row(job, t);
+        std::atomic<std::int64_t> next{0};
+        in_lanes(job, job.tokens * job.cols > (1 << 16) ? job.threads : 1, [&] {
+            for (std::int64_t t; (t = next++) < job.tokens;) row(job, t);
+        });
         return true;
     }
 
@@ -481,16 +512,17 @@ int run_as(const Job& job) {
     const std::int64_t size = job.tokens >= kTileFrom ? kPieceRows : share < 16 ? 16 : least(share, 192);
     const std::int64_t pieces = (job.rows + size - 1) / size;
     std::atomic<int> status{kOk};
-#pragma omp parallel num_threads(job.threads) if (job.threads > 1)
-    {
+    std::atomic<std::int64_t> next{0};
+    in_lanes(job, job.threads, [&] {
         Worker<Tr, kDense> worker(job, in);
-        const bool ready = worker.prepare();
-        if (!ready) status = kNoMemory;
-#pragma omp for schedule(dynamic, 1) nowait
-        for (std::int64_t i = 0; i < pieces; ++i)
-            if (ready) worker.rows(i * size, least((i + 1) * size, job.rows));
+        if (!worker.prepare()) {
+            status = kNoMemory;
+            return;
+        }
+        for (std::int64_t i; (i = next++) < pieces;)
+            worker.rows(i * size, least((i + 1) * size, job.rows));
         if (worker.status != kOk) status = worker.status;
-    }
+    });
     return status;
 }
 
