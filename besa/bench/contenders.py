@@ -25,6 +25,7 @@ from typing import Any
 
 from besa.bench.generator import Target
 from besa.bench.processes import cpu_seconds, family, listener, memory_of
+from besa.bench.results import weight_bytes
 from besa.bench.settings import BenchConfig, Contender
 from besa.errors import BesaError
 from besa.files import model_directory
@@ -36,6 +37,7 @@ from besa.serve.settings import ServeConfig
 # Shorter than a block of any engine's cache, so that a second answer is computed like the first.
 PROBES = ("The", "One day the", "It is said that", "In the middle of the night")
 _PROBE_TOKENS = 12
+_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 class BrokenError(Exception):
@@ -92,7 +94,7 @@ class Server:
         """Starts the server, or looks for the one that runs, and takes its first answers.
 
         Args:
-            shared: what every engine's environment has alike; the first one adds to it.
+            shared: what the first one's environment has and all others' get, too.
 
         Raises:
             BrokenError: it cannot be started, or does not answer.
@@ -133,11 +135,11 @@ class Server:
             engine_args=self.config.engine_args,
         )
         command = command_for(served, self.directory)
-        # What besa works out from the memory that is free would be less for every next one.
-        environment = {**command.environment, **{k: shared[k] for k in shared}}
-        for variable in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND"):
-            if variable in command.environment:
-                environment[variable] = shared.setdefault(variable, command.environment[variable])
+        environment = dict(command.environment)
+        if (found := environment.get(_CACHE)) and _CACHE not in os.environ:
+            # From the memory that was free for the first one, which is not alone.
+            started = sum(one.url is None for one in self.config.contenders)
+            environment[_CACHE] = shared.setdefault(_CACHE, str(max(1, int(found) // started)))
         self.command = replace(command, environment=environment)
         started = time.perf_counter()
         self.engine = Engine(self.command, served)
@@ -250,9 +252,7 @@ class Server:
 
     def disk_bytes(self) -> int | None:
         """Bytes of the checkpoint's weights."""
-        if self.directory is None:
-            return None
-        return sum(path.stat().st_size for path in self.directory.glob("*.safetensors"))
+        return None if self.directory is None else weight_bytes(self.directory)
 
 
 def _short(words: str) -> str:

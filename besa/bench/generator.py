@@ -1,9 +1,9 @@
 """The load generator: somebody else's, well kept, in a process of its own.
 
-Where vLLM is installed it is `vllm bench serve` (besa.bench.vllm_client): it records the gap before
-every single token by a monotonic clock, and stays loaded between measurements. Elsewhere it is
-guidellm (besa.bench.guidellm_client, `pip install 'besa[bench]'`), which needs no engine, but is
-started for every measurement and tells of each answer only its mean gap.
+Where vLLM is installed it is `vllm bench serve` (besa.bench.vllm_client), which records the gap
+before every single token by a monotonic clock. Elsewhere it is guidellm
+(besa.bench.guidellm_client, `pip install 'besa[bench]'`), which needs no engine, but tells of each
+answer only its mean gap. Either answers the same question with the same figures of each request.
 
     with generator_for(None) as generator:
         load = Load("rate", 2)
@@ -14,17 +14,21 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from importlib.metadata import version
 
+from besa.bench import guidellm_client, vllm_client
 from besa.bench.child import Child, ChildError
 from besa.bench.figures import Request
 from besa.bench.load import Load
 from besa.bench.processes import cpu_seconds, family
 from besa.errors import BesaError
+from besa.serve.command import vllm_version
 
-GENERATORS = ("vllm", "guidellm")
+# Each one's client, and what it is called; the better one first.
+CLIENTS = {"vllm": (vllm_client, "vllm bench serve"), "guidellm": (guidellm_client, "guidellm")}
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,60 @@ class Target:
     ignores_eos: bool = True
 
 
-class Generator(Protocol):
-    """What makes the load."""
+def generator_for(name: str | None) -> Generator:
+    """The one of that name, or the best that is installed.
 
-    name: str
-    version: str
+    Raises:
+        BesaError: it is not installed.
+    """
+    if name not in (None, *CLIENTS):
+        raise BesaError(f"--generator {name} is none of {', '.join(CLIENTS)}")
+    there = [one for one in CLIENTS if importlib.util.find_spec(one) is not None]
+    if name is not None and name not in there:
+        raise BesaError(f"--generator {name} is not installed")
+    if not there:
+        raise BesaError("nothing here makes load: pip install 'besa[bench]', or install vLLM")
+    return Generator(name or there[0])
+
+
+class Generator:
+    """A load generator in a process that stays; loaded again after it had to be ended.
+
+    Attributes:
+        name: what it is called.
+        version: its version.
+    """
+
+    def __init__(self, which: str) -> None:
+        self._client, self.name = CLIENTS[which]
+        self.version = version("guidellm") if which == "guidellm" else vllm_version() or ""
+        self._child: Child | None = None
+        # Whoever is killed does not clean up.
+        self._folder = tempfile.TemporaryDirectory(prefix="besa-bench-", ignore_cleanup_errors=True)
+
+    def __enter__(self) -> Generator:
+        self._loaded()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._child is not None:
+            self._child.end()
+        self._folder.cleanup()
+
+    def cpu(self) -> float:
+        """Seconds that it has computed."""
+        return 0.0 if self._child is None else cpu_seconds(family(self._child.process.pid))
+
+    def _loaded(self) -> Child:
+        if self._child is None:
+            command = [sys.executable, "-P", "-m", self._client.__name__]
+            self._child = Child(command, {**self._client.ENVIRONMENT, "TMPDIR": self._folder.name})
+            try:
+                self._child.answer(limit=300)
+            except ChildError as error:
+                self._child = None
+                raise BesaError(f"{self.name} does not start: {error}") from None
+        return self._child
 
     def measure(
         self,
@@ -62,83 +115,11 @@ class Generator(Protocol):
         """Sends the prompts, greedily decoded, and waits for all answers.
 
         Returns:
-            The requests in order, and the seconds from the first one's start to the last one's end.
+            The requests, and the seconds from the first one's start to the last one's end.
 
         Raises:
             ChildError: not all answers came within `limit` seconds, or the generator failed.
         """
-
-    def cpu(self) -> float:
-        """Seconds that a process of its own which still runs has computed."""
-
-    def __enter__(self) -> Generator: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def generator_for(name: str | None) -> Generator:
-    """The one of that name, or the best that is installed.
-
-    Raises:
-        BesaError: it is not installed.
-    """
-    if name not in (None, *GENERATORS):
-        raise BesaError(f"--generator {name} is none of {', '.join(GENERATORS)}")
-    there = [one for one in GENERATORS if importlib.util.find_spec(one) is not None]
-    if name is not None and name not in there:
-        raise BesaError(f"--generator {name} is not installed")
-    if not there:
-        raise BesaError("nothing here makes load: pip install 'besa[bench]', or install vLLM")
-    if (name or there[0]) == "vllm":
-        return _Vllm()
-    from besa.bench.guidellm_client import GuideLLM
-
-    return GuideLLM()
-
-
-class _Vllm:
-    """`vllm bench serve`, loaded when it is first needed, and again after it had to be ended."""
-
-    name = "vllm bench serve"
-
-    def __init__(self) -> None:
-        from besa.serve.command import vllm_version
-
-        self.version = vllm_version() or ""
-        self._child: Child | None = None
-
-    def __enter__(self) -> _Vllm:
-        self._loaded()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._child is not None:
-            self._child.end()
-
-    def cpu(self) -> float:
-        return 0.0 if self._child is None else cpu_seconds(family(self._child.process.pid))
-
-    def _loaded(self) -> Child:
-        if self._child is None:
-            silent = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-            command = [sys.executable, "-P", "-m", "besa.bench.vllm_client"]
-            self._child = Child(command, silent)
-            try:
-                self._child.answer(limit=300)
-            except ChildError as error:
-                self._child = None
-                raise BesaError(f"`vllm bench serve` does not start: {error}") from None
-        return self._child
-
-    def measure(
-        self,
-        target: Target,
-        prompts: Sequence[str],
-        load: Load,
-        output_length: int,
-        seed: int,
-        limit: float,
-    ) -> tuple[list[Request], float]:
         question = {
             "url": target.url,
             "model": target.model,
@@ -157,41 +138,5 @@ class _Vllm:
             child.end()
             self._child = None
             raise
-        return from_vllm(found, output_length)
-
-
-def from_vllm(
-    found: dict[str, list],  # type: ignore[type-arg]
-    output_length: int,
-) -> tuple[list[Request], float]:
-    """Requests from the lists of `--save-detailed`, and how long all of them took."""
-    requests, ends = [], []
-    for index, error in enumerate(found["errors"]):
-        gaps = tuple(found["itls"][index])
-        ttft, latency = found["ttfts"][index], found["latencies"][index]
-        failed = _last_line(error)
-        if not failed and not ttft:
-            failed = "no answer, and no reason"
-        # Where a server does not count its tokens, the pieces of its answer are, as long as there
-        # are no more than tokens were asked for: an end may be a piece of its own.
-        counted = found["output_lens"][index]
-        tokens = counted if counted > 1 else min(len(gaps) + 1, output_length)
-        requests.append(
-            Request(
-                error=failed,
-                ttft=ttft,
-                gaps=gaps,
-                latency=latency,
-                input_tokens=found["input_lens"][index],
-                output_tokens=0 if failed else tokens,
-                text=found["generated_texts"][index],
-            )
-        )
-        ends.append(found["start_times"][index] + latency)
-    return requests, max(ends) - min(found["start_times"])
-
-
-def _last_line(error: str) -> str:
-    """A reason, or the last line of a traceback: the one that says what it was."""
-    lines = [line for line in error.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else ""
+        requests = [Request(**{**one, "gaps": tuple(one["gaps"])}) for one in found["requests"]]
+        return requests, found["seconds"]

@@ -1,86 +1,100 @@
-"""guidellm as the load generator, a process for every measurement.
+"""guidellm as a process that stays: its imports take longer than many a measurement.
 
-It writes for each request when it began, when the first and when the last token came: the latency
+It notes for each request when it began, when the first and when the last token came: the latency
 between tokens is one mean for each answer, so its percentiles are over answers, not over tokens.
+Started by besa.bench.generator:
+
+    python -m besa.bench.guidellm_client     # then questions on standard input
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
+import asyncio
+import multiprocessing
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
-from besa.bench.child import ChildError
+from besa.bench.child import answer_questions, start_child
 from besa.bench.figures import Request
-from besa.bench.load import Load
 
-if TYPE_CHECKING:
-    from besa.bench.generator import Target
-
-
-class GuideLLM:
-    """guidellm's command line."""
-
-    name = "guidellm"
-
-    def __init__(self) -> None:
-        self.version = version("guidellm")
-
-    def __enter__(self) -> GuideLLM:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def cpu(self) -> float:
-        return 0.0  # what has ended counts as the parent's
-
-    def measure(
-        self,
-        target: Target,
-        prompts: Sequence[str],
-        load: Load,
-        output_length: int,
-        seed: int,
-        limit: float,
-    ) -> tuple[list[Request], float]:
-        from besa.bench.child import run_to_end
-
-        profile = {"concurrency": "concurrent,streams=", "rate": "poisson,rate="}[load.kind]
-        value = f"{load.value:g}"
-        with tempfile.TemporaryDirectory(prefix="besa-bench-") as folder:
-            data, result = Path(folder) / "prompts.jsonl", Path(folder) / "result.json"
-            lines = [{"prompt": p, "output_tokens_count": output_length} for p in prompts]
-            data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            backend = f"kind=openai_http,target={target.url},model={target.model}"
-            if target.key:
-                backend += f",api_key={target.key}"
-            command = [
-                *(sys.executable, "-m", "guidellm", "run", "--disable-console"),
-                *("--backend", backend + ",request_format=/v1/completions"),
-                *("--profile", f"kind={profile}{value}"),
-                *("--data", f"kind=json_file,path={data}"),
-                *("--constraint", f"kind=max_requests,count={len(prompts)}"),
-                *("--seed", f"kind=static,seed={seed}"),
-                *("--output", f"kind=json,path={result}"),
-            ]
-            run_to_end(command, limit, {"HF_HUB_OFFLINE": "1", "HF_HOME": folder})
-            if not result.exists():
-                raise ChildError("guidellm wrote no result")
-            return from_guidellm(json.loads(result.read_text())["benchmarks"][0]["requests"])
+# One process makes the requests: several draw the same arrivals, each for itself.
+ENVIRONMENT = {
+    "GUIDELLM__MP_CONTEXT_TYPE": "forkserver",
+    "GUIDELLM__MAX_WORKER_PROCESSES": "1",
+    "GUIDELLM__SCHEDULER_START_DELAY_NON_DISTRIBUTED": "0.2",
+    "GUIDELLM__LOGGING__DISABLED": "true",
+    "HF_HUB_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+}
 
 
-def from_guidellm(found: dict[str, Any]) -> tuple[list[Request], float]:
-    """Requests from guidellm's JSON, and how long all of them took."""
+def main() -> None:
+    start_child()
+    # guidellm starts a process for every measurement, which needs all of guidellm, too: it is
+    # forked off one that has it (see `ENVIRONMENT`).
+    multiprocessing.set_forkserver_preload(["guidellm.benchmark"])
+    from guidellm.entrypoints import benchmark_generative_text
+    from guidellm.scheduler.strategies import AsyncPoissonStrategy, ThroughputStrategy
+    from guidellm.schemas.benchmark import BenchmarkScenario
+
+    def start(self: Any, start_time: float) -> None:
+        with self._offset.get_lock():
+            self._offset.value = start_time
+        ThroughputStrategy.init_processes_start(self, start_time)
+
+    # Version 0.8.1 wakes its workers before it tells them when to begin: some began in 1970, and
+    # sent everything at once.
+    AsyncPoissonStrategy.init_processes_start = start
+
+    def answer(question: dict[str, Any]) -> dict[str, Any]:
+        scenario = BenchmarkScenario.create(scenario=None, spec=spec(question))
+        report, _ = asyncio.run(benchmark_generative_text(scenario, progress=False))
+        found = report.benchmarks[0].requests.model_dump(mode="json")
+        requests, seconds = requests_of(found)
+        return {"requests": [asdict(request) for request in requests], "seconds": seconds}
+
+    answer_questions(answer, first={"ready": True})
+
+
+def spec(question: dict[str, Any]) -> dict[str, Any]:
+    """What guidellm is to do."""
+    prompts, length = question["prompts"], question["output_length"]
+    data: dict[str, Sequence[Any]] = {"prompt": prompts}
+    if question["ignore_eos"]:  # a length for each answer makes guidellm ask for all of it
+        data["output_tokens_count"] = [length] * len(prompts)
+    profile: dict[str, Any] = {"kind": "poisson", "rate": question["rate"]}
+    if question["concurrency"]:
+        profile = {"kind": "concurrent", "streams": question["concurrency"]}
+    return {
+        "backend": {
+            "kind": "openai_http",
+            "target": question["url"],
+            "model": question["model"],
+            "api_key": question["key"],
+            "request_format": "/v1/completions",
+            "max_tokens": length,
+            "extras": {"body": {"temperature": 0}},
+            "validate_backend": False,  # not everyone has /health
+        },
+        "profile": profile,
+        "constraints": [{"kind": "max_requests", "count": len(prompts)}],
+        "data": [{"kind": "in_memory_dict", "data": data}],
+        "seed": {"kind": "static", "value": question["seed"]},
+        "outputs": [],
+    }
+
+
+def requests_of(found: dict[str, Any]) -> tuple[list[Request], float]:
+    """Requests from guidellm's report, and how long all of them took."""
     requests, starts, ends = [], [], []
     for one in found["successful"]:
         times = one["info"]["timings"]
         start, last = times["request_start"], times["last_token_iteration"]
         first, tokens = times["first_token_iteration"], int(one["output_tokens"] or 0)
+        if first is None or last is None:
+            requests.append(Request(error="its answer has no text"))
+            continue
         mean = ((last - first) / (tokens - 1),) if tokens > 1 else ()
         requests.append(
             Request(
@@ -99,3 +113,7 @@ def from_guidellm(found: dict[str, Any]) -> tuple[list[Request], float]:
         for one in [*found["errored"], *found["incomplete"]]
     ]
     return requests, (max(ends) - min(starts)) if ends else 0.0
+
+
+if __name__ == "__main__":
+    main()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from besa.bench.results import (
     stamp,
     summary,
     versions,
+    weight_bytes,
 )
 from besa.bench.run import settings_of
 from besa.bench.settings import BenchConfig, Contender
@@ -70,19 +72,25 @@ class _Inside:
         self.start_seconds = self.child.answer(config.start_timeout)["start"]
         self.check(config)
 
+    def _ask(self, question: Mapping[str, Any], limit: float) -> dict[str, Any]:
+        """An answer; before and after it the engine is stopped, and its threads spin for nobody."""
+        assert self.child is not None
+        self.child.process.send_signal(signal.SIGCONT)
+        answer = self.child.ask(question, limit)
+        self.child.process.send_signal(signal.SIGSTOP)
+        return answer
+
     def check(self, config: BenchConfig) -> None:
         """Raises ChildError for an engine that is broken, or answers otherwise than before."""
-        assert self.child is not None
-        said = self.child.ask(_CHECK, config.timeout)["tokens"]
+        said = self._ask(_CHECK, config.timeout)["tokens"]
         if self.said is not None and said != self.said:
             raise ChildError("answers the same prompt otherwise than before")
         self.said = said
 
     def measure(self, config: BenchConfig, batch: int, seed: str) -> dict[str, float]:
-        assert self.child is not None
         question = {"batch": batch, "prompt": config.input_length, "steps": config.output_length}
-        self.child.ask({**question, "steps": 2, "seed": f"warm-up {seed}"}, config.timeout)
-        found = self.child.ask({**question, "seed": seed}, config.timeout)
+        self._ask({**question, "steps": 2, "seed": f"warm-up {seed}"}, config.timeout)
+        found = self._ask({**question, "seed": seed}, config.timeout)
         step = statistics.median(found["steps"])
         return {"prefill": found["prefill"], "step": step, "decode_tps": batch / step}
 
@@ -111,7 +119,7 @@ def bench_offline(
         _Inside(contender, engine, len(engines) > 1)
         for engine in engines
         for contender in config.contenders
-        if engine != "onnx" or _is_onnx(contender.model)
+        if (engine == "onnx") == _is_onnx(contender.model)
     ]
     rounds: dict[tuple[str, str], list[dict[str, float]]] = {}
     loads = {batch: f"batch {batch}" for batch in batches}
@@ -226,7 +234,7 @@ def _contender(inside: _Inside) -> dict[str, Any]:
         "random_weights": inside.contender.random_weights,
         "broken": inside.broken,
         "start_seconds": inside.start_seconds,
-        "disk_bytes": sum(p.stat().st_size for p in inside.directory.glob("*.safetensors")) or None,
+        "disk_bytes": weight_bytes(inside.directory),
         "memory": inside.memory,
         "perplexity": None,
     }

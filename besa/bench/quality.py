@@ -18,6 +18,11 @@ from besa.bench.child import ChildError, run_to_end
 from besa.errors import BesaError
 
 
+def title_of(text: str) -> str:
+    """What the results call a text: a file by its name, whichever folder it is in."""
+    return Path(text).name if Path(text).exists() else text
+
+
 def perplexities(
     models: Mapping[str, Path], text: str, windows: int, limit: float
 ) -> dict[str, dict[str, Any]]:
@@ -36,6 +41,6 @@ def perplexities(
     results = json.loads(answer)["results"]
     keys = ("perplexity", "standard_error", "tokens", "seqlen", "difference")
     return {
-        name: {"text": text, **{key: one.get(key) for key in keys}}
+        name: {"text": title_of(text), **{key: one.get(key) for key in keys}}
         for name, one in zip(models, results, strict=True)
     }

@@ -117,6 +117,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def weight_bytes(directory: Path) -> int | None:
+    """Bytes of a checkpoint's weights; None where there are none."""
+    for kinds in (("*.safetensors",), ("*.onnx", "*.onnx.data", "*.onnx_data")):
+        if found := sum(p.stat().st_size for kind in kinds for p in directory.glob(kind)):
+            return found
+    return None
+
+
 def stamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from besa.bench.contenders import BrokenError, Server
 from besa.bench.figures import FIGURES
 from besa.bench.generator import Generator, generator_for
 from besa.bench.load import Load, Prompts, read_prompts
-from besa.bench.quality import perplexities
+from besa.bench.quality import perplexities, title_of
 from besa.bench.results import (
     SCHEMA_VERSION,
     Results,
@@ -245,7 +244,7 @@ def settings_of(config: BenchConfig) -> dict[str, Any]:
         "engine": config.engine,
         "engine_args": list(config.engine_args),
         "timeout": config.timeout,
-        "text": Path(config.text).name if config.quality else None,
+        "text": title_of(config.text) if config.quality else None,
     }
 
 

@@ -10,6 +10,7 @@ One that turns out to be broken is asked no more, and what it said before does n
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Turns:
             warmup = self._warmup(load, key)
             for server in self.whole:
                 self.tell(f"{load.name}, round {turn + 1} of {self.config.rounds}: {server.name}")
-                measured = self.turn(server, load, chosen, warmup)
+                measured = self.turn(server, load, chosen, warmup, key)
                 if measured is not None:
                     self.measured.setdefault((server.name, load), []).append(measured)
 
@@ -82,7 +83,8 @@ class Turns:
         load = Load("rate", rate)
         self.tell(f"objective, {load.name}: {server.name}")
         key = f"objective {rate}"
-        return self.turn(server, load, self.prompts.take(count, key), self._warmup(load, key))
+        chosen = self.prompts.take(count, key)
+        return self.turn(server, load, chosen, self._warmup(load, key), key)
 
     def _warmup(self, load: Load, key: str) -> list[str]:
         at_once = int(load.value) if load.kind == "concurrency" else 1
@@ -90,18 +92,28 @@ class Turns:
         return self.prompts.take(count, f"warm-up {key}")
 
     def turn(
-        self, server: Server, load: Load, prompts: Sequence[str], warmup: Sequence[str]
+        self,
+        server: Server,
+        load: Load,
+        prompts: Sequence[str],
+        warmup: Sequence[str],
+        key: str,
     ) -> Measured | None:
-        """A contender's turn; None if it turns out to be broken."""
+        """A contender's turn; None if it turns out to be broken.
+
+        Args:
+            key: what tells the turn from others; contenders with the same one get the same
+                requests at the same times.
+        """
         self._turn += 1
         others = [one for one in self.whole if one is not server]
         try:
             server.check(self._turn)
             if warmup:
-                self._run(server, warmup, load)
+                self._run(server, warmup, load, key)
             before = [one.cpu() for one in others]
             own, busy, started = self._own_cpu(), busy_seconds(), time.perf_counter()
-            measured = self._run(server, prompts, load)
+            measured = self._run(server, prompts, load, key)
             seconds = time.perf_counter() - started
             for one, cpu in zip(others, before, strict=True):
                 one.idle_cpu = max(one.idle_cpu, (one.cpu() - cpu) / seconds)
@@ -123,15 +135,16 @@ class Turns:
         own = times.user + times.system + times.children_user + times.children_system
         return own + sum(server.cpu() for server in self.servers) + self.generator.cpu()
 
-    def _run(self, server: Server, prompts: Sequence[str], load: Load) -> Measured:
+    def _run(self, server: Server, prompts: Sequence[str], load: Load, key: str) -> Measured:
         config = self.config
+        seed = random.Random(f"{config.seed} {key}").randrange(2**31)
         assert server.target is not None
         try:
             requests, duration = self.generator.measure(
-                server.target, prompts, load, config.output_length, config.seed, config.timeout
+                server.target, prompts, load, config.output_length, seed, config.timeout
             )
         except ChildError as error:
-            raise BrokenError(server.why(str(error))) from None
+            raise BrokenError(server.why(f"{self.generator.name}: {error}")) from None
         failed = [request for request in requests if request.error]
         if failed:
             what = f"{len(failed)} of {len(requests)} requests failed: {failed[0].error}"

@@ -11,9 +11,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+from dataclasses import asdict
 from typing import Any
 
 from besa.bench.child import answer_questions, start_child
+from besa.bench.figures import Request
+
+ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
 class _Plain:
@@ -65,10 +69,44 @@ def main() -> None:
         if question["concurrency"]:
             flags += ["--max-concurrency", str(question["concurrency"])]
         found = asyncio.run(serve.main_async(parser.parse_args(flags)))
-        keys = ("ttfts", "itls", "latencies", "start_times", "input_lens", "output_lens")
-        return {key: found[key] for key in (*keys, "generated_texts", "errors")}
+        requests, seconds = requests_of(found, length)
+        return {"requests": [asdict(request) for request in requests], "seconds": seconds}
 
     answer_questions(answer, first={"ready": True})
+
+
+def requests_of(found: dict[str, Any], output_length: int) -> tuple[list[Request], float]:
+    """Requests from the lists of `--save-detailed`, and how long all of them took."""
+    requests, ends = [], []
+    for index, error in enumerate(found["errors"]):
+        gaps = tuple(found["itls"][index])
+        ttft, latency = found["ttfts"][index], found["latencies"][index]
+        failed = _last_line(error)
+        if not failed and not ttft:
+            failed = "no answer, and no reason"
+        # Where a server does not count its tokens, the pieces of its answer are, as long as there
+        # are no more than tokens were asked for: an end may be a piece of its own.
+        counted = found["output_lens"][index]
+        tokens = counted if counted > 1 else min(len(gaps) + 1, output_length)
+        requests.append(
+            Request(
+                error=failed,
+                ttft=ttft,
+                gaps=gaps,
+                latency=latency,
+                input_tokens=found["input_lens"][index],
+                output_tokens=0 if failed else tokens,
+                text=found["generated_texts"][index],
+            )
+        )
+        ends.append(found["start_times"][index] + latency)
+    return requests, max(ends) - min(found["start_times"])
+
+
+def _last_line(error: str) -> str:
+    """A reason, or the last line of a traceback: the one that says what it was."""
+    lines = [line for line in error.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
 
 
 if __name__ == "__main__":

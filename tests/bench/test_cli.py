@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from besa.bench.generator import CLIENTS
 from besa.bench.processes import family
 from tests.bench.stubs import bench, start_bench, stub
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(
     reason="no load generator is installed",
 )
 
+GENERATORS = [name for name in CLIENTS if importlib.util.find_spec(name) is not None]
 QUICK = ("--input-len", 16, "--output-len", 8, "--requests", 4, "--warmup", 1)
 
 
@@ -131,20 +133,36 @@ def test_files(compared: tuple[Any, dict[str, Any], Path]) -> None:
 
 
 @pytest.mark.slow
-def test_every_contender_gets_the_same_requests_and_none_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_generators(tmp_path: Path, generator: str) -> None:
+    """Every contender gets the same requests, none of them twice, and figures are what was done."""
     journals = [tmp_path / "a", tmp_path / "b"]
-    with stub("--journal", journals[0]) as a, stub("--journal", journals[1]) as b:
-        done, _ = bench(
+    slow = ("--ttft", 0.1, "--itl", 0.02)
+    with stub(*slow, "--journal", journals[0]) as a, stub(*slow, "--journal", journals[1]) as b:
+        done, results = bench(
             tmp_path / "out", f"--url=a={a}", f"--url=b={b}", *QUICK, "--concurrency", "2",
-            "--rate", "50", "--rounds", 2,
+            "--rate", "8", "--rounds", 2, "--generator", generator,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    asked = [
-        [json.loads(line)["prompt"] for line in journal.read_text().splitlines()]
-        for journal in journals
-    ]
-    assert sorted(asked[0]) == sorted(asked[1])
-    assert len(set(asked[0])) == len(asked[0])
+    asked = [[json.loads(line) for line in journal.read_text().splitlines()] for journal in journals]
+    prompts = [sorted(line["prompt"] for line in lines) for lines in asked]
+    assert prompts[0] == prompts[1]
+    assert len(set(prompts[0])) == len(prompts[0])
+    counted = [line for line in asked[0] if len(line["sent"]) == 8]
+    true = statistics.median(x["sent"][-1] - x["received"] for x in counted)
+    for load, at_least in (("2 at a time", 8), ("8 requests/s", 4)):
+        found = next(
+            m for m in results["measurements"] if (m["contender"], m["load"]) == ("a", load)
+        )
+        assert found["requests"] == 2 * at_least
+        assert found["output_tokens"] == [8, 8]
+        assert found["summary"]["e2e_p50"]["median"] == pytest.approx(true, rel=0.02)
+        assert found["summary"]["itl_p50"]["median"] == pytest.approx(0.02, abs=0.001)
+    # The last four came at random times, the same ones for both.
+    arrivals = [sorted(x["received"] for x in lines[-4:]) for lines in asked]
+    gaps = [[y - x for x, y in zip(one, one[1:], strict=False)] for one in arrivals]
+    assert gaps[0] == pytest.approx(gaps[1], abs=0.03)
+    assert max(gaps[0]) - min(gaps[0]) > 0.03
 
 
 @pytest.mark.slow
@@ -161,14 +179,18 @@ def test_the_objective_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("generator", GENERATORS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left(tmp_path: Path, number: signal.Signals) -> None:
+def test_nothing_is_left(tmp_path: Path, number: signal.Signals, generator: str) -> None:
     with stub("--itl", 0.2) as url:
-        process = start_bench(tmp_path / "out", f"--url=one={url}", "--output-len", 64)
+        process = start_bench(
+            tmp_path / "out", f"--url=one={url}", "--output-len", 64, "--generator", generator
+        )
         assert process.stderr is not None
         for line in process.stderr:
             if "round 1" in line:
                 break
+        time.sleep(1 if number == signal.SIGINT else 15)  # while it asks, or while it starts
         children = set(family(process.pid)) - {process.pid}
         assert children, "the load generator is a process of its own"
         process.send_signal(number)
