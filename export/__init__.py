@@ -17,7 +17,18 @@ from besa.export.config import ExportConfig, ExportResult
 if TYPE_CHECKING:
     from besa.progress import Tell
 
-__all__ = ["ExportConfig", "ExportResult", "export"]
+__all__ = ["ExportConfig", "ExportResult", "export", "ort_library"]
+
+
+def ort_library() -> str:
+    """The path of the library of `ai.besa::SparseMatMul`, for ONNX Runtime's sessions to register.
+
+    Raises:
+        BesaError: this installation was built without it.
+    """
+    from besa.export import ort
+
+    return ort.ort_library()
 
 
 def export(
@@ -40,6 +51,10 @@ def export(
         from besa.export.unpack import unpack_checkpoint
 
         return unpack_checkpoint(source, config, tell)
+    if config.format == "onnx":
+        from besa.export.onnx_model import export_onnx
+
+        return export_onnx(source, config, tell)
     from besa.export.pack import pack_checkpoint
 
     return pack_checkpoint(source, config, tell)

@@ -46,7 +46,7 @@ def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> Exp
     out = Path(config.out)
     check_free(out, config.overwrite)
     directory = resolve(pruned)
-    _check_unpacked(directory)
+    check_unpacked(directory)
     checkpoint = Checkpoint.open(directory)
     plan = survey(checkpoint, config, tell)
     packed_config = PackedConfig(
@@ -88,7 +88,7 @@ def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> Exp
     return ExportResult(out, record)
 
 
-def _check_unpacked(directory: Path) -> None:
+def check_unpacked(directory: Path) -> None:
     """A word on what is packed or quantized already; all else is for `Checkpoint.open` to say."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

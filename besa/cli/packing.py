@@ -1,4 +1,4 @@
-"""What `besa export` prints: sizes, densities, and what stays dense."""
+"""What `besa export` prints: sizes, densities, what stays dense, how a graph compares."""
 
 from __future__ import annotations
 
@@ -54,6 +54,28 @@ def print_unpacked(out: Path, record: dict[str, Any]) -> None:
         f"{out}: {record['unpacked']} linears unpacked, "
         f"{size(sizes['packed_bytes'])} to {size(sizes['bytes'])}"
     )
+
+
+def print_graph(out: Path, record: dict[str, Any]) -> None:
+    """Prints the record of an ONNX model."""
+    from besa.report.figures import percent, size
+
+    kind = "sparse" if record["sparse"] else "dense"
+    print(
+        f"{out}: a {kind} graph ({record['graph']}), {record['precision']}, "
+        f"{size(record['bytes'])} of weights; the checkpoint has {size(record['source_bytes'])}"
+    )
+    if packed := record["packed"]:
+        sparse = sum(one["sparse"] for one in packed)
+        total = size(sum(one["bytes"] for one in packed))
+        print(f"{len(packed)} products on packed weights, {sparse} of them pruned: {total}")
+    if check := record["check"]:
+        print(
+            f"logits {check['error']:.1g} (relative) off transformers' in {check['dtype']}, the "
+            f"same likeliest token for {percent(check['agreement'], 0)} of {check['tokens']}"
+        )
+    else:
+        print("logits not compared: this CPU has no kernel for one of the operators")
 
 
 def _densities(linears: list[dict[str, Any]]) -> Table:

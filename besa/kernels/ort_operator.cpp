@@ -1,0 +1,343 @@
+// The packed product as an operator of ONNX Runtime, `ai.besa::SparseMatMul`: a library of its own,
+// libbesa_ort.so, which sessions load by its path.
+//
+//     Y [..., out] = SparseMatMul <in_features, group_size> (X [..., in], values, bitmask, scale)
+//
+//     X        float, float16 or bfloat16; Y is of its type
+//     values   the nonzeros of W [out, in], row by row: float, float16, bfloat16 or int8
+//     bitmask  uint8 [out, ceil(in / 8)], little-endian bits
+//     scale    float [out, groups] for int8 values, which multiply X quantized to int8 per token
+//     group_size  columns that share a scale; 0 for a whole row
+//
+// values, bitmask and scale are initializers: ONNX Runtime maps them from their file, and they are
+// read where they lie. All that is made of them at load is the index of each row's first value. The
+// kernels are those of torch's operator; the threads are the session's own.
+//
+// The kernels' sources are compiled into this library once more, without OpenMP: it needs neither
+// torch nor any other runtime beside it.
+
+#include <onnxruntime_c_api.h>
+#include <sched.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "sparse_linear.h"
+
+extern "C" void besa_row_pointers(const std::uint8_t* bitmask, std::int64_t* row_ptr,
+                                  std::int64_t rows, std::int64_t width, int threads, int wide);
+
+namespace {
+
+// What is asked of ONNX Runtime: its oldest version that shares out a kernel's work to its threads.
+constexpr std::uint32_t kApiVersion = 17;
+
+constexpr int kX = 0, kValues = 1, kBitmask = 2, kScale = 3, kInputs = 4;
+
+// Weights times tokens that keep a thread busy for some 10 µs; with fewer, waking it costs more.
+constexpr std::int64_t kPerThread = 1 << 17;
+
+const OrtApi* api = nullptr;
+
+struct Refused {
+    OrtStatus* status;
+};
+
+void check(OrtStatus* status) {
+    if (status) throw Refused{status};
+}
+
+[[noreturn]] void refuse(const char* what) {
+    throw Refused{api->CreateStatus(ORT_INVALID_GRAPH, what)};
+}
+
+// Exceptions end here: what calls is C.
+template <class F>
+OrtStatus* guarded(const F& body) {
+    try {
+        body();
+        return nullptr;
+    } catch (const Refused& refused) {
+        return refused.status;
+    } catch (const std::bad_alloc&) {
+        return api->CreateStatus(ORT_FAIL, "SparseMatMul: out of memory");
+    }
+}
+
+int cpus() {
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
+}
+
+// As besa.kernels.isa: the best, or what BESA_ISA names.
+int chosen_isa() {
+    static constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+    const int best = besa::best_isa();
+    const char* wanted = std::getenv("BESA_ISA");
+    if (!wanted || !*wanted) return best;
+    for (int isa = 0; isa <= best; ++isa)
+        if (std::strcmp(wanted, kNames[isa]) == 0) return isa;
+    refuse("BESA_ISA names no instruction set that this CPU has");
+}
+
+struct Tensor {
+    std::vector<std::int64_t> shape;
+    std::int64_t count = 0;
+    ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    const void* data = nullptr;
+};
+
+Tensor read(const OrtValue* value) {
+    Tensor tensor;
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    check(api->GetTensorTypeAndShape(value, &info));
+    const auto release = [](OrtTensorTypeAndShapeInfo* p) {
+        api->ReleaseTensorTypeAndShapeInfo(p);
+    };
+    const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> owner(info, release);
+    std::size_t rank = 0, count = 0;
+    check(api->GetDimensionsCount(info, &rank));
+    tensor.shape.resize(rank);
+    check(api->GetDimensions(info, tensor.shape.data(), rank));
+    check(api->GetTensorShapeElementCount(info, &count));
+    check(api->GetTensorElementType(info, &tensor.type));
+    tensor.count = static_cast<std::int64_t>(count);
+    void* data = nullptr;
+    check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+    tensor.data = data;
+    return tensor;
+}
+
+int dtype_of(ONNXTensorElementDataType type) {
+    switch (type) {
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return besa::kBf16;
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return besa::kFp16;
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return besa::kFp32;
+        default: return besa::kInt8;
+    }
+}
+
+std::int64_t attribute(const OrtKernelInfo* info, const char* name, std::int64_t otherwise) {
+    std::int64_t value = 0;
+    OrtStatus* status = api->KernelInfoGetAttribute_int64(info, name, &value);
+    if (!status) return value;
+    api->ReleaseStatus(status);
+    return otherwise;
+}
+
+// One node of a session.
+class Kernel {
+   public:
+    explicit Kernel(const OrtKernelInfo* info)
+        : in_features_(attribute(info, "in_features", 0)),
+          group_size_(attribute(info, "group_size", 0)),
+          isa_(chosen_isa()),
+          cpus_(cpus()) {
+        const Tensor values = constant(info, kValues);
+        const Tensor bitmask = constant(info, kBitmask);
+        const Tensor scale = constant(info, kScale);
+        const std::int64_t width = (in_features_ + 7) / 8;
+        if (in_features_ < 1 || bitmask.shape.size() != 2 || bitmask.shape[1] != width ||
+            bitmask.count == 0)
+            refuse("SparseMatMul: bitmask does not fit in_features");
+        out_features_ = bitmask.shape[0];
+        index(values, bitmask, width);
+        if ((values.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) != (scale.data != nullptr))
+            refuse("SparseMatMul: scale goes with int8 values, and with them only");
+        const bool known = group_size_ == 0 || group_size_ == 32 || group_size_ == 64 ||
+                           group_size_ == 128;
+        if (!known) refuse("SparseMatMul: group_size is 0, 32, 64 or 128");
+        const std::int64_t groups =
+            group_size_ ? (in_features_ + group_size_ - 1) / group_size_ : 1;
+        if (scale.data && scale.shape != std::vector<std::int64_t>{out_features_, groups})
+            refuse("SparseMatMul: scale does not fit out_features and group_size");
+        if (groups == 1) group_size_ = 0;
+    }
+
+    void compute(OrtKernelContext* context) const {
+        const Tensor x = input(context, kX), values = input(context, kValues);
+        const Tensor bitmask = input(context, kBitmask), scale = input(context, kScale);
+        if (x.shape.empty() || x.shape.back() != in_features_)
+            refuse("SparseMatMul: X does not have in_features columns");
+        std::vector<std::int64_t> shape = x.shape;
+        shape.back() = out_features_;
+        OrtValue* output = nullptr;
+        void* y = nullptr;
+        check(api->KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &output));
+        check(api->GetTensorMutableData(output, &y));
+
+        besa::Job job{};
+        job.values = values.data;
+        job.count = values.count;
+        job.bitmask = static_cast<const std::uint8_t*>(bitmask.data);
+        job.row_ptr = row_ptr_.data();
+        job.scale = static_cast<const float*>(scale.data);
+        job.group_size = group_size_;
+        job.input = x.data;
+        job.output = y;
+        job.tokens = x.count / in_features_;
+        job.rows = out_features_;
+        job.cols = in_features_;
+        job.values_dtype = dtype_of(values.type);
+        job.input_dtype = dtype_of(x.type);
+        job.int8_input = job.values_dtype == besa::kInt8;
+        const std::int64_t useful = 1 + job.rows * job.cols * job.tokens / kPerThread;
+        job.threads = static_cast<int>(useful < cpus_ ? useful : cpus_);
+        job.parallel = in_session;
+        job.pool = context;
+        switch (besa::sparse_linear(job, isa_)) {
+            case besa::kOk: return;
+            case besa::kNoMemory: throw std::bad_alloc();
+            default: refuse("SparseMatMul: values and bitmask disagree: the file is damaged");
+        }
+    }
+
+   private:
+    static Tensor constant(const OrtKernelInfo* info, int index) {
+        std::size_t inputs = 0;
+        check(api->KernelInfo_GetInputCount(info, &inputs));
+        int is_constant = 0;
+        const OrtValue* value = nullptr;
+        if (static_cast<std::size_t>(index) < inputs)
+            check(api->KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
+        if (is_constant && value) return read(value);
+        if (index != kScale) refuse("SparseMatMul: values and bitmask have to be initializers");
+        return {};
+    }
+
+    static Tensor input(const OrtKernelContext* context, int index) {
+        std::size_t inputs = 0;
+        check(api->KernelContext_GetInputCount(context, &inputs));
+        const OrtValue* value = nullptr;
+        if (static_cast<std::size_t>(index) < inputs)
+            check(api->KernelContext_GetInput(context, index, &value));
+        return value ? read(value) : Tensor{};
+    }
+
+    void index(const Tensor& values, const Tensor& bitmask, std::int64_t width) {
+        const auto* bits = static_cast<const std::uint8_t*>(bitmask.data);
+        row_ptr_.resize(out_features_ + 1);
+        besa_row_pointers(bits, row_ptr_.data(), out_features_, width, 1, isa_ >= 2);
+        bool stray = false;
+        if (in_features_ % 8)
+            for (std::int64_t r = 0; r < out_features_; ++r)
+                stray |= (bits[(r + 1) * width - 1] >> in_features_ % 8) != 0;
+        if (stray || row_ptr_.back() != values.count)
+            refuse("SparseMatMul: values and bitmask disagree: the file is damaged");
+    }
+
+    // Has the session's threads, the calling one among them, run the lanes.
+    static void in_session(void* context, int lanes, void (*lane)(void*), void* task) {
+        struct Call {
+            void (*lane)(void*);
+            void* task;
+        } call{lane, task};
+        const auto run = [](void* what, std::size_t) {
+            const auto* one = static_cast<const Call*>(what);
+            one->lane(one->task);
+        };
+        OrtStatus* status = api->KernelContext_ParallelFor(
+            static_cast<const OrtKernelContext*>(context), run, lanes, 0, &call);
+        if (!status) return;
+        api->ReleaseStatus(status);
+        lane(task);  // one lane does all of the work
+    }
+
+    std::int64_t in_features_, group_size_, out_features_ = 0;
+    int isa_, cpus_;
+    std::vector<std::int64_t> row_ptr_;
+};
+
+// The operator for one type of X and one of values.
+struct Operator : OrtCustomOp {
+    ONNXTensorElementDataType x, values;
+
+    Operator(ONNXTensorElementDataType x_, ONNXTensorElementDataType values_)
+        : OrtCustomOp{}, x(x_), values(values_) {
+        version = kApiVersion;
+        GetName = [](const OrtCustomOp*) { return "SparseMatMul"; };
+        GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+        GetInputTypeCount = [](const OrtCustomOp*) -> std::size_t { return kInputs; };
+        GetInputType = [](const OrtCustomOp* op, std::size_t i) {
+            switch (i) {
+                case kX: return static_cast<const Operator*>(op)->x;
+                case kValues: return static_cast<const Operator*>(op)->values;
+                case kBitmask: return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+                default: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+            }
+        };
+        GetInputCharacteristic = [](const OrtCustomOp*, std::size_t i) {
+            return i == kScale ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+        };
+        GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return OrtMemTypeDefault; };
+        GetOutputTypeCount = [](const OrtCustomOp*) -> std::size_t { return 1; };
+        GetOutputType = [](const OrtCustomOp* op, std::size_t) {
+            return static_cast<const Operator*>(op)->x;
+        };
+        GetOutputCharacteristic = [](const OrtCustomOp*, std::size_t) {
+            return INPUT_OUTPUT_REQUIRED;
+        };
+        GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
+        GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
+        GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
+        GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
+        GetStartVersion = [](const OrtCustomOp*) { return 1; };
+        GetEndVersion = [](const OrtCustomOp*) { return 1; };
+        CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info,
+                            void** kernel) -> OrtStatusPtr {
+            return guarded([&] { *kernel = new Kernel(info); });
+        };
+        KernelComputeV2 = [](void* kernel, OrtKernelContext* context) -> OrtStatusPtr {
+            return guarded([&] { static_cast<const Kernel*>(kernel)->compute(context); });
+        };
+        KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    }
+};
+
+// They live as long as the library: sessions keep their addresses.
+const std::vector<Operator>& operators() {
+    static const std::vector<Operator> all = [] {
+        std::vector<Operator> made;
+        for (const auto x : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+                             ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
+                             ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16})
+            for (const auto values :
+                 {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
+                  ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8})
+                made.emplace_back(x, values);
+        return made;
+    }();
+    return all;
+}
+
+OrtCustomOpDomain* domain() {
+    static OrtCustomOpDomain* const made = [] {
+        OrtCustomOpDomain* fresh = nullptr;
+        check(api->CreateCustomOpDomain("ai.besa", &fresh));
+        for (const Operator& op : operators()) check(api->CustomOpDomain_Add(fresh, &op));
+        return fresh;
+    }();
+    return made;
+}
+
+}  // namespace
+
+// What a session calls when it loads the library.
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
+    OrtSessionOptions* options, const OrtApiBase* base) {
+    const OrtApi* found = base->GetApi(kApiVersion);
+    if (!found) {
+        char words[160];
+        std::snprintf(words, sizeof(words),
+                      "besa's operator needs ONNX Runtime 1.%u or newer, and this is %s",
+                      kApiVersion, base->GetVersionString());
+        return base->GetApi(1)->CreateStatus(ORT_FAIL, words);
+    }
+    api = found;
+    return guarded([&] { check(api->AddCustomOpDomain(options, domain())); });
+}

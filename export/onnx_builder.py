@@ -1,0 +1,105 @@
+"""The model builder of ONNX Runtime GenAI: a checkpoint as a graph of its fused operators.
+
+    build("pruned", Path("out"), precision="int8")
+    build("pruned", Path("out"), precision="fp32", change=lambda graph: …)
+
+It knows some two dozen architectures by name, and says so of others (`UnknownArchitecture`).
+Besides the graph and its data it writes `genai_config.json` and the tokenizer.
+
+The builder is a script with a folder of modules beside it: importing it puts that folder on
+`sys.path`, where `builders` and `quantization` are anyone's names. Here they are taken off again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from besa.errors import BesaError, one_line
+from besa.export.ort import genai
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+
+
+class UnknownArchitecture(BesaError):
+    """The builder has no graph for the model."""
+
+
+def build(
+    source: Path, out: Path, precision: str, change: Callable[[ir.Model], None] | None = None
+) -> None:
+    """Writes the graph of a checkpoint to `out`.
+
+    Args:
+        precision: fp32, int8 and int4 for CPUs; fp16 for NVIDIA GPUs.
+        change: is given the graph, an onnx_ir.Model, before it is written.
+
+    Raises:
+        UnknownArchitecture: as the builder says.
+        BesaError: the builder failed.
+    """
+    provider = "cuda" if precision == "fp16" else "cpu"
+    cache = out / "cache"
+    where = ("", str(source), str(out), precision, provider, str(cache))
+    with (
+        _builder() as (builder, base),
+        _saving(base, change),
+        one_line(f"{source} cannot be turned into a graph"),
+    ):
+        # A local folder needs no token, and must not look for one.
+        options = builder.parse_extra_options(*where, ["hf_token=false"])
+        try:
+            builder.create_model(*where, **options)
+        except NotImplementedError as error:
+            raise UnknownArchitecture(str(error)) from None
+    if cache.is_dir():
+        shutil.rmtree(cache)
+
+
+@contextmanager
+def _builder() -> Iterator[tuple[Any, Any]]:
+    """The builder and the module of its models, with nothing printed."""
+    genai()
+    path = list(sys.path)
+    quiet = io.StringIO()
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            try:
+                from onnxruntime_genai.models import builder
+            except ImportError as error:
+                raise BesaError(
+                    f"the model builder needs {error.name}: pip install 'besa[onnx]'"
+                ) from None
+            yield builder, sys.modules[builder.Model.__module__]
+    finally:
+        logging.disable(level)
+        sys.path[:] = path
+
+
+@contextmanager
+def _saving(base: Any, change: Callable[[ir.Model], None] | None) -> Iterator[None]:
+    """Changes graphs before the builder writes them."""
+    usual = base.Model.save_model
+
+    def save(model: Any, out: str) -> None:
+        assert change is not None
+        change(model.model)
+        usual(model, out)
+
+    if change is not None:
+        base.Model.save_model = save
+    try:
+        yield
+    finally:
+        base.Model.save_model = usual

@@ -1,0 +1,208 @@
+"""A checkpoint as an ONNX graph: one that runs anywhere, or one on packed weights.
+
+    result = export_onnx("pruned", ExportConfig(out="onnx", format="onnx", sparse=True), tell)
+
+Dense: the graph of ONNX Runtime GenAI's model builder, of standard operators where it is asked for
+or the builder does not know the architecture. Sparse: the builder's graph with its products on
+packed weights (besa.export.onnx_sparse), and besa's operator library beside it. Either is checked
+before it appears: by onnx.checker, and by its logits, which have to be transformers' up to what the
+precision costs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+import besa
+from besa.checkpoint import Checkpoint
+from besa.errors import BesaError, BesaWarning
+from besa.export.config import ExportConfig, ExportResult
+from besa.export.onnx_builder import DATA, MODEL, UnknownArchitecture, build
+from besa.export.onnx_card import onnx_card
+from besa.export.onnx_check import check_graph
+from besa.export.onnx_decoder import Decoder, compare
+from besa.export.onnx_sparse import OnnxPacking, pack_graph
+from besa.export.onnx_standard import build_standard
+from besa.export.ort import NAME, open_session, ort_library, runtime
+from besa.export.pack import check_unpacked
+from besa.export.record import peak_memory, source_record, versions
+from besa.export.survey import survey
+from besa.files import resolve, sha256, write_text
+from besa.loading import load_model
+from besa.machine import give_memory_back, memory
+from besa.progress import Tell
+from besa.workspace import Workspace, check_free
+
+GENAI_CONFIG = "genai_config.json"
+
+_VALUES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "int8"}
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+# Bytes of a weight on the disk, about.
+_BYTES = {"fp32": 4.0, "bf16": 2.2, "fp16": 2.2, "int8": 1.4, "int4": 1.0}
+
+# The relative error of the logits beyond which a graph is no longer the model: roundings stay far
+# below, and a part that is missing or in the wrong place gives about 1.
+_MOST_ERROR = {"fp32": 0.05, "bf16": 0.05, "fp16": 0.05, "int8": 0.35, "int4": 0.8}
+
+
+def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportResult:
+    """Writes the ONNX model; see `besa.export.export`."""
+    started = time.monotonic()
+    out = Path(config.out)
+    check_free(out, config.overwrite)
+    runtime()
+    library = ort_library() if config.sparse else None
+    directory = resolve(pruned)
+    check_unpacked(directory)
+    checkpoint = Checkpoint.open(directory)
+    precision = config.precision or (_NAMES[checkpoint.dtype] if config.sparse else "fp32")
+    pattern = _pattern(checkpoint, config, tell)
+    settings = {
+        "command": "export",
+        "format": "onnx",
+        "sparse": config.sparse,
+        "precision": precision,
+        "group_size": config.group_size,
+        "graph": config.onnx_graph,
+        "model": str(pruned),
+        "model_fingerprint": checkpoint.fingerprint(),
+        "besa": besa.__version__,
+    }
+    weights = sum(parameter.numel() for parameter in checkpoint.model.parameters())
+    needed = int(weights * _BYTES[precision])
+    with Workspace.open(out, settings, config.overwrite, needed) as workspace:
+        try:
+            with workspace.interruptible():
+                record = _write(workspace.path, directory, config, precision, library, tell)
+                record["check"] = _check(workspace.path, directory, precision, library, weights)
+            record |= {
+                "model": str(pruned),
+                "architecture": type(checkpoint.model).__name__,
+                "settings": settings,
+                "pattern": pattern,
+                "source_bytes": checkpoint.nbytes,
+                "source": source_record(directory),
+                "seconds": round(time.monotonic() - started, 3),
+                "peak_memory_bytes": peak_memory(),
+            }
+            write_text(json.dumps(record, indent=1), workspace.path / "besa.json")
+            write_text(onnx_card(record), workspace.path / "README.md")
+        except BaseException:  # there is no half of a graph to go on from
+            shutil.rmtree(workspace.path)
+            raise
+        workspace.publish()
+    return ExportResult(out, record)
+
+
+def _pattern(checkpoint: Checkpoint, config: ExportConfig, tell: Tell) -> str | None:
+    """The pattern of the zeros: read where they are packed, else as besa.json has it."""
+    if config.sparse:
+        return survey(checkpoint, ExportConfig(out=config.out), tell).pattern
+    source = source_record(checkpoint.directory) or {}
+    pattern = (source.get("settings") or {}).get("pattern", source.get("pattern"))
+    return pattern if isinstance(pattern, str) else None
+
+
+def _write(
+    path: Path,
+    directory: Path,
+    config: ExportConfig,
+    precision: str,
+    library: str | None,
+    tell: Tell,
+) -> dict[str, Any]:
+    """Writes and checks the graph; its record."""
+    packed: list[dict[str, Any]] = []
+
+    def change(graph: ir.Model) -> None:
+        tell({"phase": "packing", "what": "the graph", "done": 1, "total": 3})
+        packed.extend(pack_graph(graph, OnnxPacking(_VALUES[precision], config.group_size)))
+
+    tell({"phase": "building", "what": "the graph", "done": 1, "total": 3})
+    graph = config.onnx_graph
+    packing = change if config.sparse else None
+    if graph == "genai":
+        try:
+            build(directory, path, "fp32" if config.sparse else precision, packing)
+        except UnknownArchitecture as error:
+            if precision in ("int4", "fp16", "int8") and not config.sparse:
+                raise BesaError(f"{error} Leave --precision out for a standard graph.") from None
+            warnings.warn(f"{error} It becomes a standard graph.", BesaWarning, stacklevel=2)
+            graph = "standard"
+    if graph == "standard":
+        build_standard(directory, path, packing)
+    give_memory_back()
+    for name in ("config.json", "generation_config.json"):
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, path / name)
+    if library is not None:
+        shutil.copyfile(library, path / NAME)
+        _name_library(path / GENAI_CONFIG)
+    tell({"phase": "checking", "what": "the graph", "done": 2, "total": 3})
+    check_graph(path / MODEL)
+    return {
+        "besa_version": besa.__version__,
+        "command": "export",
+        "format": "onnx",
+        "graph": graph,
+        "sparse": config.sparse,
+        "precision": precision,
+        "group_size": config.group_size,
+        "versions": versions() | _onnx_versions(),
+        "packed": packed,
+        "bytes": (path / DATA).stat().st_size,
+        "digests": {name: sha256(path / name) for name in (MODEL, DATA)},
+    }
+
+
+def _name_library(path: Path) -> None:
+    """Has GenAI load the library that lies beside the model: others it does not allow."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["model"]["decoder"]["session_options"]["custom_ops_library"] = NAME
+    write_text(json.dumps(config, indent=4) + "\n", path)
+
+
+def _check(
+    path: Path, directory: Path, precision: str, library: str | None, weights: int
+) -> dict[str, Any] | None:
+    """The graph's logits against transformers'; None where the CPU lacks a kernel for it.
+
+    Raises:
+        BesaError: they are another model's.
+    """
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0] or 0)
+    try:
+        session = open_session(path / MODEL, library, threads)
+    except BesaError as error:
+        if precision == "fp16" and "NOT_IMPLEMENTED" in str(error):
+            return None
+        raise
+    described = json.loads((path / GENAI_CONFIG).read_text(encoding="utf-8"))
+    decoder = Decoder(session, described["model"]["decoder"]["head_size"])
+    # In float32 where there is room for it beside the graph's own weights.
+    room = memory()["available"] or 0
+    dtype = "float32" if 8 * weights < room else "auto"
+    model = load_model(directory, dtype, "cpu")
+    found = compare(decoder, model) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    if not found["error"] <= _MOST_ERROR[precision]:
+        raise BesaError(
+            f"{directory}: the graph's logits are off by {found['error']:.2g} of transformers'; "
+            "the architecture, or a precision as low as this, does not fit"
+        )
+    return found
+
+
+def _onnx_versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("onnx", "onnxruntime", "onnxruntime-genai")}

@@ -1,0 +1,240 @@
+"""Turns the MatMuls of a graph into products with packed weights.
+
+    packed = pack_graph(model, OnnxPacking(values="bfloat16"))     # an onnx_ir.Model, in place
+
+A MatMul whose weight has zeros enough becomes `ai.besa::SparseMatMul` on the values that are left
+and a bitmask (see besa/kernels/ort_operator.cpp). What has too few, the head above all, takes no
+more bytes a weight either: with float values it is packed as well, as a bit costs less than the
+other half of a float32; with int8 values it becomes ONNX Runtime's MatMulNBits of 8 bits. The
+embedding is kept in the values' type, or in 16 bits, and widened row by row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor
+
+from besa.errors import BesaError
+from besa.export.onnx_function import DOMAIN, NAME, sparse_matmul
+from besa.export.survey import WORTH, zeros_of
+from besa.formats import Packed, pack, quantize_int8
+
+# Weights that a function of standard operators may be left to expand while the model loads.
+SMALL = 1 << 23
+
+_DTYPES = {torch.bfloat16: ir.DataType.BFLOAT16, torch.float16: ir.DataType.FLOAT16}
+
+# Of MatMulNBits: columns that share a scale, and activations that are quantized to int8 as well.
+_BLOCK, _ACCURACY = 32, 4
+
+
+@dataclass(frozen=True)
+class OnnxPacking:
+    """How weights are packed.
+
+    Attributes:
+        values: "bfloat16", "float16", "float32" or "int8".
+        group_size: for int8, how many columns share a scale; None if the whole row does.
+    """
+
+    values: str
+    group_size: int | None = None
+
+    @property
+    def float_type(self) -> torch.dtype:
+        """Of what stays floating point: the values' own type, bfloat16 beside int8."""
+        return torch.bfloat16 if self.values == "int8" else getattr(torch, self.values)
+
+
+def pack_graph(model: ir.Model, packing: OnnxPacking) -> list[dict[str, Any]]:
+    """Packs the weights of a float32 graph.
+
+    Returns:
+        A record of each packed weight: name, shape, nonzeros, bytes.
+
+    Raises:
+        BesaError: no weight has zeros enough.
+    """
+    records = []
+    weights = 0
+    for node in list(model.graph):
+        weight = _weight(node)
+        if weight is None:
+            continue
+        nonzeros, _ = zeros_of(weight)
+        sparse = _worth(weight, nonzeros, packing)
+        if packing.values == "int8" and not sparse:
+            _quantize_dense(model, node, weight)
+            continue
+        if packing.values == "float32" and not sparse:
+            continue
+        packed = _pack(weight, packing)
+        _replace(model, node, packed, packing)
+        weights += weight.numel()
+        records.append(_record(node, packed, sparse))
+    if not any(record["sparse"] for record in records):
+        raise BesaError(
+            "the model is not pruned: no linear has zeros enough; run `besa prune` first"
+        )
+    if packing.values != "float32":
+        _shrink_embedding(model, packing.float_type)
+    model.opset_imports[DOMAIN] = 1
+    if weights <= SMALL:
+        function = sparse_matmul(packing.values, model.opset_imports[""])
+        model.functions[function.identifier()] = function
+    return records
+
+
+def _weight(node: ir.Node) -> Tensor | None:
+    """The constant weight [out, in] of a MatMul, float32, be it stored either way round."""
+    value = node.inputs[1] if node.op_type == "MatMul" and node.domain == "" else None
+    if value is None:
+        return None
+    turned = value.producer()
+    if turned is not None and turned.op_type == "Transpose":
+        table = turned.inputs[0]
+        return None if table is None else _matrix(table)
+    matrix = _matrix(value)
+    return None if matrix is None else matrix.mT.contiguous()
+
+
+def _matrix(value: ir.Value) -> Tensor | None:
+    """A constant matrix as float32."""
+    constant = value.const_value
+    if constant is None or len(constant.shape) != 2:
+        return None
+    return torch.from_numpy(np.array(constant.numpy(), np.float32))
+
+
+def _worth(weight: Tensor, nonzeros: int, packing: OnnxPacking) -> bool:
+    """Whether the packed weight takes clearly fewer bytes than a dense one of the same type."""
+    size = 1 if packing.values == "int8" else packing.float_type.itemsize
+    return nonzeros * size + weight.numel() / 8 < WORTH * weight.numel() * size
+
+
+def _pack(weight: Tensor, packing: OnnxPacking) -> Packed:
+    if packing.values == "int8":
+        return pack(*quantize_int8(weight, packing.group_size), group_size=packing.group_size)
+    return pack(weight.to(packing.float_type))
+
+
+def _replace(model: ir.Model, node: ir.Node, packed: Packed, packing: OnnxPacking) -> None:
+    """Makes a MatMul a SparseMatMul, in place."""
+    old = node.inputs[1]
+    assert old is not None
+    name = str(old.name).removesuffix(".weight")
+    inputs = [node.inputs[0], _initializer(model, f"{name}.weight_values", packed.values)]
+    inputs.append(_initializer(model, f"{name}.weight_bitmask", packed.bitmask))
+    if packed.scale is not None:
+        inputs.append(_initializer(model, f"{name}.weight_scale", packed.scale))
+    attributes = {"in_features": packed.in_features, "group_size": packing.group_size or 0}
+    _become(model, node, DOMAIN, NAME, inputs, attributes)
+
+
+def _quantize_dense(model: ir.Model, node: ir.Node, weight: Tensor) -> None:
+    """Makes a MatMul one of ONNX Runtime's with 8-bit weights and a scale for each 32 columns.
+
+    A weight is (number − 128) × scale, 128 being the zero point where none is given.
+    """
+    old = node.inputs[1]
+    assert old is not None
+    name = str(old.name).removesuffix(".weight")
+    rows, cols = weight.shape
+    whole, scale = quantize_int8(weight, _BLOCK)
+    blocks = -(-cols // _BLOCK)
+    padded = torch.zeros(rows, blocks * _BLOCK, dtype=torch.uint8)
+    padded[:, :cols] = (whole.to(torch.int16) + 128).to(torch.uint8)
+    padded[:, cols:] = 128
+    inputs = [
+        node.inputs[0],
+        _initializer(model, f"{name}.weight_Q8", padded.view(rows, blocks, _BLOCK)),
+        _initializer(model, f"{name}.weight_scales", scale.contiguous()),
+    ]
+    attributes = {
+        "K": cols,
+        "N": rows,
+        "bits": 8,
+        "block_size": _BLOCK,
+        "accuracy_level": _ACCURACY,
+    }
+    model.opset_imports.setdefault("com.microsoft", 1)
+    _become(model, node, "com.microsoft", "MatMulNBits", inputs, attributes)
+
+
+def _become(
+    model: ir.Model,
+    node: ir.Node,
+    domain: str,
+    op_type: str,
+    inputs: list[ir.Value | None],
+    attributes: dict[str, int],
+) -> None:
+    """Another operator with the same output; the weight that nobody reads any more goes."""
+    old = node.inputs[1]
+    assert old is not None
+    node.domain, node.op_type = domain, op_type
+    node.resize_inputs(len(inputs))
+    for position, value in enumerate(inputs):
+        node.replace_input_with(position, value)
+    node.attributes.clear()
+    for name, number in attributes.items():
+        node.attributes.add(ir.AttrInt64(name, number))
+    turned = old.producer()
+    if not old.uses() and turned is not None:
+        old = turned.inputs[0]
+        assert old is not None
+        model.graph.remove(turned, safe=True)
+    if not old.uses():
+        model.graph.initializers.pop(str(old.name))
+
+
+def _initializer(model: ir.Model, name: str, tensor: Tensor) -> ir.Value:
+    constant = TorchTensor(tensor, name=name)
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(constant.shape),
+        type=ir.TensorType(constant.dtype),
+        const_value=constant,
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def _shrink_embedding(model: ir.Model, dtype: torch.dtype) -> None:
+    """Stores tables of embeddings in `dtype`; the rows that are looked up become float32 again."""
+    for node in list(model.graph):
+        table = node.inputs[0] if node.op_type == "Gather" else None
+        rows = None if table is None or len(table.uses()) > 1 else _matrix(table)
+        if table is None or rows is None or table.dtype != ir.DataType.FLOAT:
+            continue
+        name = str(table.name)
+        model.graph.initializers.pop(name)
+        node.replace_input_with(0, _initializer(model, name, rows.to(dtype)))
+        found = node.outputs[0]
+        cast = ir.Node(
+            "", "Cast", [found], [ir.AttrInt64("to", ir.DataType.FLOAT.value)], name=f"{name}/Cast"
+        )
+        wide = cast.outputs[0]
+        wide.name, wide.shape, wide.type = f"{found.name}/float", found.shape, found.type
+        found.replace_all_uses_with(wide)
+        cast.replace_input_with(0, found)
+        found.type = ir.TensorType(_DTYPES[dtype])
+        model.graph.insert_after(node, cast)
+
+
+def _record(node: ir.Node, packed: Packed, sparse: bool) -> dict[str, Any]:
+    rows, cols = packed.shape
+    return {
+        "name": str(node.name),
+        "shape": [rows, cols],
+        "nonzeros": packed.values.numel(),
+        "density": packed.density,
+        "bytes": packed.nbytes,
+        "sparse": sparse,
+    }

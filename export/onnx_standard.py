@@ -1,0 +1,211 @@
+"""A decoder as a graph of the ONNX standard's operators alone, opset 23, by torch.onnx.
+
+    build_standard(Path("pruned"), Path("out"))
+
+For every architecture of transformers whose cache is keys and values: its own code is traced
+(torch.onnx.export with dynamo). Inputs and outputs have the names that ONNX Runtime GenAI's builder
+gives them, and `genai_config.json` describes them, so that what reads the one reads the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, DynamicCache
+
+from besa.errors import BesaError, one_line
+from besa.export.onnx_builder import DATA, MODEL
+from besa.files import write_text
+from besa.loading import load_model
+
+OPSET = 23
+
+# Lengths that the tracer does not take for constants.
+_BATCH, _NEW, _OLD = 2, 3, 5
+
+
+class _Step(nn.Module):
+    """Tokens and what is kept of those before them, to logits and what is kept from then on."""
+
+    def __init__(self, model: Any, positions: bool) -> None:
+        super().__init__()
+        self.model, self.positions = model, positions
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, ...]:
+        known = {"position_ids": position_ids} if self.positions else {}
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=DynamicCache(past),
+            use_cache=True,
+            **known,
+        )
+        layers = out.past_key_values.layers
+        return (out.logits, *(part for layer in layers for part in (layer.keys, layer.values)))
+
+
+@torch.no_grad()
+def build_standard(
+    source: Path, out: Path, change: Callable[[ir.Model], None] | None = None
+) -> None:
+    """Writes the graph of a checkpoint, its data, `genai_config.json` and the tokenizer to `out`.
+
+    Args:
+        change: is given the graph before it is written.
+
+    Raises:
+        BesaError: the model's cache is no list of keys and values, or torch cannot trace it.
+    """
+    model = load_model(source, "float32", "cpu")
+    layers, heads, size = _cache_of(model, source)
+    positions = "position_ids" in inspect.signature(model.forward).parameters
+    with one_line(f"{source} cannot be traced"), _quiet():
+        graph = _trace(_Step(model, positions).eval(), layers, heads, size, positions)
+    if change is not None:
+        change(graph)
+    graph.graph.sort()
+    ir.save(graph, out / MODEL, external_data=DATA)
+    config = _genai_config(model, layers, heads, size, positions)
+    write_text(json.dumps(config, indent=4) + "\n", out / "genai_config.json")
+    with contextlib.suppress(OSError, ValueError):  # a model may have come without one
+        AutoTokenizer.from_pretrained(source).save_pretrained(out)
+
+
+def _cache_of(model: Any, source: Path) -> tuple[int, int, int]:
+    """Layers, heads and the size of a head, as the model's own cache has them."""
+    with one_line(f"{source} cannot be run"):
+        kept = model(torch.tensor([[1, 2]]), use_cache=True).past_key_values
+    shapes = {
+        tuple(part.shape)
+        for layer in getattr(kept, "layers", [])
+        for part in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if part is not None
+    }
+    if len(shapes) != 1:
+        raise BesaError(f"{source} keeps more than keys and values of one shape: no graph yet")
+    (_, heads, _, size) = shapes.pop()
+    return len(kept.layers), heads, size
+
+
+def _trace(step: _Step, layers: int, heads: int, size: int, positions: bool) -> ir.Model:
+    whole = _OLD + _NEW
+    past = [
+        (torch.randn(_BATCH, heads, _OLD, size), torch.randn(_BATCH, heads, _OLD, size))
+        for _ in range(layers)
+    ]
+    new = {0: "batch_size", 1: "sequence_length"}
+    old = {0: "batch_size", 2: "past_sequence_length"}
+    names = [f"{index}.{part}" for index in range(layers) for part in ("key", "value")]
+    program = torch.onnx.export(
+        step,
+        (
+            torch.ones(_BATCH, _NEW, dtype=torch.long),
+            torch.ones(_BATCH, whole, dtype=torch.long),
+            torch.arange(_OLD, whole).expand(_BATCH, -1).contiguous(),
+            past,
+        ),
+        dynamo=True,
+        opset_version=OPSET,
+        dynamic_shapes={
+            "input_ids": new,
+            "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+            "position_ids": new,
+            "past": [(old, old) for _ in range(layers)],
+        },
+        input_names=[
+            *("input_ids", "attention_mask", "position_ids"),
+            *(f"past_key_values.{name}" for name in names),
+        ],
+        output_names=["logits", *(f"present.{name}" for name in names)],
+        verbose=False,
+    )
+    assert program is not None
+    model: ir.Model = program.model
+    if not positions:
+        unused = next(one for one in model.graph.inputs if one.name == "position_ids")
+        model.graph.inputs.remove(unused)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Without what torch's exporter prints and warns of on its way."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _genai_config(
+    model: Any, layers: int, heads: int, size: int, positions: bool
+) -> dict[str, Any]:
+    """What ONNX Runtime GenAI reads of a decoder of any kind."""
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or 2048
+    generation = model.generation_config
+    end = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    first = end[0] if isinstance(end, list) else end
+    inputs = {
+        "input_ids": "input_ids",
+        "attention_mask": "attention_mask",
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+    }
+    if positions:
+        inputs["position_ids"] = "position_ids"
+    return {
+        "model": {
+            "type": "decoder",
+            "bos_token_id": config.bos_token_id if config.bos_token_id is not None else first,
+            "eos_token_id": end,
+            "pad_token_id": config.pad_token_id if config.pad_token_id is not None else first,
+            "context_length": longest,
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": MODEL,
+                "head_size": size,
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": layers,
+                "num_key_value_heads": heads,
+                "inputs": inputs,
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "max_length": longest,
+            "do_sample": False,
+            "num_beams": 1,
+            "past_present_share_buffer": False,
+        },
+    }

@@ -1,0 +1,109 @@
+"""ONNX Runtime: imported quietly, and with besa's operator where a model asks for it.
+
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(besa.export.ort_library())
+
+    session = open_session("sparse-onnx/model.onnx")     # the same, and an error in one line
+
+It sends telemetry on Linux, too, unless its environment says otherwise before it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import besa.kernels
+from besa.errors import BesaError
+
+NAME = "libbesa_ort.so"
+
+# Of what a model may ask for.
+_INSTALL = "pip install 'besa[onnx]'"
+
+
+def silence() -> None:
+    """Turns ONNX Runtime's telemetry off, unless the user turned it on; before the import."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+def ort_library() -> str:
+    """The path of the library with `ai.besa::SparseMatMul`, for sessions to register.
+
+    Raises:
+        BesaError: this installation was built without it.
+    """
+    if override := os.environ.get("BESA_ORT_LIBRARY"):
+        return override
+    found = (Path(folder, NAME) for folder in besa.kernels.__path__)
+    path = next((file for file in found if file.is_file()), None)
+    if path is None:
+        raise BesaError(
+            f"{NAME} was not built with this installation: install ONNX Runtime's C header "
+            "(Debian: libonnxruntime-dev), or name its folder in BESA_ORT_INCLUDE, and install "
+            "besa again"
+        )
+    return str(path)
+
+
+def runtime() -> Any:
+    """The module `onnxruntime`.
+
+    Raises:
+        BesaError: it is not installed.
+    """
+    silence()
+    try:
+        import onnxruntime
+    except ImportError:
+        raise BesaError(f"onnxruntime is not installed: {_INSTALL}") from None
+    return onnxruntime
+
+
+def genai() -> Any:
+    """The module `onnxruntime_genai`.
+
+    Raises:
+        BesaError: it is not installed.
+    """
+    runtime()
+    try:
+        import onnxruntime_genai
+    except ImportError:
+        raise BesaError(f"onnxruntime-genai is not installed: {_INSTALL}") from None
+    return onnxruntime_genai
+
+
+def open_session(path: str | Path, library: str | None = None, threads: int = 0) -> Any:
+    """A session on the CPU.
+
+    Args:
+        library: of operators; `ort_library()` for sparse models.
+        threads: 0 for as many as there are cores.
+
+    Raises:
+        BesaError: ONNX Runtime cannot load the library or the model.
+    """
+    onnxruntime = runtime()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # what matters in its warnings is an error of ours
+    if library is not None:
+        try:
+            options.register_custom_ops_library(library)
+        except Exception as error:  # noqa: BLE001 - of many kinds
+            version = onnxruntime.__version__
+            raise BesaError(
+                f"{library} does not fit ONNX Runtime {version}: {_reason(error)}"
+            ) from None
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - of many kinds
+        raise BesaError(f"{path} cannot be loaded: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """The last part of ONNX Runtime's words, which name its sources and functions first."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line.rpartition("] : ")[2].split(" : FAIL : ")[-1].strip()
