@@ -1,2 +1,1 @@
-"""`besa.serve`: will hold the vLLM plugin, the transformers quantizer, the server launcher and the
-benchmark harness. None of them is there yet."""
+"""Serves packed models: `besa serve`, the vLLM plugin, and packed linears in transformers."""

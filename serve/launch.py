@@ -4,10 +4,10 @@
     print(dry_run(ServeConfig("sparse", engine_args=("--tensor-parallel-size", "2"))))
 
 The engine is a process group of its own, so that Ctrl-C reaches besa alone: besa tells the engine
-to stop, which refuses what is new and finishes what it has begun, and after --shutdown-timeout ends
-whatever is left. Until the engine answers, its log is kept back; if it never does, the line that
-says why is shown. From then on what it writes is shown, and without --verbose that is only what
-went wrong.
+to stop, which refuses what is new and finishes what it has begun, and after --shutdown-timeout, or
+on a second Ctrl-C, ends whatever is left. Until the engine answers, its log is kept back; if it
+never does, the line that says why is shown. From then on what it writes is shown, and without
+--verbose that is only what went wrong.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from rich.console import Console
 
 from besa.errors import BesaError, BesaWarning, one_line
 from besa.files import model_directory
@@ -31,6 +33,7 @@ from besa.formats.checkpoint import QUANT_METHOD, PackedConfig
 from besa.serve.command import EngineCommand, command_for
 from besa.serve.process import Engine
 from besa.serve.settings import ServeConfig
+from besa.serve.vllm_plugin import misfit
 
 
 def dry_run(config: ServeConfig) -> str:
@@ -59,6 +62,8 @@ def serve(config: ServeConfig) -> int:
     command = command_for(config, directory)
     if packing is None:
         _say(f"nothing is packed in {config.model}: it is served as it is; see `besa export`")
+    elif command.engine == "vllm" and (words := misfit(command.version)) is not None:
+        warnings.warn(words, BesaWarning, stacklevel=2)  # vLLM's own log is not shown yet
     if config.api_key is None and not config.is_local:
         warnings.warn(
             f"whoever reaches {config.host}:{config.port} can use the model: give an --api-key",
@@ -72,16 +77,22 @@ def serve(config: ServeConfig) -> int:
     with _stops() as stops:
         try:
             with Engine(command, config) as engine:
-                try:
+                with _sign_of_life(config):
                     engine.wait_until_ready()
-                    print(announcement(config), flush=True)
+                print(announcement(config), flush=True)
+                try:
                     return _ended(engine, command)
                 except _Stop:
                     stops.again()
                     _drain(engine, config)
-        except _Stop:
+        except _Stop:  # while it started, or for the second time
             _say("stopped at once")
     return 0
+
+
+def _sign_of_life(config: ServeConfig) -> AbstractContextManager[object]:
+    """Something that moves on a terminal, unless the engine's log does."""
+    return nullcontext() if config.verbose else Console(stderr=True).status("starting")
 
 
 def _ended(engine: Engine, command: EngineCommand) -> int:
@@ -94,6 +105,7 @@ def _ended(engine: Engine, command: EngineCommand) -> int:
 
 
 def _drain(engine: Engine, config: ServeConfig) -> None:
+    _say("finishes what it has begun (Ctrl-C stops it at once)")
     if not engine.stop():
         _say(f"what was not finished after {config.shutdown_timeout} s is cut off")
 
@@ -176,7 +188,9 @@ class _Stops:
 @contextmanager
 def _stops() -> Iterator[_Stops]:
     stops = _Stops()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, stops) for number in numbers}
     try:
         yield stops

@@ -21,15 +21,22 @@ VERSIONS = ("0.31", "0.34")
 def register() -> None:
     """Makes vLLM know packed checkpoints; a warning where this vLLM is not one that besa knows."""
     found = _version()
-    if not _fits(found):
-        words = f"besa knows vLLM from {VERSIONS[0]} and below {VERSIONS[1]}, and this is {found}"
-        warnings.warn(f"{words}: packed models may not load", BesaWarning, stacklevel=2)
+    if (words := misfit(found)) is not None:
+        warnings.warn(words, BesaWarning, stacklevel=2)
     try:
         import besa.serve.vllm_linear  # noqa: F401 - registers itself
     except (ImportError, AttributeError) as error:
         words = f"packed models cannot be loaded into vLLM {found} ({error})"
         todo = f"install vllm>={VERSIONS[0]},<{VERSIONS[1]}, or a besa that knows this one"
         warnings.warn(f"{words}: {todo}", BesaWarning, stacklevel=2)
+
+
+def misfit(version: str) -> str | None:
+    """What there is to say of a vLLM that besa does not know; None of one that it does."""
+    if _fits(version):
+        return None
+    words = f"besa knows vLLM from {VERSIONS[0]} and below {VERSIONS[1]}, and this is {version}"
+    return f"{words}: packed models may not load"
 
 
 def _version() -> str:

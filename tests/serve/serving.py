@@ -1,0 +1,201 @@
+"""What the tests of `besa serve` share: a server as a process, its clients, and what is right.
+
+The model is the one that besa carries, with a random half of its weights masked: trained, so that
+its greedy answers do not hang on the last bit, and no other mask gives the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from openai import AsyncOpenAI, OpenAI
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from besa.demo import MODEL
+from besa.export import ExportConfig, export
+
+ENGINES = [
+    pytest.param(
+        "vllm",
+        marks=pytest.mark.skipif(not find_spec("vllm"), reason="vLLM is not installed"),
+    ),
+    "transformers",
+]
+
+PROMPTS = ["The function returns", "import os\n", "If the file does not", "class Test(", "def "]
+NEW_TOKENS = 24
+
+# The simplest there is: each message is a line.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+def masked(directory: Path, seed: int) -> Path:
+    """The embedded model with zeros at random."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name != "lm_head":
+                module.weight[torch.rand(module.weight.shape, generator=generator) < 0.5] = 0
+    model.save_pretrained(directory)
+    for path in MODEL.glob("tokenizer*"):
+        shutil.copy(path, directory)
+    path = directory / "tokenizer_config.json"
+    settings = {**json.loads(path.read_text()), "chat_template": CHAT_TEMPLATE}
+    path.write_text(json.dumps(settings))
+    return directory
+
+
+def packed(dense: Path, directory: Path) -> Path:
+    return Path(export(dense, ExportConfig(out=directory)).out)
+
+
+@cache
+def _dense(directory: Path) -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(directory)
+
+
+@cache
+def greedy(directory: Path, prompt: str, tokens: int = NEW_TOKENS) -> str:
+    """What a dense model says, by transformers' own `generate`."""
+    model, tokenizer = _dense(directory)
+    ids = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    text: str = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def logprobs(directory: Path, prompt: str, tokens: int = NEW_TOKENS) -> list[float]:
+    """Of the tokens of `greedy`."""
+    model, tokenizer = _dense(directory)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        output = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        logits = model(output).logits[0, ids.shape[1] - 1 : -1]
+    chosen = output[0, ids.shape[1] :, None]
+    values: list[float] = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+    return values
+
+
+@dataclass
+class Served:
+    """A `besa serve` that runs."""
+
+    process: subprocess.Popen[str]
+    stdout: Path
+    stderr: Path
+    engine: str
+    key: str | None = None
+
+    @property
+    def output(self) -> str:
+        return self.stdout.read_text()
+
+    @property
+    def errors(self) -> str:
+        return self.stderr.read_text()
+
+    @property
+    def url(self) -> str:
+        """Without a path."""
+        found = re.match(r"(http\S+)/v1 serves \S+\n", self.output)
+        assert found, self.errors
+        return found[1]
+
+    @property
+    def curl(self) -> list[str]:
+        """The line that it prints to try it."""
+        return shlex.split(self.output.splitlines()[1])
+
+    def client(self, key: str | None = None) -> OpenAI:
+        key = key or self.key or "none"
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def async_client(self) -> AsyncOpenAI:
+        key = self.key or "none"
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def request(self, method: str, path: str, key: str | None = None, **more: Any) -> Any:
+        key = key or self.key
+        headers = {"Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.request(method, self.url + path, headers=headers, timeout=120, **more)
+
+    def says(self, prompt: str, tokens: int = NEW_TOKENS, **more: Any) -> str:
+        """Greedily."""
+        answer = self.client().completions.create(
+            model="sparse", prompt=prompt, max_tokens=tokens, temperature=0, **more
+        )
+        return str(answer.choices[0].text)
+
+    def processes(self) -> list[psutil.Process]:
+        """The engine's; besa is none of them."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait_for(self, what: Callable[[], object], timeout: float = 240) -> None:
+        deadline = time.monotonic() + timeout
+        while not what():
+            assert self.process.poll() is None, self.errors
+            assert time.monotonic() < deadline, self.errors
+            time.sleep(0.05)
+
+    def end(self, timeout: float = 60) -> int:
+        """Its exit code, once it has ended by itself."""
+        return self.process.wait(timeout)
+
+
+def start(engine: str, model: Path, directory: Path, *flags: object, **environment: str) -> Served:
+    """Starts `besa serve` on a port of its own."""
+    number = len(list(directory.glob("stdout-*")))
+    stdout, stderr = directory / f"stdout-{number}", directory / f"stderr-{number}"
+    command = [sys.executable, "-m", "besa", "serve", str(model), "--engine", engine]
+    process = subprocess.Popen(
+        [*command, "--port", "0", *map(str, flags)],
+        cwd=directory,
+        env={**os.environ, **environment},
+        stdout=stdout.open("w"),
+        stderr=stderr.open("w"),
+        text=True,
+        start_new_session=True,
+    )
+    return Served(process, stdout, stderr, engine)
+
+
+def ready(served: Served) -> Served:
+    served.wait_for(lambda: len(served.output.splitlines()) == 2)
+    return served
+
+
+def gone(processes: list[psutil.Process], timeout: float = 30) -> bool:
+    """Whether they all end."""
+    return not psutil.wait_procs(processes, timeout)[1]
+
+
+def finish(served: Served) -> None:
+    """However the test went."""
+    if served.process.poll() is None:
+        served.process.terminate()
+        try:
+            served.process.wait(60)
+        except subprocess.TimeoutExpired:
+            served.process.kill()
+            served.process.wait()
