@@ -27,6 +27,9 @@ from besa.errors import BesaError, one_line
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+# Beside an ONNX model, what ONNX Runtime GenAI reads of it.
+GENAI_CONFIG = "genai_config.json"
+
 # What travels with the weights: everything small that describes the model or its tokenizer.
 COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".vocab")
 
@@ -50,6 +53,8 @@ def resolve(model: str | Path) -> Path:
 def model_directory(model: str | Path) -> Path:
     """The directory of a model that is whole: config, all shards, every shard to its end.
 
+    An ONNX model's graph and data are for its engine to check.
+
     Args:
         model: a directory, or the id of a model on the hub.
 
@@ -64,6 +69,8 @@ def model_directory(model: str | Path) -> Path:
             f"last finished block in {partial}"
         )
     directory = resolve(model)
+    if (directory / GENAI_CONFIG).is_file():
+        return directory
     if not (directory / "config.json").is_file():
         raise BesaError(f"{directory} is no model: it has no config.json")
     weight_files(directory)

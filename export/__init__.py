@@ -52,6 +52,9 @@ def export(
 
         return unpack_checkpoint(source, config, tell)
     if config.format == "onnx":
+        from besa.export import ort
+
+        ort.runtime()  # or a word on what is missing, before its packages are imported
         from besa.export.onnx_model import export_onnx
 
         return export_onnx(source, config, tell)

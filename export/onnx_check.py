@@ -25,12 +25,7 @@ def check_graph(path: Path) -> None:
     Raises:
         BesaError: what is wrong, in one line.
     """
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # noqa: BLE001 - of protobuf's many kinds
-        raise BesaError(f"{path} is damaged: {error}") from None
-    for tensor in model.graph.initializer:
-        check_external(tensor, path)
+    model = load_whole(path)
     for node in model.graph.node:
         if node.domain == "" and node.op_type in _OWN:
             node.domain = "com.microsoft"
@@ -44,7 +39,22 @@ def check_graph(path: Path) -> None:
         copy.unlink(missing_ok=True)
 
 
-def check_external(tensor: onnx.TensorProto, path: Path) -> None:
+def load_whole(path: Path) -> onnx.ModelProto:
+    """A graph without its external data, which are there to their last byte.
+
+    Raises:
+        BesaError: it is damaged, or they are missing or cut off.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # noqa: BLE001 - of protobuf's many kinds
+        raise BesaError(f"{path} is missing or damaged: {error}") from None
+    for tensor in model.graph.initializer:
+        _check_external(tensor, path)
+    return model
+
+
+def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
     """Whether an initializer's data are within their file."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return

@@ -32,17 +32,15 @@ from besa.export.onnx_check import check_graph
 from besa.export.onnx_decoder import Decoder, compare
 from besa.export.onnx_sparse import OnnxPacking, pack_graph
 from besa.export.onnx_standard import build_standard
-from besa.export.ort import NAME, open_session, ort_library, runtime
+from besa.export.ort import NAME, open_session, ort_library
 from besa.export.pack import check_unpacked
 from besa.export.record import peak_memory, source_record, versions
 from besa.export.survey import survey
-from besa.files import resolve, sha256, write_text
+from besa.files import GENAI_CONFIG, resolve, sha256, write_text
 from besa.loading import load_model
 from besa.machine import give_memory_back, memory
 from besa.progress import Tell
 from besa.workspace import Workspace, check_free
-
-GENAI_CONFIG = "genai_config.json"
 
 _VALUES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "int8"}
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -60,7 +58,6 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
     started = time.monotonic()
     out = Path(config.out)
     check_free(out, config.overwrite)
-    runtime()
     library = ort_library() if config.sparse else None
     directory = resolve(pruned)
     check_unpacked(directory)

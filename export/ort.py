@@ -10,6 +10,7 @@ It sends telemetry on Linux, too, unless its environment says otherwise before i
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ from besa.errors import BesaError
 
 NAME = "libbesa_ort.so"
 
-# Of what a model may ask for.
-_INSTALL = "pip install 'besa[onnx]'"
+_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_genai")
 
 
 def silence() -> None:
@@ -51,13 +51,14 @@ def runtime() -> Any:
     """The module `onnxruntime`.
 
     Raises:
-        BesaError: it is not installed.
+        BesaError: it, or another of the packages that go with it, is not installed.
     """
     silence()
-    try:
-        import onnxruntime
-    except ImportError:
-        raise BesaError(f"onnxruntime is not installed: {_INSTALL}") from None
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BesaError(f"{', '.join(missing)} not installed: pip install 'besa[onnx]'")
+    import onnxruntime
+
     return onnxruntime
 
 
@@ -65,13 +66,11 @@ def genai() -> Any:
     """The module `onnxruntime_genai`.
 
     Raises:
-        BesaError: it is not installed.
+        BesaError: as `runtime`.
     """
     runtime()
-    try:
-        import onnxruntime_genai
-    except ImportError:
-        raise BesaError(f"onnxruntime-genai is not installed: {_INSTALL}") from None
+    import onnxruntime_genai
+
     return onnxruntime_genai
 
 
@@ -86,6 +85,9 @@ def open_session(path: str | Path, library: str | None = None, threads: int = 0)
         BesaError: ONNX Runtime cannot load the library or the model.
     """
     onnxruntime = runtime()
+    from besa.export.onnx_check import load_whole
+
+    load_whole(Path(path))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # what matters in its warnings is an error of ours

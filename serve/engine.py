@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     """Runs an engine until it is told to stop.
 
     Args:
-        arguments: "vllm" or "transformers", then the engine's own, from "serve" on.
+        arguments: "vllm", "transformers" or "onnx", then the engine's own, from "serve" on.
     """
     engine, *rest = arguments
     _end_with_parent(float(os.environ.get("BESA_SHUTDOWN_TIMEOUT", "0")))
@@ -35,6 +35,10 @@ def main(arguments: list[str]) -> None:
         from vllm.entrypoints.cli.main import main as run_vllm
 
         run_vllm()
+    elif engine == "onnx":
+        from besa.serve.onnx_server import run as run_onnx
+
+        run_onnx(rest[1:])
     else:
         from besa.serve.openai_server import run
 

@@ -28,7 +28,7 @@ from typing import Any
 from rich.console import Console
 
 from besa.errors import BesaError, BesaWarning, one_line
-from besa.files import model_directory
+from besa.files import GENAI_CONFIG, model_directory
 from besa.formats.checkpoint import QUANT_METHOD, PackedConfig
 from besa.serve.command import EngineCommand, command_for
 from besa.serve.process import Engine
@@ -60,9 +60,9 @@ def serve(config: ServeConfig) -> int:
     packing = packing_of(directory)
     config = replace(config, port=free_port(config.host, config.port))
     command = command_for(config, directory)
-    if packing is None:
+    if packing is None and command.engine != "onnx":
         _say(f"nothing is packed in {config.model}: it is served as it is; see `besa export`")
-    elif command.engine == "vllm" and (words := misfit(command.version)) is not None:
+    if packing and command.engine == "vllm" and (words := misfit(command.version)) is not None:
         warnings.warn(words, BesaWarning, stacklevel=2)  # vLLM's own log is not shown yet
     if config.api_key is None and not config.is_local:
         warnings.warn(
@@ -116,6 +116,8 @@ def packing_of(directory: Path) -> PackedConfig | None:
     Raises:
         BesaError: in a version of the format that this besa does not know.
     """
+    if (directory / GENAI_CONFIG).is_file():  # its graph says it
+        return None
     path = directory / "config.json"
     with one_line(f"{path} is damaged"):
         config: dict[str, Any] = json.loads(path.read_text())

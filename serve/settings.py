@@ -15,7 +15,7 @@ from pathlib import Path
 
 from besa.errors import BesaError
 
-ENGINES = ("vllm", "transformers")
+ENGINES = ("vllm", "transformers", "onnx")
 
 # Flags of vLLM that leave nothing for besa to wait for.
 _NO_HTTP = ("--uds", "--grpc", "--headless", "--omni")
@@ -27,7 +27,8 @@ class ServeConfig:
 
     Attributes:
         model: directory, or id of a model on the hub.
-        engine: one of `ENGINES`; None for vLLM where it is installed, else transformers.
+        engine: one of `ENGINES`; None for what fits the model: onnx for an ONNX model, else vLLM
+            where it is installed, else transformers.
         host: the address to listen on.
         port: the port; 0 for any that is free.
         api_key: what clients have to show; None lets everyone in.

@@ -6,10 +6,11 @@ besa serve SPARSE --max-model-len 2048 --enforce-eager
 besa serve SPARSE --engine transformers
 
 SPARSE is what `besa export` wrote; any other model is served as it is. vLLM serves it where it is
-installed, else transformers. Flags that are not below go to the engine as they are: `vllm serve
---help=all` and `transformers serve --help` list them. For several GPUs or machines, vLLM's
---tensor-parallel-size, --pipeline-parallel-size and --distributed-executor-backend; --dry-run
-prints what would be started, for a cluster's own way of starting things.
+installed, else transformers; an ONNX model is served by ONNX Runtime GenAI. Flags that are not
+below go to the engine as they are: `vllm serve --help=all` and `transformers serve --help` list
+them. For several GPUs or machines, vLLM's --tensor-parallel-size, --pipeline-parallel-size and
+--distributed-executor-backend; --dry-run prints what would be started, for a cluster's own way of
+starting things.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(engine_args=())
     parser.add_argument("model", metavar="SPARSE", help="model directory or hub id")
     parser.add_argument(
-        "--engine", help="vllm or transformers (default: vllm where it is installed)"
+        "--engine",
+        help="vllm, transformers or onnx (default: onnx for an ONNX model, else vllm where it is "
+        "installed)",
     )
     parser.add_argument(
         "--host",
