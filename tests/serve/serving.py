@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +23,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 import torch
@@ -134,11 +135,20 @@ class Served:
         key = self.key or "none"
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
 
-    def request(self, method: str, path: str, key: str | None = None, **more: Any) -> Any:
-        key = key or self.key
-        headers = {"Content-Type": "application/json"}
-        headers |= {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx.request(method, self.url + path, headers=headers, timeout=120, **more)
+    def request(
+        self, method: str, path: str, body: object = None, key: str | None = None
+    ) -> tuple[int, str]:
+        """The status and the text of an answer; `body` is JSON, or bytes as they are."""
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, method=method)
+        request.add_header("Content-Type", "application/json")
+        if key or self.key:
+            request.add_header("Authorization", f"Bearer {key or self.key}")
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
 
     def says(self, prompt: str, tokens: int = NEW_TOKENS, **more: Any) -> str:
         """Greedily."""

@@ -3,7 +3,8 @@
     python -m tests.serve.vllm_worker JOBS.json RESULTS.json
 
 A job is {"model": directory, "flags": arguments of vllm.LLM, "adapter": a LoRA's directory or
-none}; its result {"tokens": …, "logprobs": …} of every prompt, greedily, or {"error": message}.
+none}; its result {"tokens": …, "logprobs": …} of every prompt, greedily, and the bytes that each
+rank's linears hold; or {"error": message}.
 vLLM takes ten seconds to import and two for a tiny model, so many jobs share a process.
 """
 
@@ -17,6 +18,19 @@ from typing import Any
 
 PROMPTS = [[5, 9, 17, 33, 2], list(range(40, 80))]
 NEW_TOKENS = 12
+
+
+def held(model: Any) -> int:
+    """Bytes of the weights of all linears in a rank's blocks."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    return sum(
+        parameter.nbytes
+        for module in model.modules()
+        if isinstance(module, LinearBase)
+        for name, parameter in module.named_parameters(recurse=False)
+        if name.startswith("weight")
+    )
 
 
 def generate(job: dict[str, Any]) -> dict[str, Any]:
@@ -38,6 +52,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
             lora_request=adapter,
             use_tqdm=False,
         )
+        weights = None if adapter else llm.apply_model(held)
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
@@ -45,6 +60,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
         cleanup_dist_env_and_memory()
     completions = [output.outputs[0] for output in outputs]
     return {
+        "bytes": weights,
         "tokens": [list(one.token_ids) for one in completions],
         "logprobs": [
             [step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True)]
