@@ -144,8 +144,7 @@ def _own_output() -> Any:
 def start_child() -> None:
     """First thing in the child: it ends with its parent, and what is printed is no answer."""
     _own_output()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != int(os.environ.get("BESA_BENCH_PARENT", os.getppid())):
         sys.exit(1)  # it ended in the meantime
 
@@ -169,7 +168,7 @@ def run_to_end(command: Sequence[str], limit: float, environment: Mapping[str, s
             stderr=errors,
             env={**os.environ, **environment},
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         try:
             process.wait(limit)
@@ -187,5 +186,7 @@ def run_to_end(command: Sequence[str], limit: float, environment: Mapping[str, s
         return output.read()
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+def die_with_parent() -> None:
+    """The kernel kills this process when its parent ends, however that comes about."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)

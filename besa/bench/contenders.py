@@ -28,7 +28,7 @@ from besa.bench.processes import cpu_seconds, family, listener, memory_of
 from besa.bench.results import weight_bytes
 from besa.bench.settings import BenchConfig, Contender
 from besa.errors import BesaError
-from besa.files import model_directory
+from besa.files import GENAI_CONFIG, model_directory
 from besa.serve.command import EngineCommand, command_for
 from besa.serve.launch import free_port, packing_of
 from besa.serve.process import Engine
@@ -77,6 +77,11 @@ class Server:
     @property
     def name(self) -> str:
         return self.contender.name
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether it is for ONNX Runtime, whatever the others' engine is."""
+        return self.directory is not None and (self.directory / GENAI_CONFIG).is_file()
 
     def __enter__(self) -> Server:
         return self
@@ -128,11 +133,11 @@ class Server:
         assert self.directory is not None
         served = ServeConfig(
             model=str(self.directory),
-            engine=self.config.engine,
+            engine=None if self.is_graph else self.config.engine,
             port=free_port("127.0.0.1", 0),
             served_model_name=self.name,
             shutdown_timeout=0,
-            engine_args=self.config.engine_args,
+            engine_args=() if self.is_graph else self.config.engine_args,
         )
         command = command_for(served, self.directory)
         environment = dict(command.environment)

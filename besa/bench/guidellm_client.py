@@ -33,7 +33,7 @@ def main() -> None:
     start_child()
     # guidellm starts a process for every measurement, which needs all of guidellm, too: it is
     # forked off one that has it (see `ENVIRONMENT`).
-    multiprocessing.set_forkserver_preload(["guidellm.benchmark"])
+    multiprocessing.set_forkserver_preload(["besa.bench.mortal", "guidellm.benchmark"])
     from guidellm.entrypoints import benchmark_generative_text
     from guidellm.scheduler.strategies import AsyncPoissonStrategy, ThroughputStrategy
     from guidellm.schemas.benchmark import BenchmarkScenario

@@ -33,7 +33,7 @@ from besa.bench.results import (
 from besa.bench.run import settings_of
 from besa.bench.settings import BenchConfig, Contender
 from besa.errors import BesaError
-from besa.files import model_directory
+from besa.files import GENAI_CONFIG, model_directory
 from besa.serve.command import vllm_version
 from besa.serve.cpu import thread_binding
 
@@ -48,7 +48,7 @@ class _Inside:
         self.contender, self.engine = contender, engine
         self.model = contender.name
         self.name = f"{contender.name}, {engine}" if several else contender.name
-        self.directory = _directory(contender.model, engine)
+        self.directory = model_directory(contender.model)
         self.child: Child | None = None
         self.broken: str | None = None
         self.start_seconds: float | None = None
@@ -159,11 +159,7 @@ def _engines(asked: str | None) -> list[str]:
 
 
 def _is_onnx(model: str | None) -> bool:
-    return model is not None and (Path(model) / "genai_config.json").is_file()
-
-
-def _directory(model: str, engine: str) -> Path:
-    return Path(model) if engine == "onnx" else model_directory(model)
+    return model is not None and (Path(model) / GENAI_CONFIG).is_file()
 
 
 def _results(

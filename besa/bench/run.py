@@ -139,7 +139,7 @@ def _quality(
     chosen = {
         server.name: server.directory
         for server in servers
-        if server.directory is not None and server.broken is None
+        if server.directory is not None and server.broken is None and not server.is_graph
     }
     if not chosen:
         return {"skipped": "no model here to measure"}
@@ -262,7 +262,7 @@ def _contender(server: Server, quality: dict[str, Any], first: Server) -> dict[s
         "engine": command.engine if command else None,
         "engine_version": command.version if command else None,
         "environment": dict(command.environment) if command else None,
-        "flags": list(server.config.engine_args) if command else None,
+        "flags": list(server.config.engine_args) if command and not server.is_graph else None,
         "packing": None if packing is None else {k: packing[k] for k in ("values", "pattern")},
         "random_weights": server.contender.random_weights,
         "broken": server.broken,

@@ -53,7 +53,7 @@ class BenchConfig:
         rounds: measurements of each contender at each load, in turns.
         warmup: requests before each of them that do not count.
         seed: of prompts and arrivals.
-        engine: one of besa.serve's, for all contenders alike.
+        engine: one of besa.serve's, for all contenders alike; ONNX graphs have their own.
         engine_args: flags for it, for all alike.
         generator: what makes the load; None for the best that is there.
         tokenizer: directory to count tokens with, where no contender has one.

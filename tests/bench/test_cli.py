@@ -144,7 +144,9 @@ def test_generators(tmp_path: Path, generator: str) -> None:
             "--rate", "8", "--rounds", 2, "--generator", generator,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    asked = [[json.loads(line) for line in journal.read_text().splitlines()] for journal in journals]
+    asked = [
+        [json.loads(line) for line in journal.read_text().splitlines()] for journal in journals
+    ]
     prompts = [sorted(line["prompt"] for line in lines) for lines in asked]
     assert prompts[0] == prompts[1]
     assert len(set(prompts[0])) == len(prompts[0])

@@ -1,0 +1,220 @@
+"""What serving the packed model gains over HTTP, beside what others serve on the same machine.
+
+    python benchmarks/serving.py --work DIR --llama PYTHON           # every part, an hour or so
+    python benchmarks/serving.py --work DIR --parts transformers     # one of them
+
+Each part is one run of `besa bench`, whose results.json it leaves in benchmarks/results/serving:
+
+    vllm-1        a model of TinyLlama's shape, random weights, in vLLM: dense, and packed at 50%,
+                  2:4, and 50% with int8 values; beside them the dense one in llama.cpp (bf16,
+                  Q8_0, Q4_0) and in ONNX Runtime GenAI (int8, int4); one request at a time
+    vllm-4        the same in vLLM, four requests at a time
+    transformers  the same in transformers, one request at a time
+    offline       the same inside the engines, without server and client
+    demo          the model that besa carries, pruned by half with BESA, its perplexity, too
+
+PYTHON is one with `llama-cpp-python[server]` and `gguf`: they are not installed beside besa.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, write_json
+from rich.console import Console
+
+from besa.bench.load import Load
+from besa.bench.offline import bench_offline
+from besa.bench.run import bench
+from besa.bench.settings import BenchConfig, Contender
+from besa.bench.shapes import shape_contenders
+from besa.bench.table import print_results
+from besa.demo import MODEL, SEQLEN
+
+SHAPE = "tinyllama"
+# Contender: pattern and values.
+PACKED = {"50%": ("unstructured", None), "2:4": ("2:4", None), "50% int8": ("unstructured", "int8")}
+GGUF = {"llama.cpp bf16": "bf16", "llama.cpp Q8_0": "q8_0", "llama.cpp Q4_0": "q4_0"}
+ONNX = {"ONNX int8": "int8", "ONNX int4": "int4"}
+THREADS = len(os.sched_getaffinity(0))
+
+# 64 tokens in and 24 out; requests are few, for a part has to stay within some ten minutes.
+BASE = BenchConfig(
+    (Contender("none", "none"),), input_length=64, output_length=24, requests=4, quality=False
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run: who takes part, and how it differs from `BASE`."""
+
+    models: tuple[str, ...]
+    settings: dict[str, Any]
+    peers: bool = False
+    batches: tuple[int, ...] = ()
+
+
+ALL = ("dense", *PACKED)
+PARTS = {
+    "vllm-1": Part(ALL, {"engine": "vllm", "loads": (Load("concurrency", 1),)}, True),
+    "vllm-4": Part(ALL, {"engine": "vllm", "loads": (Load("concurrency", 4),)}),
+    "transformers": Part(ALL, {"engine": "transformers", "loads": (Load("concurrency", 1),)}),
+    "offline": Part(("dense", "50%", "50% int8"), {"output_length": 16}, True, (1, 4)),
+}
+
+
+def tell(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+# --------------------------------------------------------------------------- contenders
+
+
+def shapes(work: Path) -> dict[str, Contender]:
+    """The random-weight models by name."""
+    found: dict[str, Contender] = {}
+    for name, (pattern, values) in PACKED.items():
+        with shape_contenders(SHAPE, 0.5, pattern, values, work, tell) as (dense, packed):
+            found |= {"dense": dense, name: replace(packed, name=name)}
+    return found
+
+
+def graphs(work: Path, dense: str) -> list[Contender]:
+    """The dense model for ONNX Runtime GenAI."""
+    found = []
+    for name, precision in ONNX.items():
+        out = work / f"onnx-{precision}"
+        if not out.exists():
+            besa("export", "--format", "onnx", dense, "--precision", precision, "--out", out)
+        found.append(Contender(name, str(out), random_weights=True))
+    return found
+
+
+def gguf(work: Path, python: str, dense: str) -> dict[str, Path]:
+    """The dense model for llama.cpp."""
+    out = work / "gguf"
+    script = Path(__file__).with_name("gguf_model.py")
+    subprocess.run([python, script, dense, out], check=True, capture_output=True)
+    return {name: out / f"{kind}.gguf" for name, kind in GGUF.items()}
+
+
+@contextmanager
+def llama_server(python: str, model: Path) -> Iterator[str]:
+    """llama-cpp-python's OpenAI-compatible server; gives its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python, "-m", "llama_cpp.server", "--model", model, "--model_alias", model.stem]
+    flags = {"host": "127.0.0.1", "port": port, "n_ctx": 1024}
+    flags |= {"n_threads": THREADS, "n_threads_batch": THREADS}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    with model.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen([*command, *words], stdout=log, stderr=log)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                try:
+                    urllib.request.urlopen(f"{url}/v1/models", timeout=5).close()
+                    break
+                except OSError:
+                    if process.poll() is not None:
+                        raise SystemExit(f"llama.cpp ended: see {log.name}") from None
+                    time.sleep(0.2)
+            yield url
+        finally:
+            process.kill()
+            process.wait()
+
+
+def besa(*words: object) -> None:
+    subprocess.run([sys.executable, "-m", "besa", *map(str, words)], check=True)
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def run_part(part: Part, work: Path, rounds: int, python: str | None) -> dict[str, Any]:
+    """The results of a part with a random-weight shape."""
+    models = shapes(work)
+    contenders = [models[name] for name in part.models]
+    dense = models["dense"].model
+    assert dense is not None
+    with ExitStack() as stack:
+        if part.peers:
+            contenders += graphs(work, dense)
+        sizes: dict[str, int] = {}
+        if part.peers and not part.batches and python is not None:
+            for name, file in gguf(work, python, dense).items():
+                url = stack.enter_context(llama_server(python, file))
+                contenders.append(Contender(name, None, url, random_weights=True))
+                sizes[name] = file.stat().st_size
+        settings: dict[str, Any] = {"contenders": tuple(contenders), "rounds": rounds}
+        config = replace(BASE, **settings, **part.settings)
+        if part.batches:
+            return bench_offline(config, part.batches, tell)
+        results = bench(config, tell)
+    for one in results["contenders"]:  # of a server that runs already, nobody sees the files
+        one["disk_bytes"] = sizes.get(one["name"], one["disk_bytes"])
+    return results
+
+
+def run_demo(work: Path, rounds: int) -> dict[str, Any]:
+    """The embedded model, from pruning to serving."""
+    pruned, packed = work / "demo-pruned", work / "demo-50"
+    if not packed.exists():
+        shutil.rmtree(pruned, ignore_errors=True)
+        besa("prune", MODEL, "--seqlen", SEQLEN, "--out", pruned)
+        besa("export", pruned, "--out", packed)
+    config = replace(
+        BASE,
+        contenders=(Contender("dense", str(MODEL)), Contender("50%", str(packed))),
+        loads=(Load("concurrency", 1), Load("concurrency", 4)),
+        engine="vllm",
+        rounds=rounds,
+        requests=16,
+        quality=True,
+        windows=400,
+    )
+    return bench(config, tell)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--work", type=Path, required=True, help="where the models are made")
+    parser.add_argument("--llama", metavar="PYTHON", help="one that has llama-cpp-python and gguf")
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "demo"], default=[*PARTS, "demo"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS / "serving")
+    parser.add_argument("--only-make", action="store_true", help="the models, nothing else")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.only_make:
+        dense = shapes(args.work)["dense"].model
+        assert dense is not None
+        graphs(args.work, dense)
+        if args.llama:
+            gguf(args.work, args.llama, dense)
+        return
+    for name in args.parts:
+        if name == "demo":
+            results = run_demo(args.work, args.rounds)
+        else:
+            results = run_part(PARTS[name], args.work, args.rounds, args.llama)
+        print_results(results, Console(width=160, highlight=False))
+        write_json(args.out / f"{name}.json", results)
+
+
+if __name__ == "__main__":
+    main()
