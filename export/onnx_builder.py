@@ -3,8 +3,8 @@
     build("pruned", Path("out"), precision="int8")
     build("pruned", Path("out"), precision="fp32", change=lambda graph: …)
 
-It knows some two dozen architectures by name, and says so of others (`UnknownArchitecture`).
-Besides the graph and its data it writes `genai_config.json` and the tokenizer.
+It knows some two dozen architectures by name. Besides the graph and its data it writes
+`genai_config.json` and the tokenizer.
 
 The builder is a script with a folder of modules beside it: importing it puts that folder on
 `sys.path`, where `builders` and `quantization` are anyone's names. Here they are taken off again.
@@ -30,10 +30,6 @@ from besa.export.ort import genai
 MODEL, DATA = "model.onnx", "model.onnx.data"
 
 
-class UnknownArchitecture(BesaError):
-    """The builder has no graph for the model."""
-
-
 def build(
     source: Path, out: Path, precision: str, change: Callable[[ir.Model], None] | None = None
 ) -> None:
@@ -44,8 +40,7 @@ def build(
         change: is given the graph, an onnx_ir.Model, before it is written.
 
     Raises:
-        UnknownArchitecture: as the builder says.
-        BesaError: the builder failed.
+        BesaError: the builder does not know the architecture, or failed.
     """
     provider = "cuda" if precision == "fp16" else "cpu"
     cache = out / "cache"
@@ -53,14 +48,12 @@ def build(
     with (
         _builder() as (builder, base),
         _saving(base, change),
-        one_line(f"{source} cannot be turned into a graph"),
+        one_line(f"ONNX Runtime GenAI's builder has no graph for {source}"),
     ):
-        # A local folder needs no token, and must not look for one.
-        options = builder.parse_extra_options(*where, ["hf_token=false"])
-        try:
-            builder.create_model(*where, **options)
-        except NotImplementedError as error:
-            raise UnknownArchitecture(str(error)) from None
+        # A local folder needs no token, and must not look for one. Layers that look at a window
+        # only keep all of their cache: the other form is for GenAI's own loop alone.
+        wishes = ["hf_token=false", "windowed_kv_cache=false"]
+        builder.create_model(*where, **builder.parse_extra_options(*where, wishes))
     if cache.is_dir():
         shutil.rmtree(cache)
 

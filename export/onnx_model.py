@@ -24,15 +24,15 @@ import torch
 
 import besa
 from besa.checkpoint import Checkpoint
-from besa.errors import BesaError, BesaWarning
+from besa.errors import BesaError, BesaWarning, interruptible
 from besa.export.config import ExportConfig, ExportResult
-from besa.export.onnx_builder import DATA, MODEL, UnknownArchitecture, build
+from besa.export.onnx_builder import DATA, MODEL, build
 from besa.export.onnx_card import onnx_card
 from besa.export.onnx_check import check_graph
 from besa.export.onnx_decoder import Decoder, compare
 from besa.export.onnx_sparse import OnnxPacking, pack_graph
 from besa.export.onnx_standard import build_standard
-from besa.export.ort import NAME, open_session, ort_library
+from besa.export.ort import NAME, open_session, ort_library, reason
 from besa.export.pack import check_unpacked
 from besa.export.record import peak_memory, source_record, versions
 from besa.export.survey import survey
@@ -79,7 +79,7 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
     needed = int(weights * _BYTES[precision])
     with Workspace.open(out, settings, config.overwrite, needed) as workspace:
         try:
-            with workspace.interruptible():
+            with interruptible("run the same command again"):
                 record = _write(workspace.path, directory, config, precision, library, tell)
                 record["check"] = _check(workspace.path, directory, precision, library, weights)
             record |= {
@@ -131,10 +131,12 @@ def _write(
     if graph == "genai":
         try:
             build(directory, path, "fp32" if config.sparse else precision, packing)
-        except UnknownArchitecture as error:
-            if precision in ("int4", "fp16", "int8") and not config.sparse:
-                raise BesaError(f"{error} Leave --precision out for a standard graph.") from None
-            warnings.warn(f"{error} It becomes a standard graph.", BesaWarning, stacklevel=2)
+        except BesaError as error:
+            if precision != "fp32" and not config.sparse:
+                raise BesaError(f"{error}; without --precision it becomes a standard one") from None
+            words = f"{str(error).rstrip('.')}; it becomes a standard one"
+            warnings.warn(words, BesaWarning, stacklevel=2)
+            packed.clear()
             graph = "standard"
     if graph == "standard":
         build_standard(directory, path, packing)
@@ -190,7 +192,14 @@ def _check(
     room = memory()["available"] or 0
     dtype = "float32" if 8 * weights < room else "auto"
     model = load_model(directory, dtype, "cpu")
-    found = compare(decoder, model) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    try:
+        found = compare(decoder, model)
+    except Exception as error:  # noqa: BLE001 - of ONNX Runtime's many kinds
+        raise BesaError(
+            f"ONNX Runtime cannot run the graph of {directory} ({reason(error)}): try --onnx-graph "
+            "standard"
+        ) from None
+    found["dtype"] = str(model.dtype).removeprefix("torch.")
     if not found["error"] <= _MOST_ERROR[precision]:
         raise BesaError(
             f"{directory}: the graph's logits are off by {found['error']:.2g} of transformers'; "

@@ -1,12 +1,12 @@
-"""Turns the MatMuls of a graph into products with packed weights.
+"""Turns the products of a graph into ones with packed weights.
 
     packed = pack_graph(model, OnnxPacking(values="bfloat16"))     # an onnx_ir.Model, in place
 
-A MatMul whose weight has zeros enough becomes `ai.besa::SparseMatMul` on the values that are left
-and a bitmask (see besa/kernels/ort_operator.cpp). What has too few, the head above all, takes no
-more bytes a weight either: with float values it is packed as well, as a bit costs less than the
-other half of a float32; with int8 values it becomes ONNX Runtime's MatMulNBits of 8 bits. The
-embedding is kept in the values' type, or in 16 bits, and widened row by row.
+A MatMul or Gemm whose weight has zeros enough becomes `ai.besa::SparseMatMul` on the values that
+are left and a bitmask (see besa/kernels/ort_operator.cpp). What has too few, the head above all, is
+not left in float32 either: with values of 16 bits it is packed as well, for a bit a weight; with
+int8 values it becomes ONNX Runtime's MatMulNBits of 8 bits. Embeddings are kept in 16 bits, and
+widened row by row.
 """
 
 from __future__ import annotations
@@ -92,16 +92,23 @@ def pack_graph(model: ir.Model, packing: OnnxPacking) -> list[dict[str, Any]]:
 
 
 def _weight(node: ir.Node) -> Tensor | None:
-    """The constant weight [out, in] of a MatMul, float32, be it stored either way round."""
-    value = node.inputs[1] if node.op_type == "MatMul" and node.domain == "" else None
+    """The constant weight [out, in] of a MatMul or Gemm, float32, be it stored either way round."""
+    if node.domain != "" or node.op_type not in ("MatMul", "Gemm"):
+        return None
+    value = node.inputs[1]
     if value is None:
         return None
-    turned = value.producer()
-    if turned is not None and turned.op_type == "Transpose":
-        table = turned.inputs[0]
-        return None if table is None else _matrix(table)
-    matrix = _matrix(value)
-    return None if matrix is None else matrix.mT.contiguous()
+    turned, producer = False, value.producer()
+    if producer is not None and producer.op_type == "Transpose":
+        turned, value = True, producer.inputs[0]
+    if node.op_type == "Gemm":
+        attributes = {name: one.value for name, one in node.attributes.items()}
+        plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+        if any(attributes.get(name, number) != number for name, number in plain.items()):
+            return None
+        turned ^= bool(attributes.get("transB", 0))
+    matrix = None if value is None else _matrix(value)
+    return matrix if matrix is None or turned else matrix.mT.contiguous()
 
 
 def _matrix(value: ir.Value) -> Tensor | None:
@@ -125,7 +132,7 @@ def _pack(weight: Tensor, packing: OnnxPacking) -> Packed:
 
 
 def _replace(model: ir.Model, node: ir.Node, packed: Packed, packing: OnnxPacking) -> None:
-    """Makes a MatMul a SparseMatMul, in place."""
+    """Makes a product a SparseMatMul, in place."""
     old = node.inputs[1]
     assert old is not None
     name = str(old.name).removesuffix(".weight")
@@ -138,7 +145,7 @@ def _replace(model: ir.Model, node: ir.Node, packed: Packed, packing: OnnxPackin
 
 
 def _quantize_dense(model: ir.Model, node: ir.Node, weight: Tensor) -> None:
-    """Makes a MatMul one of ONNX Runtime's with 8-bit weights and a scale for each 32 columns.
+    """Makes a product one of ONNX Runtime's with 8-bit weights and a scale for each 32 columns.
 
     A weight is (number − 128) × scale, 128 being the zero point where none is given.
     """
@@ -175,9 +182,11 @@ def _become(
     inputs: list[ir.Value | None],
     attributes: dict[str, int],
 ) -> None:
-    """Another operator with the same output; the weight that nobody reads any more goes."""
+    """Another operator in the place of a product; the weight that nobody reads any more goes."""
     old = node.inputs[1]
     assert old is not None
+    if len(node.inputs) > 2:  # of a Gemm
+        _add_bias(model, node, node.inputs[2])
     node.domain, node.op_type = domain, op_type
     node.resize_inputs(len(inputs))
     for position, value in enumerate(inputs):
@@ -192,6 +201,16 @@ def _become(
         model.graph.remove(turned, safe=True)
     if not old.uses():
         model.graph.initializers.pop(str(old.name))
+
+
+def _add_bias(model: ir.Model, node: ir.Node, bias: ir.Value | None) -> None:
+    product = node.outputs[0]
+    add = ir.Node("", "Add", [product, bias], name=f"{node.name}/Add")
+    total = add.outputs[0]
+    total.name, total.shape, total.type = f"{product.name}/sum", product.shape, product.type
+    product.replace_all_uses_with(total, replace_graph_outputs=True)
+    add.replace_input_with(0, product)
+    model.graph.insert_after(node, add)
 
 
 def _initializer(model: ir.Model, name: str, tensor: Tensor) -> ir.Value:

@@ -90,22 +90,24 @@ def open_session(path: str | Path, library: str | None = None, threads: int = 0)
     load_whole(Path(path))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # what matters in its warnings is an error of ours
+    options.log_severity_level = 4  # what matters in its log is an error of ours
     if library is not None:
         try:
             options.register_custom_ops_library(library)
         except Exception as error:  # noqa: BLE001 - of many kinds
             version = onnxruntime.__version__
             raise BesaError(
-                f"{library} does not fit ONNX Runtime {version}: {_reason(error)}"
+                f"{library} does not fit ONNX Runtime {version}: {reason(error)}"
             ) from None
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 - of many kinds
-        raise BesaError(f"{path} cannot be loaded: {_reason(error)}") from None
+        raise BesaError(f"{path} cannot be loaded: {reason(error)}") from None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The last part of ONNX Runtime's words, which name its sources and functions first."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line.rpartition("] : ")[2].split(" : FAIL : ")[-1].strip()
+    for before in ("] : ", " : FAIL : ", "Status Message: "):
+        line = line.rpartition(before)[2]
+    return line.strip()

@@ -1,0 +1,217 @@
+"""What packed weights gain in ONNX Runtime: decode, prefill, loading, memory, bytes.
+
+    python benchmarks/onnx_runtime.py --work DIR
+    python benchmarks/onnx_runtime.py --work DIR --models tinyllama --rounds 3
+
+Two models with half of their linears' weights gone: one of TinyLlama's shape, random weights in
+bfloat16, whose working set is far beyond any cache; and the small one that besa carries, pruned
+with Wanda. Each as `besa export --format onnx` writes it: dense in fp32, int8 and int4
+(MatMulNBits, accuracy level 4), sparse in bfloat16 and int8. Every graph is in ONNX Runtime GenAI
+in a process of its own; they answer in turns, round by round, and who is not asked is stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, apart, conditions, spread, table, write_json
+from engines import LAYERS
+from engines import _masked as masked
+
+from besa.bench.child import Child
+from besa.demo import MODEL
+
+VARIANTS = {
+    "fp32": [],
+    "int8": ["--precision", "int8"],
+    "int4": ["--precision", "int4"],
+    "sparse bf16": ["--sparse", "--precision", "bf16"],
+    "sparse int8": ["--sparse", "--precision", "int8"],
+}
+# What each sparse graph is held against.
+AGAINST = {"sparse bf16": "fp32", "sparse int8": "int8"}
+
+BATCHES = (1, 4, 16)
+PROMPT, STEPS, LONG_PROMPT = 64, 16, 256
+
+# Seconds for an answer; a dense fp32 graph takes half a minute for the longest.
+LIMIT = 300
+
+
+def make(work: Path, model: str) -> dict[str, Path]:
+    """The graphs of a model, made where they are not there."""
+    pruned = work / model / "pruned"
+    if not (pruned / "config.json").exists():
+        shutil.rmtree(pruned, ignore_errors=True)
+        if model == "tinyllama":
+            apart(masked, pruned, "tinyllama", LAYERS)
+        else:
+            _besa("prune", MODEL, "--method", "wanda", "--out", pruned)
+    graphs = {}
+    for name, flags in VARIANTS.items():
+        graphs[name] = work / model / name.replace(" ", "-")
+        if not graphs[name].exists():
+            _besa("export", "--format", "onnx", pruned, "--out", graphs[name], *flags)
+    return graphs
+
+
+def _besa(*words: object) -> None:
+    subprocess.run([sys.executable, "-m", "besa", *map(str, words)], check=True)
+
+
+class Contender:
+    """A process that holds one graph; stopped while it is not asked."""
+
+    def __init__(self, directory: Path) -> None:
+        words = ["besa.bench.offline_engine", "onnx", str(directory), str(max(BATCHES)), "512"]
+        silence = {"ORT_DISABLE_TELEMETRY": "1"}
+        self.child = Child([sys.executable, "-P", "-m", *words], silence)
+        self.start = float(self.child.answer(LIMIT)["start"])
+        self.loaded = memory(self.child.process.pid)
+        self.child.process.send_signal(signal.SIGSTOP)
+
+    def ask(self, **question: int) -> dict[str, Any]:
+        self.child.process.send_signal(signal.SIGCONT)
+        answer = self.child.ask(question, LIMIT)
+        self.child.process.send_signal(signal.SIGSTOP)
+        return answer
+
+
+def memory(pid: int) -> dict[str, int]:
+    """Bytes: of its own, mapped from files, and the most in all so far."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    found = {line.split(":")[0]: line.split() for line in lines}
+    names = {"own": "RssAnon", "mapped": "RssFile", "peak": "VmHWM"}
+    return {name: int(found[field][1]) * 1024 for name, field in names.items()}
+
+
+def compare(graphs: dict[str, Path], rounds: int) -> dict[str, Any]:
+    """Every graph's figures, and the sparse ones' gain over what they are held against."""
+    starts: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):  # loading, with nothing beside it
+        for name, directory in graphs.items():
+            one = Contender(directory)
+            starts[name].append(one.start)
+            one.child.end()
+    questions = {
+        f"batch {n}, a step": {"batch": n, "prompt": PROMPT, "steps": STEPS} for n in BATCHES
+    }
+    questions[f"prompt of {LONG_PROMPT}"] = {"batch": 1, "prompt": LONG_PROMPT, "steps": 1}
+    seconds: dict[str, dict[str, list[float]]] = {q: {n: [] for n in graphs} for q in questions}
+    with ExitStack() as stack:
+        contenders = {name: Contender(directory) for name, directory in graphs.items()}
+        for one in contenders.values():
+            stack.callback(one.child.end)
+        said = {n: one.ask(batch=1, prompt=8, steps=16, seed=1) for n, one in contenders.items()}
+        for question, arguments in questions.items():
+            for turn in range(rounds + 1):
+                for name, one in contenders.items():
+                    answer = one.ask(**arguments, seed=turn)
+                    found = [answer["prefill"]] if "prompt" in question else answer["steps"]
+                    if turn:  # the first one warms up
+                        seconds[question][name].append(sorted(found)[len(found) // 2])
+        loaded = {name: one.loaded for name, one in contenders.items()}
+        worked = {name: memory(one.child.process.pid) for name, one in contenders.items()}
+    return {
+        "load_seconds": {name: spread(found) for name, found in starts.items()},
+        "seconds": {q: {n: spread(t) for n, t in own.items()} for q, own in seconds.items()},
+        "gain": {
+            q: {
+                name: spread([d / t for d, t in zip(own[other], own[name], strict=True)])
+                for name, other in AGAINST.items()
+            }
+            for q, own in seconds.items()
+        },
+        "memory_loaded": loaded,
+        "memory_worked": worked,
+        "data_bytes": {n: (d / "model.onnx.data").stat().st_size for n, d in graphs.items()},
+        "linear_bytes": {name: linear_bytes(directory) for name, directory in graphs.items()},
+        "tokens": {name: answer["tokens"] for name, answer in said.items()},
+        "logits": {
+            n: json.loads((d / "besa.json").read_text())["check"] for n, d in graphs.items()
+        },
+    }
+
+
+def linear_bytes(directory: Path) -> int:
+    """What the weights of the blocks' products take, scales and bitmasks with them."""
+    code = (
+        "import math, sys, onnx\n"
+        "graph = onnx.load(sys.argv[1], load_external_data=False).graph\n"
+        "sizes = {t.name: {e.key: e.value for e in t.external_data} for t in graph.initializer}\n"
+        "nodes = [n for n in graph.node if 'MatMul' in n.op_type and '/layers.' in n.name]\n"
+        "names = [name for node in nodes for name in node.input[1:]]\n"
+        "print(sum(int(sizes[n]['length']) for n in names if n in sizes))\n"
+    )
+    model = str(directory / "model.onnx")
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", code, model], capture_output=True, check=True
+    )
+    return int(found.stdout)
+
+
+def show(model: str, result: dict[str, Any]) -> str:
+    names = list(VARIANTS)
+    rows: list[list[object]] = []
+    for question, found in result["seconds"].items():
+        cells = [f"{found[name]['median'] * 1e3:.1f} ms" for name in names]
+        gains = [f"{result['gain'][question][name]['median']:.2f}×" for name in AGAINST]
+        rows.append([question, *cells, *gains])
+    for what, found in (("linears", "linear_bytes"), ("all weights", "data_bytes")):
+        sizes = result[found]
+        cells = [f"{sizes[name] / 2**20:.0f} MiB" for name in names]
+        gains = [f"{sizes[name] / sizes[other]:.2f}" for name, other in AGAINST.items()]
+        rows.append([what, *cells, *gains])
+    loads = {name: found["median"] for name, found in result["load_seconds"].items()}
+    cells = [f"{loads[name]:.2f} s" for name in names]
+    rows.append(["loading", *cells, *(f"{loads[n] / loads[o]:.2f}" for n, o in AGAINST.items())])
+    for part in ("own", "mapped", "peak"):
+        sizes = {name: found[part] for name, found in result["memory_loaded"].items()}
+        cells = [f"{sizes[name] / 2**20:.0f} MiB" for name in names]
+        gains = [f"{sizes[name] / sizes[other]:.2f}" for name, other in AGAINST.items()]
+        rows.append([f"memory loaded, {part}", *cells, *gains])
+    return table([model, *names, *(f"over {other}" for other in AGAINST.values())], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--work", type=Path, required=True, help="where the models are made")
+    parser.add_argument("--models", nargs="+", default=["tinyllama", "embedded"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only-make", action="store_true", help="make the models and end")
+    parser.add_argument("--json", type=Path, default=RESULTS / "onnx.json")
+    args = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    results = json.loads(args.json.read_text())["models"] if args.json.exists() else {}
+    for model in args.models:
+        graphs = make(args.work, model)
+        if not args.only_make:
+            results[model] = compare(graphs, args.rounds)
+            print(show(model, results[model]), flush=True)
+    if not args.only_make:
+        names = ("onnx", "onnxruntime", "onnxruntime-genai")
+        write_json(
+            args.json,
+            {
+                "conditions": {**conditions(), **{name: version(name) for name in names}},
+                "rounds": args.rounds,
+                "prompt": PROMPT,
+                "steps": STEPS,
+                "layers": LAYERS,
+                "models": results,
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
