@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from transformers import AutoConfig
 
 from besa.errors import BesaError, one_line
 from besa.export.ort import genai
@@ -47,7 +48,7 @@ def build(
     where = ("", str(source), str(out), precision, provider, str(cache))
     with (
         _builder() as (builder, base),
-        _saving(base, change),
+        _changed(base, change, source),
         one_line(f"ONNX Runtime GenAI's builder has no graph for {source}"),
     ):
         # A local folder needs no token, and must not look for one. Layers that look at a window
@@ -81,18 +82,26 @@ def _builder() -> Iterator[tuple[Any, Any]]:
 
 
 @contextmanager
-def _saving(base: Any, change: Callable[[ir.Model], None] | None) -> Iterator[None]:
-    """Changes graphs before the builder writes them."""
-    usual = base.Model.save_model
+def _changed(base: Any, change: Callable[[ir.Model], None] | None, source: Path) -> Iterator[None]:
+    """The builder's models as besa needs them.
+
+    Graphs are changed before they are written. And where a config has a window but no list of
+    layers, all layers have it: the builder would give it to none.
+    """
+    save_model, is_local = base.Model.save_model, base.Model.is_local
 
     def save(model: Any, out: str) -> None:
-        assert change is not None
-        change(model.model)
-        usual(model, out)
+        if change is not None:
+            change(model.model)
+        save_model(model, out)
 
-    if change is not None:
-        base.Model.save_model = save
+    config = AutoConfig.from_pretrained(source)
+    everywhere = bool(getattr(config, "sliding_window", None)) and not getattr(
+        config, "layer_types", None
+    )
+    base.Model.save_model = save
+    base.Model.is_local = lambda model, layer: everywhere or is_local(model, layer)
     try:
         yield
     finally:
-        base.Model.save_model = usual
+        base.Model.save_model, base.Model.is_local = save_model, is_local

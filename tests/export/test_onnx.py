@@ -1,0 +1,413 @@
+"""`besa export --format onnx`: graphs that are the model, dense and packed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from besa.errors import BesaError
+from besa.export import ExportConfig, export
+from besa.export.onnx_check import check_graph
+from besa.export.onnx_decoder import Decoder, compare
+from besa.export.ort import NAME, genai, open_session, ort_library
+from tests.export.sparse import pruned_model, put_zeros
+from tests.helpers import run
+
+try:
+    LIBRARY = ort_library()
+except BesaError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+HEAD = 16
+
+# What a precision costs: of the logits, relative.
+DENSE = {"fp32": 1e-5, "fp16": 5e-3, "int8": 0.05, "int4": 0.5}
+SPARSE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3, "int8": 0.05}
+VARIANTS = [
+    *((False, name) for name in DENSE),
+    *((True, name) for name in SPARSE),
+]
+
+
+def masked(tiny_model: Path, directory: Path, seed: int, rate: float = 0.5) -> Path:
+    """The tiny model with zeros that `seed` chooses."""
+    shutil.copytree(tiny_model, directory)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    if seed:  # other zeros at the same places of another order
+        for parameter in model.parameters():
+            parameter.data = parameter.data.flip(0)
+        put_zeros(model, rate)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.flip(0)
+    else:
+        put_zeros(model, rate)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return masked(tiny_model, tmp_path_factory.mktemp("models") / "pruned", seed=0)
+
+
+@pytest.fixture(scope="module")
+def other(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights under another mask."""
+    return masked(tiny_model, tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture(scope="module")
+def reference(pruned: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def graphs(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[bool, str], Path]:
+    """Every variant of the pruned model."""
+    folder = tmp_path_factory.mktemp("graphs")
+    made = {}
+    for sparse, precision in VARIANTS:
+        out = folder / f"{'sparse' if sparse else 'dense'}-{precision}"
+        config = ExportConfig(out=out, format="onnx", sparse=sparse, precision=precision)
+        made[sparse, precision] = export(pruned, config).out
+    return made
+
+
+def decoder(directory: Path, library: str | None = LIBRARY) -> Decoder:
+    return Decoder(open_session(directory / "model.onnx", library, threads=1), HEAD)
+
+
+def record_of(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "besa.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(("sparse", "precision"), VARIANTS)
+def test_logits_are_transformers(
+    graphs: dict[tuple[bool, str], Path], reference: Any, sparse: bool, precision: str
+):
+    """A prompt, then token by token with what was kept."""
+    bound = (SPARSE if sparse else DENSE)[precision]
+    found = compare(decoder(graphs[sparse, precision]), reference, seed=7)
+    assert found["error"] < bound
+    assert found["tokens"] == 16
+    if bound < 0.03:
+        assert found["agreement"] > 0.9
+
+
+def test_the_export_compares_too(graphs: dict[tuple[bool, str], Path]):
+    for (sparse, precision), directory in graphs.items():
+        check = record_of(directory)["check"]
+        assert check["error"] < (SPARSE if sparse else DENSE)[precision]
+        assert check["dtype"] == "float32"
+
+
+def test_another_mask_is_caught(graphs: dict[tuple[bool, str], Path], other: Path):
+    """The control: by the comparison, also in the coarsest precision."""
+    theirs = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()
+    for directory in graphs.values():
+        assert compare(decoder(directory), theirs)["error"] > 0.6
+
+
+def test_a_step_with_the_cache_is_the_prompt_at_once(graphs: dict[tuple[bool, str], Path]):
+    tokens = np.arange(3, 23)[None]
+    for key in ((False, "fp32"), (True, "bf16"), (True, "int8")):
+        graph = decoder(graphs[key])
+        whole = graph(tokens)
+        graph.reset()
+        steps = np.concatenate([graph(tokens[:, at : at + 1]) for at in range(20)], 1)
+        assert np.linalg.norm(whole - steps) < 1e-4 * np.linalg.norm(whole)
+
+
+def test_packed_int8_is_what_transformers_makes_of_the_packed_checkpoint(
+    graphs: dict[tuple[bool, str], Path], pruned: Path, tmp_path: Path
+):
+    """The same numbers in the blocks; the head alone, which is not int8 there, tells them apart."""
+    packed = export(pruned, ExportConfig(out=tmp_path / "packed", quantize="int8")).out
+    theirs = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).eval()
+    found = compare(decoder(graphs[True, "int8"]), theirs)
+    assert found["error"] < 0.04
+    assert found["error"] < 0.8 * compare(decoder(graphs[False, "int8"]), theirs)["error"]
+
+
+def greedy(directory: Path, prompt: list[int], count: int) -> list[int]:
+    og = genai()
+    model = og.Model(str(directory))
+    wish = og.GeneratorParams(model)
+    total = len(prompt) + count
+    wish.set_search_options(max_length=total, min_length=total, do_sample=False)
+    generator = og.Generator(model, wish)
+    generator.append_tokens([prompt])
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)][len(prompt) :]
+
+
+def expected(model: Any, prompt: list[int], count: int) -> list[int]:
+    found = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return [int(token) for token in found[0, len(prompt) :]]
+
+
+@pytest.mark.parametrize(
+    ("sparse", "precision"), [(False, "fp32"), (True, "fp32"), (True, "bf16"), (True, "fp16")]
+)
+def test_greedy_tokens_in_genai(
+    graphs: dict[tuple[bool, str], Path], reference: Any, sparse: bool, precision: str
+):
+    """The directory as it is: genai_config.json names the operator's library."""
+    prompt = [72, 101, 108, 108, 111, 32, 119]
+    found = greedy(graphs[sparse, precision], prompt, 24)
+    assert found == expected(reference, prompt, 24)
+
+
+def test_packed_weights_are_small_on_the_disk(graphs: dict[tuple[bool, str], Path]):
+    dense, packed = record_of(graphs[False, "int8"]), record_of(graphs[True, "int8"])
+    linears = [one for one in packed["packed"] if one["sparse"]]
+    assert len(linears) == 3 * 5  # of a block: the fused q, k and v, o, gate, up, down
+    weights = sum(one["shape"][0] * one["shape"][1] for one in linears)
+    assert sum(one["bytes"] for one in linears) < 0.7 * weights
+    assert packed["bytes"] < dense["bytes"]
+    for one in record_of(graphs[True, "bf16"])["packed"]:
+        values, bits = one["nonzeros"] * 2, one["shape"][0] * one["shape"][1] / 8
+        assert one["bytes"] == pytest.approx(values + bits)
+
+
+def test_no_weight_is_there_twice(graphs: dict[tuple[bool, str], Path]):
+    """Nothing dense is left beside a packed weight: every byte of the data has one owner."""
+    for key, directory in graphs.items():
+        model = onnx.load(directory / "model.onnx", load_external_data=False)
+        used = {name for node in model.graph.node for name in node.input}
+        parts = []
+        for tensor in model.graph.initializer:
+            assert tensor.name in used
+            where = {entry.key: entry.value for entry in tensor.external_data}
+            parts.append((int(where["offset"]), int(where["length"])))
+        parts.sort()
+        for (start, length), (following, _) in pairwise(parts):
+            assert start + length <= following, key
+
+
+def test_it_runs_without_the_library_while_it_is_small(
+    graphs: dict[tuple[bool, str], Path], reference: Any
+):
+    for precision in ("bf16", "int8"):
+        found = compare(decoder(graphs[True, precision], library=None), reference)
+        assert found["error"] < SPARSE[precision]
+
+
+def test_a_large_model_has_no_function_and_needs_the_library(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("besa.export.onnx_sparse.SMALL", 1000)
+    out = export(pruned, ExportConfig(out=tmp_path / "x", format="onnx", sparse=True)).out
+    assert not onnx.load(out / "model.onnx", load_external_data=False).functions
+    with pytest.raises(BesaError, match="SparseMatMul"):
+        decoder(out, library=None)
+
+
+def test_a_standard_graph(pruned: Path, reference: Any, tmp_path: Path):
+    out = export(pruned, ExportConfig(out=tmp_path / "x", format="onnx", onnx_graph="standard")).out
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert {one.domain: one.version for one in model.opset_import}[""] == 23
+    onnx.checker.check_model(str(out / "model.onnx"))
+    assert compare(decoder(out, library=None), reference)["error"] < 1e-5
+    prompt = [72, 101, 108]
+    assert greedy(out, prompt, 12) == expected(reference, prompt, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "gemma3_text"])
+def test_what_the_builder_does_not_know_becomes_a_standard_graph(
+    family: str, tiny_model: Path, tmp_path: Path
+):
+    model = pruned_model(family, tmp_path / "model", tiny_model)
+    for number, sparse in enumerate((False, True)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            config = ExportConfig(out=tmp_path / f"{number}", format="onnx", sparse=sparse)
+            record = export(model, config).record
+        said = [str(one.message) for one in caught if "standard one" in str(one.message)]
+        assert len(said) == 1
+        assert record["graph"] == "standard"
+        assert record["check"]["error"] < 1e-5
+        assert bool(record["packed"]) == sparse
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma2", "phi3"])
+def test_families_of_the_builder(family: str, tiny_model: Path, tmp_path: Path):
+    """Biases, windows, tied embeddings, fused products."""
+    wide = {"hidden_size": 64, "head_dim": 16} if family != "phi3" else {"hidden_size": 64}
+    model = pruned_model(family, tmp_path / "model", tiny_model, **wide)
+    for sparse, precision in ((False, "fp32"), (True, "fp32"), (True, "int8")):
+        out = tmp_path / f"{sparse}-{precision}"
+        config = ExportConfig(out=out, format="onnx", sparse=sparse, precision=precision)
+        record = export(model, config).record
+        assert record["graph"] == "genai"
+        # Scores that are capped go through an approximation of tanh.
+        exact = 1e-3 if family == "gemma2" else 1e-5
+        assert record["check"]["error"] < (0.1 if precision == "int8" else exact)
+
+
+def test_the_card_of_a_2_4_model_tells_of_tensorrt(tiny_model: Path, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    directory = tmp_path / "pruned"
+    shutil.copytree(tiny_model, directory)
+    put_zeros(model, pattern=(2, 4)).save_pretrained(directory)
+    settings = {"pattern": "2:4", "method": "wanda"}
+    record = {"model": "m", "settings": settings, "sparsity": {"achieved": 0.5, "target": 0.5}}
+    (directory / "besa.json").write_text(json.dumps(record))
+    dense = export(directory, ExportConfig(out=tmp_path / "dense", format="onnx")).out
+    assert "trt_sparsity_enable" in (dense / "README.md").read_text()
+    zeros = onnx.load(dense / "model.onnx", load_external_data=True)
+    shares = [
+        float((onnx.numpy_helper.to_array(one) == 0).mean())
+        for one in zeros.graph.initializer
+        if ".layers." in one.name and "MatMul" in one.name
+    ]
+    assert min(shares) >= 0.5  # dense, with its zeros
+    sparse = export(directory, ExportConfig(out=tmp_path / "sparse", format="onnx", sparse=True))
+    assert sparse.record["pattern"] == "2:4"
+    assert "trt_sparsity_enable" not in (sparse.out / "README.md").read_text()
+
+
+def test_what_the_command_prints_and_writes(pruned: Path, tmp_path: Path):
+    words = ("export", "--format", "onnx", pruned, "--sparse", "--precision", "bf16")
+    process = run(*words, "--out", "out", cwd=tmp_path)
+    assert process.returncode == 0, process.errors
+    first, second, third = process.output.splitlines()
+    assert first.startswith("out: a sparse graph (genai), bf16, ")
+    assert re.match(r"16 products on packed weights, 15 of them pruned: \d+", second)
+    assert re.match(r"logits \S+ \(relative\) off transformers' in float32, ", third)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"model.onnx", "model.onnx.data", "genai_config.json", "besa.json", NAME}
+    assert names >= {"README.md", "config.json", "tokenizer.json"}
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--precision", "int3"], "a dense graph has one of fp32, fp16, int8, int4"),
+        (["--sparse", "--precision", "int4"], "a sparse graph has one of bf16, fp16, fp32, int8"),
+        (["--quantize", "int8"], "--format onnx takes --precision int8, not --quantize"),
+        (["--group-size", "32"], "--group-size is for --sparse --precision int8"),
+        (["--onnx-graph", "other"], "choose one of genai, standard"),
+        (["--onnx-graph", "standard", "--precision", "int8"], "standard is fp32 or --sparse"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path: Path, flags: list[str], words: str):
+    process = run("export", "--format", "onnx", "x", "--out", "y", *flags, cwd=tmp_path)
+    assert process.returncode == 2
+    assert words in process.errors
+    assert process.errors.count("\n") == 1
+
+
+def test_onnx_flags_with_another_format(tmp_path: Path):
+    process = run("export", "x", "--out", "y", "--sparse", cwd=tmp_path)
+    assert process.returncode == 2
+    assert "are for --format onnx" in process.errors
+
+
+def test_an_unpruned_model(tiny_model: Path, tmp_path: Path):
+    with pytest.raises(BesaError, match="is not pruned: no linear has more zeros"):
+        export(tiny_model, ExportConfig(out=tmp_path / "x", format="onnx", sparse=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_precision_that_only_the_builder_makes(tiny_model: Path, tmp_path: Path):
+    model = pruned_model("opt", tmp_path / "model", tiny_model)
+    with pytest.raises(BesaError, match=r"has no graph for .*; without --precision it becomes"):
+        export(model, ExportConfig(out=tmp_path / "x", format="onnx", precision="int8"))
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_a_head_size_that_the_fused_attention_does_not_take(tiny_model: Path, tmp_path: Path):
+    model = pruned_model("llama", tmp_path / "model", tiny_model)  # heads of 8
+    with pytest.raises(BesaError, match=r"head_size shall be a multiple .* --onnx-graph standard"):
+        export(model, ExportConfig(out=tmp_path / "x", format="onnx"))
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_a_graph_that_is_another_model_does_not_appear(
+    pruned: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What the builder reads changes under its hands; the comparison sees it."""
+    from besa.export import onnx_model
+
+    monkeypatch.setattr(onnx_model, "build", lambda _source, *rest: real(other, *rest))
+    from besa.export.onnx_builder import build as real
+
+    with pytest.raises(BesaError, match="logits are off by"):
+        export(pruned, ExportConfig(out=tmp_path / "x", format="onnx"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_that_are_cut_off_or_missing(graphs: dict[tuple[bool, str], Path], tmp_path: Path):
+    shutil.copytree(graphs[True, "int8"], tmp_path / "cut")
+    data = tmp_path / "cut" / "model.onnx.data"
+    size = data.stat().st_size
+    os.truncate(data, size - 1)
+    for refuse in (check_graph, open_session):
+        with pytest.raises(BesaError, match=f"is cut off: it has {size - 1:,} bytes"):
+            refuse(tmp_path / "cut" / "model.onnx")
+    data.unlink()
+    with pytest.raises(BesaError, match="is missing: copy it"):
+        open_session(tmp_path / "cut" / "model.onnx")
+    (tmp_path / "cut" / "model.onnx").write_bytes(b"nonsense")
+    with pytest.raises(BesaError, match="is missing or damaged"):
+        open_session(tmp_path / "cut" / "model.onnx")
+
+
+@pytest.mark.parametrize("asked", [None, "0"])
+def test_telemetry_is_off_unless_the_user_turned_it_on(asked: str | None):
+    """Before the import, which is when ONNX Runtime looks."""
+    code = (
+        "import os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'onnxruntime':\n"
+        "            print(os.environ.get('ORT_DISABLE_TELEMETRY'))\n"
+        "import besa.export.ort as ort\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "ort.runtime()\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    if asked is not None:
+        environment["ORT_DISABLE_TELEMETRY"] = asked
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert set(found.stdout.split()) == {asked or "1"}
+
+
+def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else real(name)
+    )
+    with pytest.raises(BesaError, match=r"onnx not installed: pip install 'besa\[onnx\]'"):
+        export("x", ExportConfig(out=tmp_path / "x", format="onnx"))
