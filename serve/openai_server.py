@@ -2,7 +2,7 @@
 
     python -m besa.serve.engine transformers serve DIR --served-model-name tiny --port 8000
 
-The server and all of its flags are transformers' own (5.19 to 5.23): completions and chat
+The server and all of its flags are transformers' own (5.19 to 5.24): completions and chat
 completions, streamed or not. It looks its parts up by name when it starts, and besa puts its own in
 the place of five of them:
 
@@ -107,7 +107,7 @@ def _replace(name: str, directory: Path, key: str | None) -> None:
         (utils, "GenerationState", Generation),
     ):
         if not hasattr(module, part):
-            raise BesaError(f"{module.__name__}.{part} is gone: install transformers 5.19 to 5.23")
+            raise BesaError(f"{module.__name__}.{part} is gone: install transformers 5.19 to 5.24")
         setattr(module, part, replacement)
 
 

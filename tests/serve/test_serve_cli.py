@@ -16,6 +16,7 @@ import openai
 import psutil
 import pytest
 
+from besa.machine import cores
 from tests.helpers import Process, run
 from tests.serve import serving
 from tests.serve.serving import ENGINES, PROMPTS, greedy
@@ -200,9 +201,11 @@ def test_told_to_stop_while_it_starts(engine: str, sparse: Path, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_besa_is_killed(engine: str, sparse: Path, dense: Path, tmp_path: Path):
-    """No engine is left behind. Until then: a key from the command line, a model's other name."""
+    """No engine is left behind. Until then: a key from the command line, another name, two ranks."""
     flags = ["--api-key", "secret", "--served-model-name", "mine", "--shutdown-timeout", 1]
-    flags += ["--dtype", "float32", *(["--enforce-eager"] if engine == "vllm" else [])]
+    flags += ["--dtype", "float32"]
+    if engine == "vllm":
+        flags += ["--enforce-eager", "--tensor-parallel-size", min(2, cores())]
     served = serving.start(engine, sparse, tmp_path, *flags)
     try:
         serving.ready(served)
