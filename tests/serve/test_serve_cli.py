@@ -201,7 +201,7 @@ def test_told_to_stop_while_it_starts(engine: str, sparse: Path, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_besa_is_killed(engine: str, sparse: Path, dense: Path, tmp_path: Path):
-    """No engine is left behind. Until then: a key from the command line, another name, two ranks."""
+    """No engine is left behind. Until then: a key by its flag, another name, two ranks."""
     flags = ["--api-key", "secret", "--served-model-name", "mine", "--shutdown-timeout", 1]
     flags += ["--dtype", "float32"]
     if engine == "vllm":
