@@ -15,7 +15,8 @@ from typing import Any
 from besa.errors import BesaWarning
 
 # The versions of vLLM whose quantization interface this is: from the first, below the second.
-VERSIONS = ("0.31", "0.34")
+# vLLM 0.31 wants transformers below 5.18, and besa one from 5.19 on.
+VERSIONS = ("0.32", "0.34")
 
 
 def register() -> None:
