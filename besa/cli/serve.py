@@ -6,9 +6,9 @@ besa serve SPARSE --max-model-len 2048 --enforce-eager
 besa serve SPARSE --engine transformers
 
 SPARSE is what `besa export` wrote; any other model is served as it is. vLLM serves it where it is
-installed, else transformers; an ONNX model is served by ONNX Runtime GenAI. Flags that are not
-below go to the engine as they are: `vllm serve --help=all` and `transformers serve --help` list
-them. For several GPUs or machines, vLLM's --tensor-parallel-size, --pipeline-parallel-size and
+installed, else transformers; an ONNX model is served by ONNX Runtime GenAI. Flags after SPARSE that
+are not below go to the engine as they are: `vllm serve --help=all` and `transformers serve --help`
+list them. For several GPUs or machines, vLLM's --tensor-parallel-size, --pipeline-parallel-size and
 --distributed-executor-backend; --dry-run prints what would be started, for a cluster's own way of
 starting things.
 """
