@@ -30,9 +30,10 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def started(config: ServeConfig) -> list[str]:
     """The warnings on the way to the engine."""
-    with warnings.catch_warnings(record=True) as caught, pytest.raises(BesaError, match="now"):
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        serve(config)
+        with pytest.raises(BesaError, match="now"):
+            serve(config)
     return [str(each.message) for each in caught if each.category is BesaWarning]
 
 
