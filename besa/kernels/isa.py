@@ -1,7 +1,8 @@
 """Which instruction set the native kernels use.
 
 One library holds them all; the CPU's best is taken, or what `BESA_ISA` in the environment names:
-portable, avx2, avx512 or avx512_bf16.
+portable, avx2, avx512, avx512_bf16 or avx512_dpbf16. The last two need the same instructions and
+differ in those that bfloat16 is multiplied with; AMD's CPUs are faster with the last.
 
     name, reason = chosen_isa()     # "avx512_bf16", "the best that this CPU has"
 """
@@ -14,7 +15,14 @@ from functools import cache
 from besa.errors import BesaError
 from besa.kernels import native
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_dpbf16")
+
+
+@cache
+def available() -> tuple[str, ...]:
+    """Those of `ISAS` that this CPU has; none without the native library."""
+    library = native.library()
+    return () if library is None else ISAS[: library.besa_last_isa() + 1]
 
 
 @cache
@@ -37,8 +45,8 @@ def chosen_isa() -> tuple[str, str]:
         return "torch", "the native library is not there"
     if not wanted:
         return best, "the best that this CPU has"
-    if ISAS.index(wanted) > ISAS.index(best):
-        raise BesaError(f"BESA_ISA={wanted}, but the best that this CPU has is {best}")
+    if wanted not in available():
+        raise BesaError(f"BESA_ISA={wanted}, but this CPU has {', '.join(available())}")
     return wanted, f"BESA_ISA={wanted}"
 
 

@@ -39,6 +39,7 @@ _SIGNATURES = {
     "besa_expand": [*[c_void_p] * 4, *[c_int64] * 4, *[c_int] * 2],
     # values, weight or None, buckets, out, rows, cols, n_buckets, threads
     "besa_segment_sum_f32": [*[c_void_p] * 4, *[c_int64] * 3, c_int],
+    "besa_last_isa": [],
     "besa_best_isa": [],
     # values, dtype, count, bitmask, row_ptr, scale, group_size, bias, input, dtype, output,
     # tokens, rows, cols, int8_input, isa, threads; gives a status

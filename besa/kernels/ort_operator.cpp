@@ -76,11 +76,11 @@ int cpus() {
 
 // As besa.kernels.isa: the best, or what BESA_ISA names.
 int chosen_isa() {
-    static constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
-    const int best = besa::best_isa();
+    static constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16",
+                                             "avx512_dpbf16"};
     const char* wanted = std::getenv("BESA_ISA");
-    if (!wanted || !*wanted) return best;
-    for (int isa = 0; isa <= best; ++isa)
+    if (!wanted || !*wanted) return besa::best_isa();
+    for (int isa = 0; isa <= besa::last_isa(); ++isa)
         if (std::strcmp(wanted, kNames[isa]) == 0) return isa;
     refuse("BESA_ISA names no instruction set that this CPU has");
 }

@@ -8,6 +8,7 @@
 //     W                kStep weights in registers    Acc   sums of products in registers
 //     Mask             kStep bits
 //     kInt8Input       activations are quantized to int8, one scale per token
+//     kRawInput        activations are taken as they are: X is their type
 //     kOffset          is added to them, for an instruction that wants them unsigned
 //     kLate            what that adds to a row's sums is taken off at the row's end
 //     place(j)         where column j of a token lies in its X row
@@ -71,9 +72,12 @@ int sparse_linear_portable(const Job& job);
 int sparse_linear_avx2(const Job& job);
 int sparse_linear_avx512(const Job& job);
 int sparse_linear_avx512_bf16(const Job& job);
+int sparse_linear_avx512_dpbf16(const Job& job);
 #endif
 
-// The best instruction set that this CPU has: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 BF16.
+// 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 BF16, 4 the same with dpbf16ps. This CPU has those up to
+// `last_isa`, and is fastest with `best_isa`.
+int last_isa();
 int best_isa();
 
 // The product by an instruction set; returns a Status.
@@ -212,6 +216,9 @@ struct Input {
                 const int whole = static_cast<int>((scaled + 12582912.0f) - 12582912.0f);
                 to[Tr::place(j)] = static_cast<typename Tr::X>(whole + Tr::kOffset);
             }
+        } else if constexpr (Tr::kRawInput) {
+            std::memcpy(to, static_cast<const typename Tr::X*>(job.input) + t * job.cols,
+                        job.cols * sizeof(*to));
         } else {
             for (std::int64_t j = 0; j < job.cols; ++j) to[Tr::place(j)] = value(j);
         }

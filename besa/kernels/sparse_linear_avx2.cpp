@@ -100,7 +100,7 @@ struct FloatDot {
     static constexpr int kStep = 8, kUnroll = 4, kRegisters = 8;
     static constexpr int kTileRows = 4, kTileTokens = 2;
     static constexpr int kOffset = 0;
-    static constexpr bool kInt8Input = false, kLate = false;
+    static constexpr bool kInt8Input = false, kRawInput = false, kLate = false;
     static constexpr int kAtOnce = 1;
 
     static std::int64_t place(std::int64_t j) { return j; }
@@ -138,7 +138,7 @@ struct Int8Pairs {
     static constexpr int kStep = 16, kUnroll = 4, kRegisters = 8;
     static constexpr int kTileRows = 4, kTileTokens = 2;
     static constexpr int kOffset = 0;
-    static constexpr bool kInt8Input = true, kLate = false;
+    static constexpr bool kInt8Input = true, kRawInput = false, kLate = false;
     static constexpr int kAtOnce = 1;
 
     static std::int64_t place(std::int64_t j) { return j; }

@@ -22,13 +22,13 @@ struct Int8Pairs {
     static constexpr int kStep = 16, kUnroll = 4, kRegisters = kGrouped ? 12 : 24;
     static constexpr int kTileRows = 4, kTileTokens = 2;
     static constexpr int kOffset = 0;
-    static constexpr bool kInt8Input = true, kLate = false;
+    static constexpr bool kInt8Input = true, kRawInput = false, kLate = false;
     static constexpr int kAtOnce = 1;
 
     static std::int64_t place(std::int64_t j) { return j; }
     static int popcount(Mask m) { return __builtin_popcount(m); }
     static W expand(const Value* p, Mask m, const Groups& g, std::int64_t col) {
-        return with(_mm512_maskz_expand_epi32(m, Int8Lanes::load(p)), g, col);
+        return with(_mm512_mask_expand_epi32(fresh_zero(), m, Int8Lanes::load(p)), g, col);
     }
     static W load(const Value* p, const Groups& g, std::int64_t col) {
         return with(Int8Lanes::load(p), g, col);

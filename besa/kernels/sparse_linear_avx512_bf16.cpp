@@ -11,8 +11,7 @@ namespace {
 
 // bfloat16 values as float32, in two halves: shifting a pair of them left leaves the one at the even
 // place, masking it the one at the odd place. An activation's even columns lie before its odd ones.
-// The instruction that multiplies bfloat16 pairs (dpbf16ps) is not used: it issues once in two cycles
-// where two float32 multiply-adds issue in each, which makes half of the products in a given time.
+// On Intel's cores this is twice as fast as `Bf16Pairs`.
 struct Bf16Halves {
     using Value = std::uint16_t;
     using X = float;
@@ -25,12 +24,12 @@ struct Bf16Halves {
     static constexpr int kStep = 32, kUnroll = 4, kRegisters = 24;
     static constexpr int kTileRows = 6, kTileTokens = 4;
     static constexpr int kOffset = 0;
-    static constexpr bool kInt8Input = false, kLate = false;
+    static constexpr bool kInt8Input = false, kRawInput = false, kLate = false;
 
     static std::int64_t place(std::int64_t j) { return (j & ~31) | (j & 1) << 4 | (j & 31) >> 1; }
     static int popcount(Mask m) { return __builtin_popcount(m); }
     static W expand(const Value* p, Mask m, const Groups&, std::int64_t) {
-        return halves(_mm512_maskz_expand_epi16(m, _mm512_loadu_si512(p)));
+        return halves(_mm512_mask_expand_epi16(fresh_zero(), m, in_register(p)));
     }
     static W load(const Value* p, const Groups&, std::int64_t) {
         return halves(_mm512_loadu_si512(p));
@@ -50,6 +49,36 @@ struct Bf16Halves {
     static void sums(const Acc* from, Sum* to) { _mm512_storeu_ps(to, sum_16(from)); }
 };
 
+// bfloat16 values and activations, two products a lane and instruction (dpbf16ps), which takes
+// subnormal numbers for zero. On AMD's cores this is twice as fast as `Bf16Halves`.
+struct Bf16Pairs {
+    using Value = std::uint16_t;
+    using X = std::uint16_t;
+    using Mask = std::uint32_t;
+    using W = __m512i;
+    using Acc = __m512;
+    using Sum = float;
+    static constexpr int kStep = 32, kUnroll = 4, kRegisters = 24;
+    static constexpr int kTileRows = 6, kTileTokens = 4;
+    static constexpr int kOffset = 0;
+    static constexpr bool kInt8Input = false, kRawInput = true, kLate = false;
+
+    static std::int64_t place(std::int64_t j) { return j; }
+    static int popcount(Mask m) { return __builtin_popcount(m); }
+    static W expand(const Value* p, Mask m, const Groups&, std::int64_t) {
+        return _mm512_mask_expand_epi16(fresh_zero(), m, in_register(p));
+    }
+    static W load(const Value* p, const Groups&, std::int64_t) { return _mm512_loadu_si512(p); }
+    static Acc zero() { return _mm512_setzero_ps(); }
+    static Acc dot(Acc acc, W w, const X* x) {
+        return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_load_si512(x));
+    }
+    static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
+    static Sum sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
+    static constexpr int kAtOnce = 16;
+    static void sums(const Acc* from, Sum* to) { _mm512_storeu_ps(to, sum_16(from)); }
+};
+
 // int8 values and activations, four products a lane. The instruction wants one side unsigned: the
 // activations are, with 128 added, and 128 times the sum of the weights is taken off again.
 struct Int8Dot {
@@ -62,12 +91,12 @@ struct Int8Dot {
     static constexpr int kStep = 64, kUnroll = 4, kRegisters = 20;
     static constexpr int kTileRows = 6, kTileTokens = 4;
     static constexpr int kOffset = 128;
-    static constexpr bool kInt8Input = true, kLate = true;
+    static constexpr bool kInt8Input = true, kRawInput = false, kLate = true;
 
     static std::int64_t place(std::int64_t j) { return j; }
     static int popcount(Mask m) { return __builtin_popcountll(m); }
     static W expand(const Value* p, Mask m, const Groups&, std::int64_t) {
-        return _mm512_maskz_expand_epi8(m, _mm512_loadu_si512(p));
+        return _mm512_mask_expand_epi8(fresh_zero(), m, in_register(p));
     }
     static W load(const Value* p, const Groups&, std::int64_t) { return _mm512_loadu_si512(p); }
     static Acc zero() { return Acc{}; }
@@ -116,12 +145,12 @@ struct Int8GroupDot {
     static constexpr int kStep = 64, kUnroll = 2, kRegisters = 12;
     static constexpr int kTileRows = 4, kTileTokens = 2;
     static constexpr int kOffset = 128;
-    static constexpr bool kInt8Input = true, kLate = false;  // taken off step by step
+    static constexpr bool kInt8Input = true, kRawInput = false, kLate = false;  // taken off step by step
 
     static std::int64_t place(std::int64_t j) { return j; }
     static int popcount(Mask m) { return __builtin_popcountll(m); }
     static W expand(const Value* p, Mask m, const Groups& g, std::int64_t col) {
-        return with(_mm512_maskz_expand_epi8(m, _mm512_loadu_si512(p)), g, col);
+        return with(_mm512_mask_expand_epi8(fresh_zero(), m, in_register(p)), g, col);
     }
     static W load(const Value* p, const Groups& g, std::int64_t col) {
         return with(_mm512_loadu_si512(p), g, col);
@@ -153,6 +182,11 @@ int sparse_linear_avx512_bf16(const Job& job) {
     if (job.values_dtype == kInt8 && job.int8_input)
         return job.group_size ? run<Int8GroupDot>(job) : run<Int8Dot>(job);
     return run_float(job);
+}
+
+int sparse_linear_avx512_dpbf16(const Job& job) {
+    if (job.values_dtype == kBf16 && job.input_dtype == kBf16) return run<Bf16Pairs>(job);
+    return sparse_linear_avx512_bf16(job);
 }
 
 }  // namespace besa

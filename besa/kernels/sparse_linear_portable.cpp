@@ -42,7 +42,7 @@ struct Lanes {
     static constexpr int kStep = kLanes, kUnroll = 2, kRegisters = 8;
     static constexpr int kTileRows = 2, kTileTokens = 2;
     static constexpr int kOffset = 0;
-    static constexpr bool kInt8Input = kInt8, kLate = false;
+    static constexpr bool kInt8Input = kInt8, kRawInput = false, kLate = false;
     static constexpr int kAtOnce = 1;
 
     static std::int64_t place(std::int64_t j) { return j; }
