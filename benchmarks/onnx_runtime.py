@@ -42,7 +42,7 @@ VARIANTS = {
 AGAINST = {"sparse bf16": "fp32", "sparse int8": "int8"}
 
 BATCHES = (1, 4, 16)
-PROMPT, STEPS, LONG_PROMPT = 64, 16, 256
+PROMPT, STEPS, LONG_PROMPT = 32, 16, 256
 
 # Seconds for an answer; a dense fp32 graph takes half a minute for the longest.
 LIMIT = 300

@@ -37,12 +37,23 @@ def thread_binding(ranks: int) -> str | None:
 
     None where a rank would get no core, which vLLM then says in its own words.
     """
+    return binding(physical_cores(), ranks, _most(ranks))
+
+
+def threads() -> int:
+    """For an engine of one process that takes a number: one for each core, or fewer if asked."""
+    cores = sum(map(len, physical_cores()))
+    return min(cores, _most(ranks=1) or cores)
+
+
+def _most(ranks: int) -> int | None:
+    """The threads that the user and the container leave to each of so many ranks."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     most = int(asked) if asked.isdigit() and int(asked) else None
     if (share := core_share()) is not None:
         granted = max(1, math.ceil(share) // ranks)
         most = granted if most is None else min(most, granted)
-    return binding(physical_cores(), ranks, most)
+    return most
 
 
 def binding(nodes: list[list[int]], ranks: int, most: int | None = None) -> str | None:

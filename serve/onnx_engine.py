@@ -1,6 +1,6 @@
 """ONNX Runtime GenAI's engine in a thread of its own: requests in, tokens out to their streams.
 
-    engine = OnnxEngine(Path("onnx"))
+    engine = OnnxEngine(Path("onnx"), threads=2)
     engine.start(Asked(prompt=[72, 105], most=16), stream)     # in an event loop
     engine.stop()
 
@@ -57,7 +57,7 @@ class OnnxEngine:
         BesaError: the model or its operators cannot be loaded.
     """
 
-    def __init__(self, directory: Path, threads: int = 0) -> None:
+    def __init__(self, directory: Path, threads: int) -> None:
         self._og = genai()
         described = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))
         load_whole(directory / described["model"]["decoder"]["filename"])
@@ -89,10 +89,10 @@ class OnnxEngine:
         self._thread.join()
 
     def _load(self, directory: Path, threads: int) -> Any:
+        # By itself GenAI takes half of what the machine has, be they cores or not.
+        options = {"session_options": {"intra_op_num_threads": threads}}
         config = self._og.Config(str(directory))
-        if threads:
-            options = {"session_options": {"intra_op_num_threads": threads}}
-            config.overlay(json.dumps({"model": {"decoder": options}}))
+        config.overlay(json.dumps({"model": {"decoder": options}}))
         return self._og.Engine(self._og.Model(config))
 
     def _run(

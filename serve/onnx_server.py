@@ -27,6 +27,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 from transformers.cli.serving.utils import _StreamError
 
+from besa.serve.cpu import threads
 from besa.serve.gate import Gate
 from besa.serve.handlers import answer_errors, check
 from besa.serve.onnx_engine import Asked, OnnxEngine
@@ -34,6 +35,18 @@ from besa.serve.stream import Stream
 
 # Of the legacy API, where a request does not say it.
 _MOST_TOKENS = 16
+
+# What changes the answer, and this engine does not do, besides what no server of besa's does. A
+# seed it takes only where it batches dynamically, which is on GPUs.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "seed": (),
+    "suffix": ("",),
+    "tools": ([],),
+}
 
 
 def run(arguments: list[str]) -> None:
@@ -48,10 +61,9 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--log-level", default="info")
-    parser.add_argument("--threads", type=int, default=0, help="0 for a thread on each core")
+    parser.add_argument("--threads", type=int, help="default: one for each core")
     ours = parser.parse_args(arguments)
-    threads = ours.threads or int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0] or 0)
-    engine = OnnxEngine(ours.directory, threads)
+    engine = OnnxEngine(ours.directory, ours.threads or threads())
     try:
         uvicorn.run(
             application(ours.directory, ours.served_model_name, engine),
@@ -95,6 +107,9 @@ class _Api:
 
     async def answer(self, body: dict[str, Any], chat: bool) -> Any:
         check(body)
+        for field, harmless in _REFUSED.items():
+            if body.get(field) is not None and body[field] not in harmless:
+                raise HTTPException(400, f"{field}={body[field]!r} is not supported by this server")
         if body.get("model", self.name) != self.name:
             raise HTTPException(404, f"there is no model {body['model']}, only {self.name}")
         prompt = self._messages(body) if chat else self._prompt(body)
@@ -153,8 +168,6 @@ class _Api:
         if most is None:
             most = longest if chat else _MOST_TOKENS
         most = min(most, longest - len(prompt))
-        if body.get("seed") is not None:  # an engine that batches statically cannot
-            raise HTTPException(400, "seed is not supported by this server")
         least = most if body.get("ignore_eos") else int(body.get("min_tokens") or 0)
         return Asked(
             prompt,

@@ -90,7 +90,13 @@ def in_onnx(directory: str, most: int, longest: int) -> tuple[Steps, int]:  # no
 
     import onnxruntime_genai as genai
 
-    model = genai.Model(directory)
+    from besa.serve.cpu import threads
+
+    # By itself GenAI takes half of what the machine has, be they cores or not.
+    options = {"session_options": {"intra_op_num_threads": threads()}}
+    own = genai.Config(directory)
+    own.overlay(json.dumps({"model": {"decoder": options}}))
+    model = genai.Model(own)
     config = json.loads((Path(directory) / "genai_config.json").read_text())
 
     def steps(prompts: list[list[int]], length: int) -> tuple[float, list[float], list[int]]:

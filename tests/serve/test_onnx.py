@@ -89,8 +89,17 @@ def test_by_chance(server: Served):
 
     assert len({says(temperature=1.5) for _ in range(4)}) > 1
     assert says(temperature=1.0, top_p=1e-6) == says(temperature=0)
-    with pytest.raises(openai.BadRequestError, match="seed is not supported"):
-        says(temperature=1.0, seed=1)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"seed": 1}, {"logit_bias": {"5": 10}}, {"frequency_penalty": 0.5}, {"suffix": "b"}, {"n": 2}],
+)
+def test_what_would_be_ignored_is_refused(server: Served, asked: dict[str, object]):
+    with pytest.raises(openai.BadRequestError, match="is not supported by this server"):
+        server.client().completions.create(
+            model="sparse", prompt="a", max_tokens=2, extra_body=asked
+        )
 
 
 def test_a_load_generator_gets_as_many_tokens_as_it_asks_for(server: Served):
