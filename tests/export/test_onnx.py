@@ -144,6 +144,16 @@ def test_packed_int8_is_what_transformers_makes_of_the_packed_checkpoint(
     assert found["error"] < 0.8 * compare(decoder(graphs[False, "int8"]), theirs)["error"]
 
 
+def test_int8_with_a_scale_for_each_group_of_columns(pruned: Path, reference: Any, tmp_path: Path):
+    wish = {"sparse": True, "precision": "int8", "group_size": 32}
+    out = export(pruned, ExportConfig(out=tmp_path / "x", format="onnx", **wish)).out
+    assert compare(decoder(out), reference)["error"] < SPARSE["int8"]
+    assert compare(decoder(out, library=None), reference)["error"] < SPARSE["int8"]
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    products = [node for node in model.graph.node if node.op_type == "SparseMatMul"]
+    assert {a.i for node in products for a in node.attribute if a.name == "group_size"} == {32}
+
+
 def greedy(directory: Path, prompt: list[int], count: int) -> list[int]:
     og = genai()
     model = og.Model(str(directory))

@@ -20,6 +20,7 @@ import pytest
 from besa.errors import BesaError
 from besa.export import ExportConfig, export
 from besa.export.ort import NAME, ort_library
+from besa.serve.cpu import threads
 from tests.helpers import run
 from tests.serve import serving
 from tests.serve.serving import NEW_TOKENS, PROMPTS, Served, greedy
@@ -69,6 +70,17 @@ def server(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         yield serving.ready(served)
     finally:
         serving.finish(served)
+
+
+def test_a_thread_for_each_core(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("besa.serve.cpu.core_share", lambda: None)
+    monkeypatch.setattr("besa.serve.cpu.physical_cores", lambda: [[0, 2, 4], [6]])
+    assert threads() == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads() == 3
+    monkeypatch.setattr("besa.serve.cpu.core_share", lambda: 1.5)
+    assert threads() == 2
 
 
 def test_nothing_reports_home(server: Served):
