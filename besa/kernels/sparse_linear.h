@@ -15,6 +15,7 @@
 //     kUnroll          independent sums of a single row and token
 //     kRegisters       accumulators that fit in registers beside the rest
 //     kTileRows, kTileTokens  the block of a tile's product: that many accumulators
+//     kTileFrom        the number of tokens from which on tiles are expanded, as was measured
 //     sums(from, to)         kAtOnce sums; 1 if that is no cheaper
 //     expand(p, m, g, col)   the next popcount(m) values to their places, zeros between; may read
 //                            kStep values from p; g scales it if the scales are per group
@@ -85,9 +86,6 @@ int sparse_linear(const Job& job, int isa);
 
 // How many bytes of values are fetched ahead in each stream of rows.
 constexpr int kAhead = 2048;
-
-// From this number of tokens on tiles are expanded.
-constexpr int kTileFrom = 17;
 
 // Rows that a thread takes at a time for tiles, and tokens that go over them at a time: what is
 // summed up so far, and a tile's columns of the activations, stay in the second-level cache.
@@ -254,7 +252,7 @@ struct Worker {
     }
 
     bool prepare() {
-        const bool tiles = job.tokens >= kTileFrom;
+        const bool tiles = job.tokens >= Tr::kTileFrom;
         copies = buffer<Value>((tiles ? kPieceRows : kDirectRows) * (job.cols + kStep));
         if (tiles) {
             tile = buffer<W>(kRows * kTileSteps);
@@ -265,7 +263,7 @@ struct Worker {
 
     // Rows [first, end) of the product.
     void rows(std::int64_t first, std::int64_t end) {
-        if (job.tokens >= kTileFrom) {
+        if (job.tokens >= Tr::kTileFrom) {
             for (std::int64_t t = 0; t < job.tokens; t += kChunk)
                 piece(first, static_cast<int>(end - first), t, least(t + kChunk, job.tokens));
             return;
@@ -371,13 +369,28 @@ struct Worker {
         if (row.p - row.begin != row.count) status = kCorrupt;
     }
 
-    // Output (t, r) from the sum of its products.
-    void finish(std::int64_t r, std::int64_t t, typename Tr::Sum sum) {
-        float value = static_cast<float>(sum);
-        if (job.scale && !job.group_size) value *= job.scale[r];
-        if constexpr (Tr::kInt8Input) value *= in.scale[t];
-        if (job.bias) value += load_float(job.bias, job.input_dtype, r);
-        store_float(job.output, job.input_dtype, t * job.rows + r, value);
+    // Outputs (t, r) to (t, r + N - 1) from the sums of their products. What the types are is asked
+    // outside of the loops, which are vectors then.
+    template <int N>
+    void finish(std::int64_t r, std::int64_t t, const typename Tr::Sum* sums) {
+        float values[N];
+        for (int i = 0; i < N; ++i) values[i] = static_cast<float>(sums[i]);
+        if (job.scale && !job.group_size)
+            for (int i = 0; i < N; ++i) values[i] *= job.scale[r + i];
+        if constexpr (Tr::kInt8Input)
+            for (int i = 0; i < N; ++i) values[i] *= in.scale[t];
+        switch (job.input_dtype) {
+            case kBf16: put<N, kBf16>(r, t, values); break;
+            case kFp16: put<N, kFp16>(r, t, values); break;
+            default: put<N, kFp32>(r, t, values);
+        }
+    }
+
+    template <int N, int kTo>
+    void put(std::int64_t r, std::int64_t t, float* values) {
+        if (job.bias)
+            for (int i = 0; i < N; ++i) values[i] += load_float(job.bias, kTo, r + i);
+        for (int i = 0; i < N; ++i) store_float(job.output, kTo, t * job.rows + r + i, values[i]);
     }
 
     // R rows, `apart` from each other, times T tokens; U steps with sums of their own, so that none
@@ -422,7 +435,8 @@ struct Worker {
             each<T>([&](auto t) BESA_INLINE {
                 Acc sum = acc[0][r][t];
                 each<U - 1>([&](auto u) BESA_INLINE { sum = Tr::add(sum, acc[u + 1][r][t]); });
-                finish(r0 + r * apart, t0 + t, Tr::sum(sum) - late);
+                const typename Tr::Sum total = Tr::sum(sum) - late;
+                finish<1>(r0 + r * apart, t0 + t, &total);
             });
         });
     }
@@ -473,20 +487,31 @@ struct Worker {
                 for (; r + Tr::kAtOnce <= n; r += Tr::kAtOnce) {
                     typename Tr::Sum sum[Tr::kAtOnce];
                     Tr::sums(from + r, sum);
-                    for (int i = 0; i < Tr::kAtOnce; ++i)
-                        finish(r0 + r + i, t0 + t, sum[i] - late[r + i]);
+                    for (int i = 0; i < Tr::kAtOnce; ++i) sum[i] -= late[r + i];
+                    finish<Tr::kAtOnce>(r0 + r, t0 + t, sum);
                 }
-            for (; r < n; ++r) finish(r0 + r, t0 + t, Tr::sum(from[r]) - late[r]);
+            for (; r < n; ++r) {
+                const typename Tr::Sum sum = Tr::sum(from[r]) - late[r];
+                finish<1>(r0 + r, t0 + t, &sum);
+            }
         }
     }
 
-    // Expands the next `width` steps of a row.
-    void fill(W* to, Row& one, std::int64_t s, int width, Acc& offset) const {
-        for (int i = 0; i < width; ++i) {
-            const std::int64_t col = (s + i) * kStep;
-            to[i] = col + kStep <= job.cols ? next<true>(one, col) : next<false>(one, col);
-            if constexpr (Tr::kLate) offset = Tr::add_offset(offset, to[i]);
+    // Expands the next `width` steps of a row. Works on copies, which stay in registers: what is
+    // written to the tile could be anything in memory, for all that the compiler knows.
+    void fill(W* to, Row& row_in_memory, std::int64_t s, int width, Acc& offset_in_memory) const {
+        Row one = row_in_memory;
+        Acc offset = offset_in_memory;
+        const std::int64_t first = s * kStep;
+        const std::int64_t whole = least(width, (job.cols - first) / kStep);
+        for (std::int64_t i = 0; i < width; ++i) {
+            const std::int64_t col = first + i * kStep;
+            const W w = i < whole ? next<true>(one, col) : next<false>(one, col);
+            if constexpr (Tr::kLate) offset = Tr::add_offset(offset, w);
+            to[i] = w;
         }
+        row_in_memory.p = one.p;
+        offset_in_memory = offset;
     }
 
     // Adds R rows of the tile times T tokens to their sums.
@@ -516,7 +541,7 @@ int run_as(const Job& job) {
     // Pieces small enough that a thread which the system holds up does not hold up the call, and
     // large enough for long streams.
     const std::int64_t share = (job.rows / (16 * job.threads) + 15) / 16 * 16;
-    const std::int64_t size = job.tokens >= kTileFrom ? kPieceRows : share < 16 ? 16 : least(share, 192);
+    const std::int64_t size = job.tokens >= Tr::kTileFrom ? kPieceRows : share < 16 ? 16 : least(share, 192);
     const std::int64_t pieces = (job.rows + size - 1) / size;
     std::atomic<int> status{kOk};
     std::atomic<std::int64_t> next{0};

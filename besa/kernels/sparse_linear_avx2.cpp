@@ -98,7 +98,7 @@ struct FloatDot {
     using Acc = __m256;
     using Sum = float;
     static constexpr int kStep = 8, kUnroll = 4, kRegisters = 8;
-    static constexpr int kTileRows = 4, kTileTokens = 2;
+    static constexpr int kTileRows = 4, kTileTokens = 2, kTileFrom = 17;
     static constexpr int kOffset = 0;
     static constexpr bool kInt8Input = false, kRawInput = false, kLate = false;
     static constexpr int kAtOnce = 1;
@@ -136,7 +136,7 @@ struct Int8Pairs {
     using Acc = std::conditional_t<kGrouped, __m256, Int32x8>;
     using Sum = std::conditional_t<kGrouped, float, std::int64_t>;
     static constexpr int kStep = 16, kUnroll = 4, kRegisters = 8;
-    static constexpr int kTileRows = 4, kTileTokens = 2;
+    static constexpr int kTileRows = 4, kTileTokens = 2, kTileFrom = 17;
     static constexpr int kOffset = 0;
     static constexpr bool kInt8Input = true, kRawInput = false, kLate = false;
     static constexpr int kAtOnce = 1;

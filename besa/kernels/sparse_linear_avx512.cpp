@@ -20,7 +20,7 @@ struct Int8Pairs {
     using Acc = std::conditional_t<kGrouped, __m512, Int32x16>;
     using Sum = std::conditional_t<kGrouped, float, std::int64_t>;
     static constexpr int kStep = 16, kUnroll = 4, kRegisters = kGrouped ? 12 : 24;
-    static constexpr int kTileRows = 4, kTileTokens = 2;
+    static constexpr int kTileRows = 4, kTileTokens = 2, kTileFrom = 17;
     static constexpr int kOffset = 0;
     static constexpr bool kInt8Input = true, kRawInput = false, kLate = false;
     static constexpr int kAtOnce = 1;

@@ -99,7 +99,7 @@ struct FloatDot {
     using Acc = __m512;
     using Sum = float;
     static constexpr int kStep = 16, kUnroll = 4, kRegisters = 24;
-    static constexpr int kTileRows = 6, kTileTokens = 4;
+    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 17;
     static constexpr int kOffset = 0;
     static constexpr bool kInt8Input = false, kRawInput = false, kLate = false;
 

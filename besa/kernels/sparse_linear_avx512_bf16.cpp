@@ -22,7 +22,7 @@ struct Bf16Halves {
     using Acc = __m512;
     using Sum = float;
     static constexpr int kStep = 32, kUnroll = 4, kRegisters = 24;
-    static constexpr int kTileRows = 6, kTileTokens = 4;
+    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 17;
     static constexpr int kOffset = 0;
     static constexpr bool kInt8Input = false, kRawInput = false, kLate = false;
 
@@ -59,7 +59,7 @@ struct Bf16Pairs {
     using Acc = __m512;
     using Sum = float;
     static constexpr int kStep = 32, kUnroll = 4, kRegisters = 24;
-    static constexpr int kTileRows = 6, kTileTokens = 4;
+    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 17;
     static constexpr int kOffset = 0;
     static constexpr bool kInt8Input = false, kRawInput = true, kLate = false;
 
@@ -89,7 +89,7 @@ struct Int8Dot {
     using Acc = Int32x16;
     using Sum = std::int64_t;
     static constexpr int kStep = 64, kUnroll = 4, kRegisters = 20;
-    static constexpr int kTileRows = 6, kTileTokens = 4;
+    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 8;
     static constexpr int kOffset = 128;
     static constexpr bool kInt8Input = true, kRawInput = false, kLate = true;
 
@@ -143,7 +143,7 @@ struct Int8GroupDot {
     using Acc = __m512;
     using Sum = float;
     static constexpr int kStep = 64, kUnroll = 2, kRegisters = 12;
-    static constexpr int kTileRows = 4, kTileTokens = 2;
+    static constexpr int kTileRows = 4, kTileTokens = 2, kTileFrom = 17;
     static constexpr int kOffset = 128;
     static constexpr bool kInt8Input = true, kRawInput = false, kLate = false;  // taken off step by step
 

@@ -40,7 +40,7 @@ struct Lanes {
     };
     using Sum = std::conditional_t<kGrouped, float, Total>;
     static constexpr int kStep = kLanes, kUnroll = 2, kRegisters = 8;
-    static constexpr int kTileRows = 2, kTileTokens = 2;
+    static constexpr int kTileRows = 2, kTileTokens = 2, kTileFrom = 17;
     static constexpr int kOffset = 0;
     static constexpr bool kInt8Input = kInt8, kRawInput = false, kLate = false;
     static constexpr int kAtOnce = 1;
