@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 _CPUS = Path("/sys/devices/system/cpu")
@@ -43,6 +41,8 @@ def cpu_name() -> str:
 
 def machine() -> str:
     """Cores, processor, threads in use, and the GPU if there is one."""
+    import torch  # takes a second, which those who ask for memory or cores alone need not wait
+
     words = [f"{cores()} cores", cpu_name(), f"{torch.get_num_threads()} threads"]
     if torch.cuda.is_available():
         words.append(torch.cuda.get_device_name())
@@ -130,6 +130,8 @@ def openmp_runtimes() -> list[str]:
 
 def gpus() -> list[dict[str, Any]]:
     """The GPUs that torch can use."""
+    import torch
+
     if not torch.cuda.is_available():
         return []
     driver = _driver()
