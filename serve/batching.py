@@ -97,10 +97,11 @@ class Batches:
 
         Raises:
             HTTPException: the thread has ended.
+            ValueError: what `sampling` raises.
         """
         if not self.is_alive():
             raise HTTPException(503, "the engine has failed and takes no more requests")
-        name = uuid.uuid4().hex
+        name, asked = uuid.uuid4().hex, sampling(self.model, gen_config)
 
         def forget() -> None:
             self.manager.output_router.result_handlers.pop(name, None)
@@ -124,7 +125,7 @@ class Batches:
             streaming=True,
             max_new_tokens=gen_config.max_new_tokens,
             eos_token_id=gen_config.eos_token_id,
-            sampling=sampling(self.model, gen_config),
+            sampling=asked,
         )
 
 
@@ -144,10 +145,17 @@ class Sampling:
 
 
 def sampling(model: Any, gen_config: Any) -> Sampling:
-    """What a request's configuration says; `seed` is besa's own."""
+    """What a request's configuration says; `seed` is besa's own.
+
+    Raises:
+        ValueError: a processor's, tried here, as amid a batch it would end everyone's answers.
+    """
     seed = getattr(gen_config, "seed", None)
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     processors = model._get_logits_processor(gen_config)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    size = model.config.get_text_config().vocab_size
+    processors(token, torch.zeros(1, size, device=model.device))
     return Sampling(processors, bool(gen_config.do_sample), generator)
 
 

@@ -23,7 +23,7 @@ from transformers.cli.serving.utils import (
     _StreamError,
 )
 
-from besa.serve.batching import Batches, attention_can_be_paged
+from besa.serve.batching import Batches, attention_can_be_paged, sampling
 from besa.serve.stream import Stream
 
 
@@ -130,9 +130,12 @@ class Manager(BaseGenerateManager):  # type: ignore[misc]
         return most - length
 
     def _start(self, model: Any, prompt: list[int], gen_config: Any, stream: Stream) -> None:
+        sampling(model, gen_config)  # what cannot be done is not queued
         ids = torch.tensor([prompt], device=model.device)
 
         def work() -> None:
+            if (seed := getattr(gen_config, "seed", None)) is not None:
+                torch.manual_seed(seed)  # nothing else draws meanwhile
             try:
                 model.generate(
                     input_ids=ids,

@@ -34,8 +34,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 
 _MOST_STOPS = 16
 
-# Those of the request that is being answered.
-_stops: ContextVar[list[str]] = ContextVar("stops")
+# The request that is being answered.
+_asked: ContextVar[dict[str, Any]] = ContextVar("asked")
 
 
 class _Checked:
@@ -43,7 +43,8 @@ class _Checked:
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         check(body)
-        _stops.set(body.get("stop") or [])
+        _asked.set(dict(body))
+        body.pop("ignore_eos", None)  # which transformers does not know
         try:
             response = await super().handle_request(body, request_id)  # type: ignore[misc]
         except HTTPException:
@@ -70,6 +71,10 @@ class _Checked:
             config.top_k = 0  # `generate` would leave all but the 50 likeliest tokens out
         if body.get("max_completion_tokens") is not None:  # transformers 5.19 ignores it
             config.max_new_tokens = body["max_completion_tokens"]
+        if body.get("logit_bias"):  # which transformers heeds in chats only
+            config.sequence_bias = {(int(k),): float(v) for k, v in body["logit_bias"].items()}
+        if _asked.get().get("ignore_eos"):  # load generators want answers of one length
+            config.eos_token_id = -1
         config.seed = body.get("seed")
         return config
 
@@ -85,7 +90,7 @@ class ChatRequests(_Checked, ChatCompletionHandler):  # type: ignore[misc]
         self, request_id: str, content: str | None, *args: Any, **kwargs: Any
     ) -> Any:
         # Where a model's answers are parsed, that is done from the tokens, stop strings and all.
-        content = content and content[: first_stop(content, _stops.get())]
+        content = content and content[: first_stop(content, _asked.get().get("stop") or [])]
         return super()._build_completion(request_id, content, *args, **kwargs)
 
 
@@ -106,12 +111,15 @@ def check(body: dict[str, Any]) -> None:
         most = body.get(field)
         if most is not None and (type(most) is not int or most < 1):
             raise HTTPException(400, f"{field} is a number of tokens, 1 or more")
-    for field, limit in (("temperature", 100.0), ("top_p", 1.0)):
-        value = body.get(field)
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= limit
-        ):
-            raise HTTPException(400, f"{field} is a number from 0 to {limit:g}")
+    temperature, top_p = body.get("temperature"), body.get("top_p")
+    if temperature is not None and not (_number(temperature) and 0 <= temperature <= 100):
+        raise HTTPException(400, "temperature is a number from 0 to 100")
+    if top_p is not None and not (_number(top_p) and 0 < top_p <= 1):
+        raise HTTPException(400, "top_p is a number above 0, up to 1")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 async def _to_the_end(chunks: AsyncIterator[str]) -> AsyncIterator[str]:

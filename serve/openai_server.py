@@ -4,14 +4,16 @@
 
 The server and all of its flags are transformers' own (5.19 to 5.24): completions and chat
 completions, streamed or not. It looks its parts up by name when it starts, and besa puts its own in
-the place of five of them:
+the place of six of them:
 
 - one model, from a directory, under a name that is no path (`/v1/models` lists it and it alone);
 - API keys, closed connections, closed endpoints (besa.serve.gate);
 - requests batched on a CPU; stop strings cut off, prompts that do not fit refused, sampling as each
   request asks, cancelled requests ended (besa.serve.generation);
-- bad requests answered with status 400 in OpenAI's words, streams ended with `[DONE]`, and fields
-  that would have been ignored (`n`, `logprobs`, …) refused (besa.serve.handlers).
+- an end of patience with requests that do not end, once it is told to stop;
+- bad requests answered with status 400 in OpenAI's words, streams ended with `[DONE]`, fields that
+  would have been ignored (`n`, `logprobs`, …) refused, and `ignore_eos` heeded, which load
+  generators ask for (besa.serve.handlers).
 
 Not there: `/metrics`, `/v1/responses`, log probabilities, more than one choice, structured output.
 """
@@ -22,11 +24,13 @@ import argparse
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
+import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cli import serve as command
 from transformers.cli.serving import chat_completion, completion, model_manager, server, utils
@@ -50,7 +54,8 @@ def run(arguments: list[str]) -> None:
 
     name: str = ours.served_model_name
     key = os.environ.get("BESA_API_KEY") or None
-    _replace(name, ours.directory, key)
+    drain_seconds = int(os.environ.get("BESA_SHUTDOWN_TIMEOUT", "30"))
+    _replace(name, ours.directory, key, drain_seconds)
     _quiet_access_log()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command.Serve)
@@ -66,7 +71,7 @@ def run(arguments: list[str]) -> None:
         sys.exit(2)
 
 
-def _replace(name: str, directory: Path, key: str | None) -> None:
+def _replace(name: str, directory: Path, key: str | None, drain_seconds: int) -> None:
     """Puts besa's parts in the place of transformers', for this process."""
     build_server = server.build_server
 
@@ -88,12 +93,14 @@ def _replace(name: str, directory: Path, key: str | None) -> None:
             )
 
         def _load_model(self, *_: Any, **__: Any) -> Any:
+            quantization = self.get_quantization_config()  # None would mean not even packed
             model, found = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=self.dtype,
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
+                **({} if quantization is None else {"quantization_config": quantization}),
             )
             if missing := sorted(found["missing_keys"]):
                 raise BesaError(f"{directory} lacks {len(missing)} weights, as {missing[0]}")
@@ -105,6 +112,7 @@ def _replace(name: str, directory: Path, key: str | None) -> None:
         (completion, "CompletionHandler", CompletionRequests),
         (chat_completion, "ChatCompletionHandler", ChatRequests),
         (utils, "GenerationState", Generation),
+        (uvicorn, "Config", partial(uvicorn.Config, timeout_graceful_shutdown=drain_seconds)),
     ):
         if not hasattr(module, part):
             raise BesaError(f"{module.__name__}.{part} is gone: install transformers 5.19 to 5.24")

@@ -1,4 +1,4 @@
-"""`besa serve` with the real engines, asked by the official client: one server for each engine.
+"""`besa serve` with the real engines, asked by the official client: one server for each way.
 
 What it says is what the dense masked model says in transformers, whatever was asked before.
 """
@@ -28,12 +28,16 @@ KEY = "a key of the environment's"
 POSITIONS = 256
 
 
-@pytest.fixture(scope="module", params=serving.ENGINES)
+# transformers' server batches requests on a CPU, and answers one after the other elsewhere.
+WAYS = [*serving.ENGINES, "transformers --no-continuous-batching"]
+
+
+@pytest.fixture(scope="module", params=WAYS)
 def server(
     request: pytest.FixtureRequest, sparse: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    engine: str = request.param
-    own = ("--enforce-eager", "--max-num-seqs", 16) if engine == "vllm" else ("--default-seed", 1)
+    engine, *own = request.param.split()
+    own += ["--enforce-eager", "--max-num-seqs", 16] if engine == "vllm" else ["--default-seed", 1]
     served = serving.start(
         engine,
         sparse,
@@ -176,6 +180,18 @@ def test_by_chance(server: Served):
     assert says(temperature=1.0, seed=1, top_p=1e-6) == says(temperature=0)
 
 
+def test_the_end_of_a_text(server: Served):
+    """A bias makes the model end at once, unless that is to be ignored."""
+    client: Any = server.client()
+    asked = {"model": "sparse", "max_tokens": 5, "temperature": 0, "logit_bias": {"0": 100}}
+    for more, reason, tokens in (({}, "stop", 1), ({"ignore_eos": True}, "length", 5)):
+        answer = client.completions.create(prompt="def ", **asked, extra_body=more)
+        assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == (reason, tokens)
+        message = {"role": "user", "content": "def "}
+        answer = client.chat.completions.create(messages=[message], **asked, extra_body=more)
+        assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == (reason, tokens)
+
+
 def test_logprobs(server: Served, dense: Path):
     asked = {"model": "sparse", "max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1}
     client: Any = server.client()
@@ -283,6 +299,9 @@ BAD_BODIES = {
     "tokens below zero": b'{"model": "sparse", "prompt": "a", "max_tokens": -1}',
     "a stop string of another type": b'{"model": "sparse", "prompt": "a", "stop": [1]}',
     "a temperature that is none": b'{"model": "sparse", "prompt": "a", "temperature": "hot"}',
+    "a probability of nothing": b'{"model": "sparse", "prompt": "a", "top_p": 0}',
+    "a bias for no token": b'{"model": "sparse", "prompt": "a", "logit_bias": {"99999": 1}}',
+    "a bias for a word": b'{"model": "sparse", "prompt": "a", "logit_bias": {"word": 1}}',
     "a prompt that is too long": json.dumps(
         {"model": "sparse", "prompt": "word " * 4 * POSITIONS, "max_tokens": 4}
     ).encode(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import re
@@ -242,6 +244,29 @@ def test_ctrl_c(sparse: Path, tmp_path: Path):
         os.killpg(served.process.pid, signal.SIGINT)
         assert served.end(10) == 0
         assert serving.gone(processes, 5)
+    finally:
+        serving.finish(served)
+
+
+@pytest.mark.slow
+def test_no_patience(sparse: Path, tmp_path: Path):
+    """With no time to finish, what has begun is cut off."""
+    served = serving.start("transformers", sparse, tmp_path, "--shutdown-timeout", 0)
+    try:
+        serving.ready(served)
+        connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=60)
+        body = {"model": "sparse", "prompt": "def ", "max_tokens": 240, "stream": True}
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        answer = connection.getresponse()
+        assert answer.readline().startswith(b"data: ")
+        served.process.send_signal(signal.SIGTERM)
+        rest = b""
+        with contextlib.suppress(http.client.IncompleteRead, ConnectionResetError):
+            while part := answer.read1():
+                rest += part
+        assert b"[DONE]" not in rest
+        assert served.end(10) == 0
     finally:
         serving.finish(served)
 
