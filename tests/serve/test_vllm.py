@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from besa.export import ExportConfig, export
-from tests.helpers import REPOSITORY, random_model
+from tests.helpers import REPOSITORY, random_model, stored
 from tests.serve.vllm_worker import NEW_TOKENS, PROMPTS
 
 pytestmark = [
@@ -290,11 +290,13 @@ def test_int8(cases: dict[str, Case], name: str):
 def test_packed_in_memory(cases: dict[str, Case], name: str):
     """What the file has, and a row pointer for each row: no dense copy beside it."""
     [held] = cases[name].result["bytes"]
-    tensors = load_file(Path(cases[name].job["model"]) / "model-00001-of-00001.safetensors")
-    parts = [k for k in tensors if k.endswith((".weight_values", ".weight_bitmask"))]
-    rows = sum(len(tensors[key]) for key in tensors if key.endswith(".weight_rows"))
-    stored = sum(tensors[key].nbytes for key in parts)
-    assert stored < held < 1.02 * (stored + 8 * rows)
+    tensors = stored(Path(cases[name].job["model"]))
+    kept = ("_values", "_bitmask", "_scale")
+    packed = sum(
+        tensors[k].nbytes for k in tensors if k.endswith(tuple(f".weight{x}" for x in kept))
+    )
+    rows = sum(len(tensors[k]) for k in tensors if k.endswith(".weight_rows"))
+    assert packed < held < 1.02 * (packed + 8 * rows)
 
 
 def test_lora(cases: dict[str, Case]):
