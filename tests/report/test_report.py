@@ -5,8 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
@@ -17,6 +15,7 @@ import yaml
 
 from besa.report import figures, heat, model_card, palette, render, render_comparison, svg
 from besa.report.figures import Cell
+from tests.report.browser import BROWSER, WIDTHS, check, visit
 from tests.report.records import GPT2, LLAMA, MIXTRAL, MOE, comparison, run
 
 HOSTILE = (
@@ -272,115 +271,28 @@ def test_ticks() -> None:
 
 # In a browser
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
-    None,
-)
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--hide-scrollbars",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-    "--virtual-time-budget=20000",
-    "--dump-dom",
-]
-LISTEN = """<script>
-const faults = [];
-addEventListener("error", e => faults.push(String(e.message)));
-addEventListener("securitypolicyviolation", e => faults.push(e.violatedDirective));
-</script>"""
-PROBE = """<script>
-addEventListener("load", () => {
-  const root = document.documentElement, seen = {};
-  const measure = () => ({
-    right: root.scrollWidth - root.clientWidth,
-    left: Math.min(...[...document.querySelectorAll("main, svg text")]
-      .map(e => e.getBoundingClientRect()).filter(b => b.width).map(b => b.left)),
-  });
-  seen.width = innerWidth;
-  seen.dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  seen.paper = getComputedStyle(document.body).backgroundColor;
-  seen.folded = measure();
-  const marks = [...document.querySelectorAll("[data-tip]")];
-  const mark = marks.find(e => e.getBoundingClientRect().width);
-  mark.dispatchEvent(new PointerEvent("pointermove", {bubbles: true, clientX: innerWidth - 5}));
-  const box = document.getElementById("tip").getBoundingClientRect();
-  seen.tip = document.getElementById("tip").textContent === mark.dataset.tip && box.width > 0;
-  seen.tipRight = box.right - innerWidth;
-  dispatchEvent(new Event("beforeprint"));
-  seen.unfolded = document.querySelectorAll("details:not([open])").length === 0;
-  seen.open = measure();
-  seen.faults = faults;
-  parent.postMessage([location.hash.slice(1), seen], "*");
-});
-</script>"""
-# A headless window is never narrower than 500 pixels, a frame in it may be.
-HARNESS = """<!doctype html><meta name="color-scheme" content="light dark"><pre id="seen"></pre>
-<script>
-const seen = {};
-addEventListener("message", event => {
-  seen[event.data[0]] = event.data[1];
-  document.getElementById("seen").textContent = JSON.stringify(seen);
-});
-</script>
-"""
 PAGES = ("llama", "70b", "gpt2", "mixtral", "hostile", "comparison")
-WIDTHS = (360, 1280)
 
 
 @pytest.fixture(scope="module", params=["light", "dark"])
-def browser(
+def visited(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, dict[str, Any], str]:
-    """The theme, what every page saw of itself in a frame of every width, and the console."""
-    assert BROWSER
-    folder = tmp_path_factory.mktemp("pages")
-    harness = HARNESS
-    for name in PAGES:
-        page = render_comparison(comparison()) if name == "comparison" else render(RUNS[name]())
-        page = page.replace("<title>", LISTEN + "<title>", 1)
-        page = page.replace("</body>", PROBE + "</body>", 1)
-        (folder / f"{name}.html").write_text(page, encoding="utf-8")
-        for width in WIDTHS:
-            harness += (
-                f'<iframe src="{name}.html#{name}-{width}" width={width} height=900></iframe>'
-            )
-    (folder / "all.html").write_text(harness, encoding="utf-8")
-    theme = ["--blink-settings=preferredColorScheme=0"] if request.param == "dark" else []
-    profile = f"--user-data-dir={folder / 'profile'}"
-    done = subprocess.run(
-        [BROWSER, *FLAGS, *theme, profile, (folder / "all.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
-    assert found, done.stderr[-2000:]
-    return request.param, json.loads(html.unescape(found[1])), done.stderr
+) -> tuple[bool, dict[str, Any], str]:
+    """Whether it is dark, what every page saw of itself, and the console."""
+    pages = {
+        name: render_comparison(comparison()) if name == "comparison" else render(RUNS[name]())
+        for name in PAGES
+    }
+    dark = request.param == "dark"
+    return dark, *visit(pages, tmp_path_factory.mktemp("pages"), dark)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on PATH")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", PAGES)
-def test_page_in_a_browser(browser: tuple[str, dict[str, Any], str], name: str, width: int) -> None:
-    theme, pages, console = browser
-    seen = pages[f"{name}-{width}"]
-    assert seen["faults"] == []
-    assert "CONSOLE" not in console
-    assert seen["width"] == width
-    assert seen["dark"] is (theme == "dark")
-    assert seen["paper"] == ("rgb(20, 22, 26)" if seen["dark"] else "rgb(251, 250, 247)")
-    for state in ("folded", "open"):
-        assert seen[state]["right"] <= 0, f"{state}: the page is wider than the window"
-        assert seen[state]["left"] >= 0, f"{state}: something sticks out on the left"
-    assert seen["tip"]
-    assert seen["tipRight"] <= 0
-    assert seen["unfolded"]
+def test_page_in_a_browser(
+    visited: tuple[bool, dict[str, Any], str], name: str, width: int
+) -> None:
+    dark, pages, console = visited
+    check(pages[f"{name}-{width}"], console, dark, width)
