@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -50,9 +51,9 @@ GGUF = {"llama.cpp bf16": "bf16", "llama.cpp Q8_0": "q8_0", "llama.cpp Q4_0": "q
 ONNX = {"ONNX int8": "int8", "ONNX int4": "int4"}
 THREADS = len(os.sched_getaffinity(0))
 
-# 64 tokens in and 24 out; requests are few, for a part has to stay within some ten minutes.
+# 64 tokens in and 16 out; requests are few, for a part has to stay within some ten minutes.
 BASE = BenchConfig(
-    (Contender("none", "none"),), input_length=64, output_length=24, requests=4, quality=False
+    (Contender("none", "none"),), input_length=64, output_length=16, requests=4, quality=False
 )
 
 
@@ -200,6 +201,7 @@ def main() -> None:
     parser.add_argument("--only-make", action="store_true", help="the models, nothing else")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no server stays
     if args.only_make:
         dense = shapes(args.work)["dense"].model
         assert dense is not None

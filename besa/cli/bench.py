@@ -172,8 +172,8 @@ def run(args: argparse.Namespace) -> int:
     contenders = [parse_contender(words) for words in (*args.against, *args.words)]
     with (
         _shapes(args) if args.shape else nullcontext(()) as made,
-        _terminated(),
-        _telling() as tell,
+        terminated(),
+        telling() as tell,
     ):
         config = BenchConfig(
             contenders=(*made, *contenders, *map(parse_url, args.url)),
@@ -220,8 +220,8 @@ def _shapes(args: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
     from besa.bench.shapes import shape_contenders
 
     with (
-        _terminated(),
-        _telling() as tell,
+        terminated(),
+        telling() as tell,
         shape_contenders(
             args.shape, args.sparsity, args.pattern, args.quantize, args.cache, tell
         ) as made,
@@ -255,7 +255,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _telling() -> Iterator[Callable[[str], None]]:
+def telling() -> Iterator[Callable[[str], None]]:
     """A line that changes on a terminal, else a line for each thing."""
     from rich.console import Console
 
@@ -277,7 +277,7 @@ def _telling() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def _terminated() -> Iterator[None]:
+def terminated() -> Iterator[None]:
     """SIGTERM and SIGHUP end things as Ctrl-C does: with everything that was started."""
 
     def stop(number: int, _: FrameType | None) -> None:

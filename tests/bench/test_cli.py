@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import itertools
 import json
 import signal
 import statistics
@@ -162,7 +163,7 @@ def test_generators(tmp_path: Path, generator: str) -> None:
         assert found["summary"]["itl_p50"]["median"] == pytest.approx(0.02, abs=0.001)
     # The last four came at random times, the same ones for both.
     arrivals = [sorted(x["received"] for x in lines[-4:]) for lines in asked]
-    gaps = [[y - x for x, y in zip(one, one[1:], strict=False)] for one in arrivals]
+    gaps = [[y - x for x, y in itertools.pairwise(one)] for one in arrivals]
     assert gaps[0] == pytest.approx(gaps[1], abs=0.03)
     assert max(gaps[0]) - min(gaps[0]) > 0.03
 

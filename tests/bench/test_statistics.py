@@ -8,6 +8,8 @@ import statistics as python
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from besa.bench.figures import Request, figures
 from besa.bench.slo import RateSearch, within
@@ -121,3 +123,45 @@ def test_the_search_ends_where_nothing_holds_or_everything() -> None:
             search.learn(rate, held)
         assert (search.low == 0) is not held
         assert (search.high == float("inf")) is held
+
+
+POSITIVE = st.floats(1e-3, 1e3)
+
+
+@given(st.lists(POSITIVE, min_size=1, max_size=30), st.floats(0.01, 100))
+def test_a_spread_is_of_its_values_whatever_their_order_and_unit(
+    values: list[float], unit: float
+) -> None:
+    found = spread(values)
+    assert min(values) <= found.low <= found.median <= found.high <= max(values)
+    assert spread(values[::-1]) == found
+    scaled = spread([value * unit for value in values])
+    assert scaled.median == pytest.approx(found.median * unit)
+    assert scaled.low == pytest.approx(found.low * unit)
+    assert scaled.confidence == found.confidence <= 1
+
+
+@given(st.lists(st.tuples(POSITIVE, POSITIVE), min_size=1, max_size=12))
+def test_a_gain_and_its_inverse_never_both_win(pairs: list[tuple[float, float]]) -> None:
+    """Swapped contenders have the opposite verdict, or the same lack of one."""
+    own, other = [a for a, _ in pairs], [b for _, b in pairs]
+    there = compare(own, other).verdict(higher_is_better=True)
+    back = compare(other, own).verdict(higher_is_better=True)
+    opposite = {"better": "worse", "worse": "better"}
+    assert back == opposite.get(there or "", there)
+
+
+@given(st.lists(POSITIVE, min_size=1, max_size=50), st.floats(0, 1), st.floats(0, 1))
+def test_percentiles_grow_with_their_share(values: list[float], a: float, b: float) -> None:
+    low, high = sorted((a, b))
+    assert percentile(values, low) <= percentile(values, high) * (1 + 1e-12)
+    assert min(values) <= percentile(values, a) <= max(values) * (1 + 1e-12)
+
+
+@given(st.floats(0.05, 50), st.floats(0.05, 50))
+def test_the_search_never_leaves_its_bracket(capacity: float, start: float) -> None:
+    search = RateSearch(start)
+    while (rate := search.next()) is not None:
+        assert search.low < rate < search.high
+        search.learn(rate, rate <= capacity)
+    assert search.low <= capacity < search.high

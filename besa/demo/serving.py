@@ -1,0 +1,66 @@
+"""What `besa demo` ends with: the pruned model packed, served beside the dense one, and measured.
+
+results = serve_and_measure(Path("besa-demo/besa-row-50"), Path("besa-demo"), print)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from besa.bench.generator import CLIENTS
+from besa.bench.load import Load
+from besa.bench.output import write_results
+from besa.bench.settings import BenchConfig, Contender
+from besa.demo import MODEL
+from besa.errors import BesaError
+from besa.serve.command import transformers_version
+
+
+def serve_and_measure(pruned: Path, out: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Packs `pruned` and measures it against the embedded model; writes `out`/packed and bench.
+
+    In transformers, which starts in seconds, and everywhere alike.
+
+    Returns:
+        The results, as `besa bench` has them. Measured inside the engine where no server or no
+        load generator is installed; `tell` is told.
+    """
+    from besa.export import ExportConfig, export
+
+    packed = export(pruned, ExportConfig(out=out / "packed", overwrite=True)).out
+    config = BenchConfig(
+        contenders=(Contender("dense", str(MODEL)), Contender("packed 50%", str(packed))),
+        loads=(Load("concurrency", 1),),
+        engine="transformers",
+        input_length=64,
+        output_length=32,
+        requests=4,
+        quality=False,  # the demo's own table has it
+    )
+    if (missing := _missing()) is None:
+        from besa.bench.run import bench
+
+        results = bench(config, tell)
+    else:
+        from besa.bench.offline import bench_offline
+
+        tell(f"{missing}: measured without a server")
+        results = bench_offline(config, (1,), tell)
+    shutil.rmtree(out / "bench", ignore_errors=True)
+    write_results(results, out / "bench")
+    return results
+
+
+def _missing() -> str | None:
+    """What a server or its load would need, in a few words; None if all is there."""
+    try:
+        transformers_version()
+    except BesaError as error:
+        return str(error)
+    if not any(importlib.util.find_spec(name) for name in CLIENTS):
+        return "no load generator is installed (pip install 'besa[bench]')"
+    return None
