@@ -143,8 +143,8 @@ class Server:
         environment = dict(command.environment)
         if (found := environment.get(_CACHE)) and _CACHE not in os.environ:
             # From the memory that was free for the first one, which is not alone.
-            started = sum(one.url is None for one in self.config.contenders)
-            environment[_CACHE] = shared.setdefault(_CACHE, str(max(1, int(found) // started)))
+            count = sum(one.url is None for one in self.config.contenders)
+            environment[_CACHE] = shared.setdefault(_CACHE, str(max(1, int(found) // count)))
         self.command = replace(command, environment=environment)
         started = time.perf_counter()
         self.engine = Engine(self.command, served)
