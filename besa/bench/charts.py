@@ -1,7 +1,7 @@
 """The pictures of a bench report: curves, distributions, bars, and quality against speed.
 
 Each is a pure function from numbers to an <svg> string, drawn for the width that it is shown at.
-A contender keeps its number, and with it colour and dash, through all of them (`.s0` … `.s5`).
+A contender keeps its number, and with it colour and dash, through all of them (`.s0` … `.s8`).
 
 >>> curves([Curve("a", ((10.0, 0.1, "1 at a time"),))], width=400).startswith("<svg xmlns")
 True
@@ -28,7 +28,7 @@ from besa.report.svg import (
     ticks,
 )
 
-SERIES = 6
+SERIES = 9
 _LETTER = 6.6  # pixels of a letter, about
 
 
@@ -44,10 +44,14 @@ def series(index: int) -> str:
     return f"s{index % SERIES}"
 
 
-def legend(names: Sequence[str], width: float) -> tuple[str, float]:
-    """A sample of each contender's line with its name; and how much room it takes."""
+def legend(names: Sequence[str], width: float, numbers: Sequence[int] = ()) -> tuple[str, float]:
+    """A sample of each contender's line with its name; and how much room it takes.
+
+    Args:
+        numbers: the contenders', if not 0, 1, ….
+    """
     body, x, y = "", 0.0, 12.0
-    for index, name in enumerate(names):
+    for index, name in zip(numbers or range(len(names)), names, strict=True):
         words = name if len(name) <= 28 else name[:27] + "…"
         room = 30 + _LETTER * len(words) + 18
         if x and x + room > width:
@@ -91,13 +95,16 @@ def curves(
             last = x(mark)
     body += text(width - 8, top + height + 31, across, "small end")
     catchers = ""
+    taken: list[tuple[float, float]] = []
     for index, curve in enumerate(found):
         points = [(x(a), y(b)) for a, b, _ in curve.points]
         if len(points) > 1:
             body += path(points, f"line {series(index)}")
         for (a, b), (rate, latency, load) in zip(points, curve.points, strict=True):
             body += tag("circle", cx=a, cy=b, r=4.0, class_=f"dot {series(index)}")
-            body += text(a, b - 8, load.split()[0], "small mid")
+            if all(abs(a - x) > 24 or abs(b - y) > 14 for x, y in taken):  # else unreadable
+                body += text(a, b - 8, load.split()[0], "small mid")
+                taken.append((a, b))
             tip = f"{curve.name}, {load}\n{rate:.3g} {across}, {seconds(latency)}"
             catchers += catcher(a - 9, b - 9, 18, 18, tip)
     description = " ".join(
@@ -206,8 +213,9 @@ def quality(
     points: Sequence[tuple[str, int, float, float, float]], *, across: str, width: float
 ) -> str:
     """Speed across, perplexity up: (name, series, speed, perplexity, its standard error)."""
-    left, top, height = 56.0, 26.0, 190.0
     width = min(width, 640.0)
+    names, head = legend([p[0] for p in points], width, [p[1] for p in points])
+    left, top, height = 56.0, head + 22, 190.0
     speeds = [p[2] for p in points]
     low = min(p[3] - p[4] for p in points)
     high = max(p[3] + p[4] for p in points)
@@ -215,7 +223,7 @@ def quality(
     x = linear(0.0, max(speeds) * 1.25, left, width - 14)
     y = linear(max(0.0, low - room), high + room, top + height, top)
     marks = ticks(max(0.0, low - room), high + room, 5)
-    body = rules([(y(mark), f"{mark:g}") for mark in marks], left, width - 8)
+    body = names + rules([(y(mark), f"{mark:g}") for mark in marks], left, width - 8)
     for mark in ticks(0.0, max(speeds) * 1.25, 5):
         body += text(x(mark), top + height + 15, f"{mark:g}", "small mid")
     body += text(left, top - 10, "perplexity (lower is better)", "small")
@@ -224,9 +232,6 @@ def quality(
         a, b = x(speed), y(perplexity)
         body += line(a, y(perplexity - error), a, y(perplexity + error), f"thin {series(index)}")
         body += tag("circle", cx=a, cy=b, r=5.0, class_=f"dot {series(index)}")
-        before = a > (left + width) / 2
-        shown = name if len(name) <= 22 else name[:21] + "…"
-        body += text(a - 10 if before else a + 10, b - 7, shown, f"label{' end' if before else ''}")
         tip = f"{name}\nperplexity {perplexity:.3f}\n{speed:.3g} {across}"
         body += catcher(a - 10, b - 10, 20, 20, tip)
     description = " ".join(f"{p[0]}: {p[3]:.2f} at {p[2]:.3g} {across}." for p in points)

@@ -33,7 +33,7 @@ def render(results: Results) -> str:
     broken = [one for one in results["contenders"] if one["broken"] is not None]
     whole = [one["name"] for one in results["contenders"] if one["broken"] is None]
     values = {
-        "title": " against ".join(reversed(whole)) if whole else "Nothing could be measured",
+        "title": _title(whole),
         "lead": _lead(results),
         "headlines": _headlines(results),
         "broken": [(one["name"], one["broken"]) for one in broken],
@@ -51,6 +51,14 @@ def render(results: Results) -> str:
         "versions": list(results["versions"].items()),
     }
     return fill("bench.html.j2", values, results)
+
+
+def _title(whole: list[str]) -> str:
+    if not whole:
+        return "Nothing could be measured"
+    if len(whole) > 3:
+        return f"{len(whole) - 1} contenders against {whole[0]}"
+    return " against ".join(reversed(whole))
 
 
 def _pairs(values: dict[str, Any]) -> list[tuple[str, str]]:
