@@ -155,6 +155,65 @@ def engines(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# What each sparse graph is held against.
+ONNX_AGAINST = {"sparse bf16": "fp32", "sparse int8": "int8"}
+
+
+def onnx(record: dict[str, Any]) -> str:
+    """Dense and packed weights in ONNX Runtime, from benchmarks/onnx_runtime.py."""
+    titles = {
+        "tinyllama": f"TinyLlama's shape, {record['layers']} blocks, random weights, 50%",
+        "embedded": "the embedded model, Wanda, 50%",
+    }
+    tables = [onnx_table(titles[model], found) for model, found in record["models"].items()]
+    conditions = record["conditions"]
+    words = (
+        "In parentheses: sparse bf16 against fp32, sparse int8 against int8. Medians of "
+        f"{record['rounds']} interleaved rounds, smallest and largest ratio; MatMulNBits of "
+        f"accuracy level 4; prompts of {record['prompt']} tokens before a step. "
+        f"{conditions['cpu']}, {conditions['cores']} cores, ONNX Runtime "
+        f"{conditions['onnxruntime']}, GenAI {conditions['onnxruntime-genai']}. "
+        "`python benchmarks/onnx_runtime.py --work DIR`."
+    )
+    return "\n\n".join([*tables, words])
+
+
+def onnx_table(title: str, found: dict[str, Any]) -> str:
+    names = list(found["load_seconds"])
+    lines = [f"| {title} | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+
+    def line(what: str, values: dict[str, float], shape: str, ratio: bool = True) -> None:
+        cells = []
+        for name in names:
+            cell = shape.format(values[name])
+            if ratio and name in ONNX_AGAINST:
+                cell += f" ({values[name] / values[ONNX_AGAINST[name]]:.2f})"
+            cells.append(cell)
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+
+    for question, seconds in found["seconds"].items():
+        cells = []
+        for name in names:
+            cell = f"{seconds[name]['median'] * 1e3:.1f} ms"
+            if name in ONNX_AGAINST:
+                gain = found["gain"][question][name]
+                ends = f"{gain['min']:.2f}–{gain['max']:.2f}"
+                cell += f" ({gain['median']:.2f}×, {ends})"
+            cells.append(cell)
+        lines.append(f"| {question} | {' | '.join(cells)} |")
+    own = {name: memory["own"] for name, memory in found["memory_loaded"].items()}
+    line("loading", {n: x["median"] for n, x in found["load_seconds"].items()}, "{:.2f} s")
+    for what, sizes in (
+        ("the blocks' products", found["linear_bytes"]),
+        ("all weights, on the disk", found["data_bytes"]),
+        ("memory of its own, loaded", own),
+    ):
+        line(what, {name: size / 2**20 for name, size in sizes.items()}, "{:.1f} MiB")
+    errors = {name: check["error"] for name, check in found["logits"].items()}
+    line("logits, relative difference from transformers'", errors, "{:.1g}", ratio=False)
+    return "\n".join(lines)
+
+
 NAMES_OF_ENGINES = {"vllm": "vLLM", "transformers": "transformers"}
 
 SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
@@ -162,6 +221,7 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "cost": (cost, ("wallclock.json", "memory.json", "allocation-cpu.json")),
     "kernels": (readme_table, ("kernels.json",)),
     "engines": (engines, ("engines.json",)),
+    "onnx": (onnx, ("onnx.json",)),
 }
 
 
