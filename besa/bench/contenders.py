@@ -158,7 +158,8 @@ class Server:
             if not late.is_alive():
                 seconds = f"{self.config.start_timeout:g} s"
                 raise BrokenError(f"did not start within {seconds}") from None
-            raise BrokenError(str(error)) from None
+            reason = str(error).removesuffix(" (--verbose shows its log)")  # not here
+            raise BrokenError(reason) from None
         finally:
             late.cancel()
             self.engine.shown = False

@@ -63,7 +63,8 @@ def change(gain: Mapping[str, Any]) -> str:
 def conditions(results: Mapping[str, Any]) -> str:
     """What the figures depend on, in a line."""
     settings, machine = results["settings"], results["machine"]
-    parts = [f"{settings['rounds']} rounds in turns, medians"]
+    rounds = settings["rounds"]
+    parts = ["one round" if rounds == 1 else f"{rounds} rounds in turns, medians"]
     if results["kind"] == "serving":
         what = "" if settings["prompts"] == "synthetic" else f" ({settings['prompts']})"
         parts.append(
