@@ -385,7 +385,7 @@ def test_a_format_of_the_future(pruned: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"format": "onnx"}, "format 'onnx'"),
+        ({"format": "gguf"}, "format 'gguf'"),
         ({"quantize": "int4"}, "quantize 'int4'"),
         ({"quantize": "int8", "group_size": 48}, "group_size 48"),
         ({"group_size": 64}, "--group-size is for"),
