@@ -69,12 +69,17 @@ def model_directory(model: str | Path) -> Path:
             f"last finished block in {partial}"
         )
     directory = resolve(model)
-    if (directory / GENAI_CONFIG).is_file():
+    if is_onnx(directory):
         return directory
     if not (directory / "config.json").is_file():
         raise BesaError(f"{directory} is no model: it has no config.json")
     weight_files(directory)
     return directory
+
+
+def is_onnx(directory: Path) -> bool:
+    """Whether a directory holds an ONNX model, for ONNX Runtime GenAI."""
+    return (directory / GENAI_CONFIG).is_file()
 
 
 def weight_files(directory: Path) -> dict[str, Path]:

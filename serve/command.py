@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from besa.errors import BesaError
-from besa.files import GENAI_CONFIG
+from besa.files import is_onnx
 from besa.machine import has_nvidia_gpu
 from besa.serve.cpu import cache_gib, thread_binding
 from besa.serve.settings import ServeConfig, flag_value
@@ -97,7 +97,7 @@ def engine_for(config: ServeConfig, directory: Path) -> str:
     Raises:
         BesaError: it is not for such a model.
     """
-    graph = (directory / GENAI_CONFIG).is_file()
+    graph = is_onnx(directory)
     if config.engine is None:
         return "onnx" if graph else "vllm" if vllm_version() else "transformers"
     if graph != (config.engine == "onnx"):

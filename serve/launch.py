@@ -28,7 +28,7 @@ from typing import Any
 from rich.console import Console
 
 from besa.errors import BesaError, BesaWarning, one_line
-from besa.files import GENAI_CONFIG, model_directory
+from besa.files import is_onnx, model_directory
 from besa.formats.checkpoint import QUANT_METHOD, PackedConfig
 from besa.serve.command import EngineCommand, command_for
 from besa.serve.process import Engine
@@ -116,7 +116,7 @@ def packing_of(directory: Path) -> PackedConfig | None:
     Raises:
         BesaError: in a version of the format that this besa does not know.
     """
-    if (directory / GENAI_CONFIG).is_file():  # its graph says it
+    if is_onnx(directory):  # its graph says it
         return None
     path = directory / "config.json"
     with one_line(f"{path} is damaged"):

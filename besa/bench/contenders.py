@@ -28,7 +28,7 @@ from besa.bench.processes import cpu_seconds, family, listener, memory_of
 from besa.bench.results import weight_bytes
 from besa.bench.settings import BenchConfig, Contender
 from besa.errors import BesaError
-from besa.files import GENAI_CONFIG, model_directory
+from besa.files import is_onnx, model_directory
 from besa.serve.command import EngineCommand, command_for
 from besa.serve.launch import free_port, packing_of
 from besa.serve.process import Engine
@@ -81,7 +81,7 @@ class Server:
     @property
     def is_graph(self) -> bool:
         """Whether it is for ONNX Runtime, whatever the others' engine is."""
-        return self.directory is not None and (self.directory / GENAI_CONFIG).is_file()
+        return self.directory is not None and is_onnx(self.directory)
 
     def __enter__(self) -> Server:
         return self

@@ -33,7 +33,7 @@ from besa.bench.results import (
 from besa.bench.run import settings_of
 from besa.bench.settings import BenchConfig, Contender
 from besa.errors import BesaError
-from besa.files import GENAI_CONFIG, model_directory
+from besa.files import is_onnx, model_directory
 from besa.serve.command import vllm_version
 from besa.serve.cpu import thread_binding
 
@@ -119,7 +119,7 @@ def bench_offline(
         _Inside(contender, engine, len(engines) > 1)
         for engine in engines
         for contender in config.contenders
-        if (engine == "onnx") == _is_onnx(contender.model)
+        if (engine == "onnx") == is_onnx(Path(str(contender.model)))
     ]
     rounds: dict[tuple[str, str], list[dict[str, float]]] = {}
     loads = {batch: f"batch {batch}" for batch in batches}
@@ -156,10 +156,6 @@ def _engines(asked: str | None) -> list[str]:
     if asked is not None and asked not in there:
         raise BesaError(f"--engine {asked} is not here: {', '.join(there)} are")
     return there if asked is None else [asked]
-
-
-def _is_onnx(model: str | None) -> bool:
-    return model is not None and (Path(model) / GENAI_CONFIG).is_file()
 
 
 def _results(

@@ -541,7 +541,9 @@ int run_as(const Job& job) {
     // Pieces small enough that a thread which the system holds up does not hold up the call, and
     // large enough for long streams.
     const std::int64_t share = (job.rows / (16 * job.threads) + 15) / 16 * 16;
-    const std::int64_t size = job.tokens >= Tr::kTileFrom ? kPieceRows : share < 16 ? 16 : least(share, 192);
+    const std::int64_t size = job.tokens >= Tr::kTileFrom ? kPieceRows
+                              : share < 16                ? 16
+                                                          : least(share, 192);
     const std::int64_t pieces = (job.rows + size - 1) / size;
     std::atomic<int> status{kOk};
     std::atomic<std::int64_t> next{0};

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -193,6 +194,39 @@ def start(engine: str, model: Path, directory: Path, *flags: object, **environme
 def ready(served: Served) -> Served:
     served.wait_for(lambda: len(served.output.splitlines()) == 2)
     return served
+
+
+def rests(served: Served, **request: Any) -> None:
+    """Asserts that the engine rests soon after its only client has gone, again and again."""
+
+    def used() -> float:
+        times = [process.cpu_times() for process in served.processes()]
+        return sum(each.user + each.system for each in times)
+
+    for _ in range(8):
+        stream = served.client().completions.create(
+            model="sparse", prompt="def ", max_tokens=240, stream=True, **request
+        )
+        next(iter(stream))
+        stream.close()
+    time.sleep(1)
+    before = used()
+    time.sleep(2)
+    assert used() - before < 0.5
+
+
+def finishes(served: Served, dense: Path) -> None:
+    """Asserts that SIGTERM leaves what has begun its whole answer, and nothing running after it."""
+    processes = served.processes()
+    stream = served.client().completions.create(
+        model="sparse", prompt=PROMPTS[1], max_tokens=200, temperature=0, stream=True
+    )
+    parts = [next(iter(stream)).choices[0].text]
+    served.process.send_signal(signal.SIGTERM)
+    parts += [choice.text for chunk in stream for choice in chunk.choices]
+    assert "".join(parts) == greedy(dense, PROMPTS[1], 200)
+    assert served.end() == 0
+    assert gone(processes, 5)
 
 
 def gone(processes: list[psutil.Process], timeout: float = 30) -> bool:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from besa.export.ort import NAME, ort_library
 from besa.serve.cpu import threads
 from tests.helpers import run
 from tests.serve import serving
-from tests.serve.serving import NEW_TOKENS, PROMPTS, Served, greedy
+from tests.serve.serving import NEW_TOKENS, PROMPTS, Served
 from tests.serve.test_serve import (  # noqa: F401 - collected here
     KEY,
     test_another_mask_is_caught,
@@ -140,34 +138,12 @@ def test_prompts_of_tokens(server: Served):
 
 
 def test_who_gives_up_costs_nothing_more(server: Served):
-    def used() -> float:
-        times = [process.cpu_times() for process in server.processes()]
-        return sum(each.user + each.system for each in times)
-
-    for _ in range(8):
-        stream = server.client().completions.create(
-            model="sparse", prompt="def ", max_tokens=240, stream=True
-        )
-        next(iter(stream))
-        stream.close()
-    time.sleep(1)
-    before = used()
-    time.sleep(2)
-    assert used() - before < 0.5
+    serving.rests(server)
 
 
 def test_sigterm_lets_it_finish(server: Served, dense: Path):
     """The last of this server."""
-    processes = server.processes()
-    stream = server.client().completions.create(
-        model="sparse", prompt=PROMPTS[1], max_tokens=200, temperature=0, stream=True
-    )
-    parts = [next(iter(stream)).choices[0].text]
-    server.process.send_signal(signal.SIGTERM)
-    parts += [choice.text for chunk in stream for choice in chunk.choices]
-    assert "".join(parts) == greedy(dense, PROMPTS[1], 200)
-    assert server.end() == 0
-    assert serving.gone(processes, 5)
+    serving.finishes(server, dense)
 
 
 def test_engines_and_models_that_do_not_fit(graph: Path, dense: Path, tmp_path: Path):

@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -377,22 +375,7 @@ def test_many_of_whom_half_give_up(server: Served, dense: Path):
 
 
 def test_who_gives_up_costs_nothing_more(server: Served):
-    """The engine rests soon after its only client has gone."""
-
-    def used() -> float:
-        times = [process.cpu_times() for process in server.processes()]
-        return sum(each.user + each.system for each in times)
-
-    for _ in range(8):
-        stream = server.client().completions.create(
-            model="sparse", prompt="def ", max_tokens=240, stream=True, extra_body={"seed": 1}
-        )
-        next(iter(stream))
-        stream.close()
-    time.sleep(1)
-    before = used()
-    time.sleep(2)
-    assert used() - before < 0.5
+    serving.rests(server, extra_body={"seed": 1})
 
 
 # ------------------------------------------------------------------------- the last of it
@@ -400,16 +383,7 @@ def test_who_gives_up_costs_nothing_more(server: Served):
 
 def test_sigterm_lets_it_finish(server: Served, dense: Path):
     """What has begun is answered whole, what is new is not taken, and nothing is left."""
-    processes = server.processes()
-    stream = server.client().completions.create(
-        model="sparse", prompt=PROMPTS[1], max_tokens=200, temperature=0, stream=True
-    )
-    parts = [next(iter(stream)).choices[0].text]
-    server.process.send_signal(signal.SIGTERM)
-    parts += [choice.text for chunk in stream for choice in chunk.choices]
-    assert "".join(parts) == greedy(dense, PROMPTS[1], 200)
-    assert server.end() == 0
-    assert serving.gone(processes, 5)
+    serving.finishes(server, dense)
     with pytest.raises(openai.APIConnectionError):
         server.client().models.list()
     lines = server.errors.splitlines()
