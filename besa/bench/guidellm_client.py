@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from besa.bench.child import answer_questions, start_child
 from besa.bench.figures import Request
+
+Updates = Callable[[Any], AsyncIterator[Any]]  # of a group's requests
 
 # One process makes the requests: several draw the same arrivals, each for itself.
 ENVIRONMENT = {
@@ -35,6 +37,7 @@ def main() -> None:
     # forked off one that has it (see `ENVIRONMENT`).
     multiprocessing.set_forkserver_preload(["besa.bench.mortal", "guidellm.benchmark"])
     from guidellm.entrypoints import benchmark_generative_text
+    from guidellm.scheduler import WorkerProcessGroup
     from guidellm.scheduler.strategies import AsyncPoissonStrategy, ThroughputStrategy
     from guidellm.schemas.benchmark import BenchmarkScenario
 
@@ -46,12 +49,15 @@ def main() -> None:
     # Version 0.8.1 wakes its workers before it tells them when to begin: some began in 1970, and
     # sent everything at once.
     AsyncPoissonStrategy.init_processes_start = start
+    WorkerProcessGroup.request_updates = all_updates(WorkerProcessGroup.request_updates)
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:
         scenario = BenchmarkScenario.create(scenario=None, spec=spec(question))
         report, _ = asyncio.run(benchmark_generative_text(scenario, progress=False))
         found = report.benchmarks[0].requests.model_dump(mode="json")
         requests, seconds = requests_of(found)
+        lost = len(question["prompts"]) - len(requests)
+        requests += [Request(error="guidellm lost it")] * lost
         return {"requests": [asdict(request) for request in requests], "seconds": seconds}
 
     answer_questions(answer, first={"ready": True})
@@ -83,6 +89,26 @@ def spec(question: dict[str, Any]) -> dict[str, Any]:
         "seed": {"kind": "static", "value": question["seed"]},
         "outputs": [],
     }
+
+
+def all_updates(updates: Updates) -> Updates:
+    """guidellm's updates of its requests, the last ones, too.
+
+    Version 0.8.1 is told that all have ended a moment before the last of them arrives: if it looks
+    just then, it goes without that one.
+    """
+
+    async def every_update(group: Any) -> AsyncIterator[Any]:
+        ended = 0
+        async for update in updates(group):
+            ended += update[2].status in ("completed", "errored", "cancelled")
+            yield update
+        while ended < group.state._state.processed_requests:
+            update = await group.messaging.get(timeout=5)
+            ended += update[2].status in ("completed", "errored", "cancelled")
+            yield update
+
+    return every_update
 
 
 def requests_of(found: dict[str, Any]) -> tuple[list[Request], float]:

@@ -16,7 +16,7 @@
 //     kRegisters       accumulators that fit in registers beside the rest
 //     kTileRows, kTileTokens  the block of a tile's product: that many accumulators
 //     kTileFrom        the number of tokens from which on tiles are expanded, as was measured
-//     sums(from, to)         kAtOnce sums; 1 if that is no cheaper
+//     add_sums(acc, to)      adds the sums over the lanes of 8 of them to `to`, if kSumsOf8
 //     expand(p, m, g, col)   the next popcount(m) values to their places, zeros between; may read
 //                            kStep values from p; g scales it if the scales are per group
 //     dot(acc, w, x)         acc + w * x              sum(acc)  over all lanes
@@ -87,9 +87,8 @@ int sparse_linear(const Job& job, int isa);
 // How many bytes of values are fetched ahead in each stream of rows.
 constexpr int kAhead = 2048;
 
-// Rows that a thread takes at a time for tiles, and tokens that go over them at a time: what is
-// summed up so far, and a tile's columns of the activations, stay in the second-level cache.
-constexpr int kPieceRows = 48, kChunk = 64;
+// Rows that a thread takes at a time for tiles.
+constexpr int kPieceRows = 48;
 
 namespace {
 
@@ -233,14 +232,18 @@ struct Worker {
     static constexpr int kStep = Tr::kStep;
     static constexpr int kDirectRows = 4;  // that share the loads of the activations
     static constexpr int kRows = Tr::kTileRows, kTokens = Tr::kTileTokens;
-    // A tile is 24 KiB: half of a first-level cache, which the activations pass through too.
+    // A tile is 24 KiB: half of a first-level cache, which the activations pass through too. As many
+    // tokens go over it as have the tile's columns in half of a second-level cache.
     static constexpr int kTileSteps = 24576 / (kRows * static_cast<int>(sizeof(W)));
+    static constexpr int kChunk =
+        (512 << 10) / (kTileSteps * kStep * static_cast<int>(sizeof(typename Tr::X)));
+    static_assert(kPieceRows % kRows == 0, "a piece is made of whole tiles");
 
     const Job& job;
     const Input<Tr>& in;
     Buffer<Value> copies;  // [slots, cols + kStep]: rows at the end of the values
     Buffer<W> tile;        // [kRows, kTileSteps]
-    Buffer<Acc> sums;      // [kChunk, kPieceRows]: what is summed up of a piece so far
+    Buffer<typename Tr::Sum> sums;  // [kPieceRows / kRows, kChunk, kRows]: of a piece, so far
     std::int64_t steps, mask_bytes;
     int shift = 0;
     Status status = kOk;
@@ -256,7 +259,7 @@ struct Worker {
         copies = buffer<Value>((tiles ? kPieceRows : kDirectRows) * (job.cols + kStep));
         if (tiles) {
             tile = buffer<W>(kRows * kTileSteps);
-            sums = buffer<Acc>(kPieceRows * kChunk);
+            sums = buffer<typename Tr::Sum>(kPieceRows * kChunk);
         }
         return copies && (!tiles || (tile && sums));
     }
@@ -369,28 +372,25 @@ struct Worker {
         if (row.p - row.begin != row.count) status = kCorrupt;
     }
 
-    // Outputs (t, r) to (t, r + N - 1) from the sums of their products. What the types are is asked
+    // Outputs (t, r) to (t, r + n - 1) from the sums of their products. What the types are is asked
     // outside of the loops, which are vectors then.
-    template <int N>
-    void finish(std::int64_t r, std::int64_t t, const typename Tr::Sum* sums) {
-        float values[N];
-        for (int i = 0; i < N; ++i) values[i] = static_cast<float>(sums[i]);
+    BESA_INLINE void finish(std::int64_t r, std::int64_t t, int n, float* values) const {
         if (job.scale && !job.group_size)
-            for (int i = 0; i < N; ++i) values[i] *= job.scale[r + i];
+            for (int i = 0; i < n; ++i) values[i] *= job.scale[r + i];
         if constexpr (Tr::kInt8Input)
-            for (int i = 0; i < N; ++i) values[i] *= in.scale[t];
+            for (int i = 0; i < n; ++i) values[i] *= in.scale[t];
         switch (job.input_dtype) {
-            case kBf16: put<N, kBf16>(r, t, values); break;
-            case kFp16: put<N, kFp16>(r, t, values); break;
-            default: put<N, kFp32>(r, t, values);
+            case kBf16: put<kBf16>(r, t, n, values); break;
+            case kFp16: put<kFp16>(r, t, n, values); break;
+            default: put<kFp32>(r, t, n, values);
         }
     }
 
-    template <int N, int kTo>
-    void put(std::int64_t r, std::int64_t t, float* values) {
+    template <int kTo>
+    BESA_INLINE void put(std::int64_t r, std::int64_t t, int n, float* values) const {
         if (job.bias)
-            for (int i = 0; i < N; ++i) values[i] += load_float(job.bias, kTo, r + i);
-        for (int i = 0; i < N; ++i) store_float(job.output, kTo, t * job.rows + r + i, values[i]);
+            for (int i = 0; i < n; ++i) values[i] += load_float(job.bias, kTo, r + i);
+        for (int i = 0; i < n; ++i) store_float(job.output, kTo, t * job.rows + r + i, values[i]);
     }
 
     // R rows, `apart` from each other, times T tokens; U steps with sums of their own, so that none
@@ -435,8 +435,8 @@ struct Worker {
             each<T>([&](auto t) BESA_INLINE {
                 Acc sum = acc[0][r][t];
                 each<U - 1>([&](auto u) BESA_INLINE { sum = Tr::add(sum, acc[u + 1][r][t]); });
-                const typename Tr::Sum total = Tr::sum(sum) - late;
-                finish<1>(r0 + r * apart, t0 + t, &total);
+                float total = static_cast<float>(Tr::sum(sum) - late);
+                finish(r0 + r * apart, t0 + t, 1, &total);
             });
         });
     }
@@ -450,29 +450,30 @@ struct Worker {
             row_of[r] = row(r0 + r, r);
             offset[r] = Tr::zero();
         }
-        for (int i = 0; i < kPieceRows * count; ++i) sums[i] = Tr::zero();
+        std::fill_n(sums.get(), kPieceRows * kChunk, 0);
         for (std::int64_t s = 0; s < steps; s += kTileSteps) {
             const int width = static_cast<int>(least(kTileSteps, steps - s));
             for (int r = 0; r < n; r += kRows) {
-                const int height = static_cast<int>(least(kRows, n - r));
-                for (int i = 0; i < height; ++i) {
-                    // What is fetched meanwhile is what the next rows will want of this tile, or
-                    // the first rows of the next one.
-                    row_of[r + i].ahead =
-                        address(row_of[(r + i + kRows) % n].p) - address(row_of[r + i].p);
-                    fill(tile.get() + i * kTileSteps, row_of[r + i], s, width, offset[r + i]);
+                for (int i = 0; i < kRows; ++i) {
+                    W* to = tile.get() + i * kTileSteps;
+                    if (r + i < n) {
+                        // What is fetched meanwhile is what the next rows will want of this tile, or
+                        // the first rows of the next one.
+                        Row& one = row_of[r + i];
+                        one.ahead = address(row_of[(r + i + kRows) % n].p) - address(one.p);
+                        fill(to, one, s, width, offset[r + i]);
+                    } else {
+                        std::memset(static_cast<void*>(to), 0, width * sizeof(W));
+                    }
                 }
-                Acc* to = sums.get() + r;
                 const typename Tr::X* x = in.x.get() + t0 * in.stride + s * kStep;
+                typename Tr::Sum* to = sums.get() + r * kChunk;
                 int t = 0;
-                if (height == kRows)
-                    for (; t + kTokens <= count; t += kTokens)
-                        product<kRows, kTokens>(tile.get(), x + t * in.stride, width,
-                                                to + t * kPieceRows);
-                for (; t < count; ++t)
-                    for (int i = 0; i < height; ++i)
-                        product<1, 1>(tile.get() + i * kTileSteps, x + t * in.stride, width,
-                                      to + t * kPieceRows + i);
+                for (; t + kTokens <= count; t += kTokens)
+                    product<kTokens>(x + t * in.stride, width, to + t * kRows);
+                each<kTokens>([&](auto rest) {
+                    if (t + rest == count) product<rest>(x + t * in.stride, width, to + t * kRows);
+                });
             }
         }
         typename Tr::Sum late[kPieceRows];
@@ -481,19 +482,11 @@ struct Worker {
             late[r] = Tr::sum(offset[r]);
         }
         for (int t = 0; t < count; ++t) {
-            const Acc* from = sums.get() + t * kPieceRows;
-            int r = 0;
-            if constexpr (Tr::kAtOnce > 1)
-                for (; r + Tr::kAtOnce <= n; r += Tr::kAtOnce) {
-                    typename Tr::Sum sum[Tr::kAtOnce];
-                    Tr::sums(from + r, sum);
-                    for (int i = 0; i < Tr::kAtOnce; ++i) sum[i] -= late[r + i];
-                    finish<Tr::kAtOnce>(r0 + r, t0 + t, sum);
-                }
-            for (; r < n; ++r) {
-                const typename Tr::Sum sum = Tr::sum(from[r]) - late[r];
-                finish<1>(r0 + r, t0 + t, &sum);
-            }
+            float values[kPieceRows];
+            for (int r = 0; r < n; r += kRows)
+                for (int i = 0; i < kRows; ++i)
+                    values[r + i] = static_cast<float>(sums[r * kChunk + t * kRows + i] - late[r + i]);
+            finish(r0, t0 + t, n, values);
         }
     }
 
@@ -514,22 +507,34 @@ struct Worker {
         offset_in_memory = offset;
     }
 
-    // Adds R rows of the tile times T tokens to their sums.
-    template <int R, int T>
-    void product(const W* w, const typename Tr::X* x, int width, Acc* to) const {
-        Acc acc[R][T];
-        each<R>([&](auto r) BESA_INLINE {
-            each<T>([&](auto t) BESA_INLINE { acc[r][t] = to[t * kPieceRows + r]; });
+    // Adds the tile times T tokens to their sums, [T, kRows].
+    template <int T>
+    void product(const typename Tr::X* x, int width, typename Tr::Sum* to) const {
+        Acc acc[kRows][T == 0 ? 1 : T];
+        const W* w = tile.get();
+        each<kRows>([&](auto r) BESA_INLINE {
+            each<T>([&](auto t) BESA_INLINE { acc[r][t] = Tr::zero(); });
         });
         for (int s = 0; s < width; ++s)
-            each<R>([&](auto r) BESA_INLINE {
+            each<kRows>([&](auto r) BESA_INLINE {
                 each<T>([&](auto t) BESA_INLINE {
                     acc[r][t] = Tr::dot(acc[r][t], w[r * kTileSteps + s],
                                         x + t * in.stride + s * kStep);
                 });
             });
-        each<R>([&](auto r) BESA_INLINE {
-            each<T>([&](auto t) BESA_INLINE { to[t * kPieceRows + r] = acc[r][t]; });
+        constexpr int kEights = Tr::kSumsOf8 ? kRows * T / 8 : 0;
+        if constexpr (kEights > 0)
+            each<kEights>([&](auto e) BESA_INLINE {
+                Acc eight[8];
+                each<8>([&](auto i) BESA_INLINE {
+                    constexpr int at = 8 * e + i;
+                    eight[i] = acc[at % kRows][at / kRows];
+                });
+                Tr::add_sums(eight, to + 8 * e);
+            });
+        each<kRows * T - 8 * kEights>([&](auto i) BESA_INLINE {
+            constexpr int at = 8 * kEights + i;
+            to[at] += Tr::sum(acc[at % kRows][at / kRows]);
         });
     }
 };

@@ -23,7 +23,7 @@ struct Int8Pairs {
     static constexpr int kTileRows = 4, kTileTokens = 2, kTileFrom = 17;
     static constexpr int kOffset = 0;
     static constexpr bool kInt8Input = true, kRawInput = false, kLate = false;
-    static constexpr int kAtOnce = 1;
+    static constexpr bool kSumsOf8 = false;
 
     static std::int64_t place(std::int64_t j) { return j; }
     static int popcount(Mask m) { return __builtin_popcount(m); }

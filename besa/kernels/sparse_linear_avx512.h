@@ -29,26 +29,45 @@ BESA_INLINE inline __m512i in_register(const void* p) {
     return values;
 }
 
-// The sums over the lanes of 16 registers: each step adds two registers' halves into one register.
-inline __m512 sum_16(const __m512* from) {
-    __m512 a[8], b[4], c[2];
-    each<8>([&](auto i) BESA_INLINE {
+// The sums over the lanes of 8 registers: each step adds two registers' halves into one register.
+BESA_INLINE inline __m256 sum_8(const __m512* from) {
+    __m512 a[4], b[2];
+    each<4>([&](auto i) BESA_INLINE {
         a[i] = _mm512_add_ps(_mm512_unpacklo_ps(from[2 * i], from[2 * i + 1]),
                              _mm512_unpackhi_ps(from[2 * i], from[2 * i + 1]));
     });
     // Of each 128 bits: sums of registers 2i, 2i + 1, 2i, 2i + 1.
-    each<4>([&](auto i) BESA_INLINE {
+    each<2>([&](auto i) BESA_INLINE {
         const __m512d low = _mm512_castps_pd(a[2 * i]), high = _mm512_castps_pd(a[2 * i + 1]);
         b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
                              _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
     });
     // Of each 128 bits: registers 4i to 4i + 3. What is left is to add up the four parts.
-    each<2>([&](auto i) BESA_INLINE {
-        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
-                             _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xDD));
+    const __m512 c = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x88),
+                                   _mm512_shuffle_f32x4(b[0], b[1], 0xDD));
+    return _mm512_castps512_ps256(
+        _mm512_add_ps(_mm512_shuffle_f32x4(c, c, 0x88), _mm512_shuffle_f32x4(c, c, 0xDD)));
+}
+
+// The same of int32.
+BESA_INLINE inline __m256i sum_8(const Int32x16* from) {
+    __m512i a[4], b[2];
+    each<4>([&](auto i) BESA_INLINE {
+        const __m512i one = (__m512i)from[2 * i], other = (__m512i)from[2 * i + 1];
+        a[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(one, other), _mm512_unpackhi_epi32(one, other));
     });
-    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88),
-                         _mm512_shuffle_f32x4(c[0], c[1], 0xDD));
+    each<2>([&](auto i) BESA_INLINE {
+        b[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a[2 * i], a[2 * i + 1]),
+                                _mm512_unpackhi_epi64(a[2 * i], a[2 * i + 1]));
+    });
+    const __m512i c = _mm512_add_epi32(_mm512_shuffle_i64x2(b[0], b[1], 0x88),
+                                       _mm512_shuffle_i64x2(b[0], b[1], 0xDD));
+    return _mm512_castsi512_si256(
+        _mm512_add_epi32(_mm512_shuffle_i64x2(c, c, 0x88), _mm512_shuffle_i64x2(c, c, 0xDD)));
+}
+
+BESA_INLINE inline void add_sum_8(const __m512* from, float* to) {
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sum_8(from)));
 }
 
 inline std::int64_t sum_int32(__m512i acc) {
@@ -121,8 +140,8 @@ struct FloatDot {
     }
     static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
     static Sum sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
-    static constexpr int kAtOnce = 16;
-    static void sums(const Acc* from, Sum* to) { _mm512_storeu_ps(to, sum_16(from)); }
+    static constexpr bool kSumsOf8 = true;
+    BESA_INLINE static void add_sums(const Acc* acc, Sum* to) { add_sum_8(acc, to); }
 };
 
 inline int run_float(const Job& job) {

@@ -45,8 +45,8 @@ struct Bf16Halves {
     }
     static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
     static Sum sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
-    static constexpr int kAtOnce = 16;
-    static void sums(const Acc* from, Sum* to) { _mm512_storeu_ps(to, sum_16(from)); }
+    static constexpr bool kSumsOf8 = true;
+    BESA_INLINE static void add_sums(const Acc* acc, Sum* to) { add_sum_8(acc, to); }
 };
 
 // bfloat16 values and activations, two products a lane and instruction (dpbf16ps), which takes
@@ -59,7 +59,7 @@ struct Bf16Pairs {
     using Acc = __m512;
     using Sum = float;
     static constexpr int kStep = 32, kUnroll = 4, kRegisters = 24;
-    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 17;
+    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 13;
     static constexpr int kOffset = 0;
     static constexpr bool kInt8Input = false, kRawInput = true, kLate = false;
 
@@ -75,8 +75,8 @@ struct Bf16Pairs {
     }
     static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
     static Sum sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
-    static constexpr int kAtOnce = 16;
-    static void sums(const Acc* from, Sum* to) { _mm512_storeu_ps(to, sum_16(from)); }
+    static constexpr bool kSumsOf8 = true;
+    BESA_INLINE static void add_sums(const Acc* acc, Sum* to) { add_sum_8(acc, to); }
 };
 
 // int8 values and activations, four products a lane. The instruction wants one side unsigned: the
@@ -89,7 +89,7 @@ struct Int8Dot {
     using Acc = Int32x16;
     using Sum = std::int64_t;
     static constexpr int kStep = 64, kUnroll = 4, kRegisters = 20;
-    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 8;
+    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 6;
     static constexpr int kOffset = 128;
     static constexpr bool kInt8Input = true, kRawInput = false, kLate = true;
 
@@ -109,25 +109,11 @@ struct Int8Dot {
     }
     static Acc add(Acc a, Acc b) { return a + b; }
     static Sum sum(Acc acc) { return sum_int32((__m512i)acc); }
-    static constexpr int kAtOnce = 8;
-    static void sums(const Acc* from, Sum* to) {
-        // Pairs of lanes first, as 64 bits: no number of columns overflows.
-        __m512i wide[8];
-        each<8>([&](auto i) BESA_INLINE {
-            wide[i] = _mm512_add_epi64(_mm512_srai_epi64(_mm512_slli_epi64((__m512i)from[i], 32), 32),
-                                       _mm512_srai_epi64((__m512i)from[i], 32));
-        });
-        __m512i a[4], b[2];
-        each<4>([&](auto i) BESA_INLINE {
-            a[i] = _mm512_add_epi64(_mm512_unpacklo_epi64(wide[2 * i], wide[2 * i + 1]),
-                                    _mm512_unpackhi_epi64(wide[2 * i], wide[2 * i + 1]));
-        });
-        each<2>([&](auto i) BESA_INLINE {
-            b[i] = _mm512_add_epi64(_mm512_shuffle_i64x2(a[2 * i], a[2 * i + 1], 0x88),
-                                    _mm512_shuffle_i64x2(a[2 * i], a[2 * i + 1], 0xDD));
-        });
-        _mm512_storeu_si512(to, _mm512_add_epi64(_mm512_shuffle_i64x2(b[0], b[1], 0x88),
-                                                 _mm512_shuffle_i64x2(b[0], b[1], 0xDD)));
+    static constexpr bool kSumsOf8 = true;
+    // A tile has few columns enough that its sums are int32.
+    BESA_INLINE static void add_sums(const Acc* acc, Sum* to) {
+        _mm512_storeu_si512(
+            to, _mm512_add_epi64(_mm512_loadu_si512(to), _mm512_cvtepi32_epi64(sum_8(acc))));
     }
 };
 
@@ -171,8 +157,8 @@ struct Int8GroupDot {
     }
     static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
     static Sum sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
-    static constexpr int kAtOnce = 16;
-    static void sums(const Acc* from, Sum* to) { _mm512_storeu_ps(to, sum_16(from)); }
+    static constexpr bool kSumsOf8 = true;
+    BESA_INLINE static void add_sums(const Acc* acc, Sum* to) { add_sum_8(acc, to); }
 };
 
 }  // namespace

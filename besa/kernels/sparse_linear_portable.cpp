@@ -43,7 +43,7 @@ struct Lanes {
     static constexpr int kTileRows = 2, kTileTokens = 2, kTileFrom = 17;
     static constexpr int kOffset = 0;
     static constexpr bool kInt8Input = kInt8, kRawInput = false, kLate = false;
-    static constexpr int kAtOnce = 1;
+    static constexpr bool kSumsOf8 = false;
 
     static std::int64_t place(std::int64_t j) { return j; }
     static int popcount(Mask m) { return __builtin_popcount(m); }
