@@ -138,8 +138,10 @@ def test_files(compared: tuple[Any, dict[str, Any], Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_generators(tmp_path: Path, generator: str) -> None:
+def test_generators(tmp_path: Path, generator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every contender gets the same requests, none of them twice, and figures are what was done."""
+    # guidellm looks often whether all is over, and loses each time's last answer if we let it.
+    monkeypatch.setenv("GUIDELLM__MP_POLL_INTERVAL", "0.001")
     journals = [tmp_path / "a", tmp_path / "b"]
     slow = ("--ttft", 0.1, "--itl", 0.02)
     with stub(*slow, "--journal", journals[0]) as a, stub(*slow, "--journal", journals[1]) as b:
