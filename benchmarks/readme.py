@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel_report import readme_table
+from serving_report import tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -216,7 +217,11 @@ def onnx_table(title: str, found: dict[str, Any]) -> str:
 
 NAMES_OF_ENGINES = {"vllm": "vLLM", "transformers": "transformers"}
 
+MORE = ("vllm", "transformers", "demo", "offline")
+
 SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
+    "serving": (tables, ("serving/peers.json",)),
+    "more": (tables, tuple(f"serving/{part}.json" for part in MORE)),
     "table": (table, ("table.json",)),
     "cost": (cost, ("wallclock.json", "memory.json", "allocation-cpu.json")),
     "kernels": (readme_table, ("kernels.json",)),

@@ -5,12 +5,13 @@
 
 Each part is one run of `besa bench`, whose results.json it leaves in benchmarks/results/serving:
 
-    vllm-1        a model of TinyLlama's shape, random weights, in vLLM: dense, and packed at 50%,
-                  2:4, and 50% with int8 values; beside them the dense one in llama.cpp (bf16,
-                  Q8_0, Q4_0) and in ONNX Runtime GenAI (int8, int4); one request at a time
-    vllm-4        the same in vLLM, four requests at a time
-    transformers  the same in transformers, one request at a time
-    offline       the same inside the engines, without server and client
+    vllm          a model of TinyLlama's shape, random weights, in vLLM: dense, and packed at 50%,
+                  2:4, and 50% with int8 values; one request at a time, and four
+    peers         in vLLM dense, at 50%, and with int8 values; beside them the dense one in
+                  llama.cpp (bf16, Q8_0, Q4_0) and in ONNX Runtime GenAI (int8, int4); one request
+                  at a time
+    transformers  what the first part has, in transformers, one request at a time
+    offline       inside the engines, without server and client
     demo          the model that besa carries, pruned by half with BESA, its perplexity, too
 
 PYTHON is one with `llama-cpp-python[server]` and `gguf`: they are not installed beside besa.
@@ -67,12 +68,13 @@ class Part:
     batches: tuple[int, ...] = ()
 
 
-ALL = ("dense", *PACKED)
+ALL, SOME = ("dense", *PACKED), ("dense", "50%", "50% int8")
+ONE, FOUR = Load("concurrency", 1), Load("concurrency", 4)
 PARTS = {
-    "vllm-1": Part(ALL, {"engine": "vllm", "loads": (Load("concurrency", 1),)}, True),
-    "vllm-4": Part(ALL, {"engine": "vllm", "loads": (Load("concurrency", 4),)}),
-    "transformers": Part(ALL, {"engine": "transformers", "loads": (Load("concurrency", 1),)}),
-    "offline": Part(("dense", "50%", "50% int8"), {"output_length": 16}, True, (1, 4)),
+    "vllm": Part(ALL, {"engine": "vllm", "loads": (ONE, FOUR)}),
+    "peers": Part(SOME, {"engine": "vllm", "loads": (ONE,)}, True),
+    "transformers": Part(ALL, {"engine": "transformers", "loads": (ONE,)}),
+    "offline": Part(SOME, {}, True, (1, 4)),
 }
 
 
@@ -181,7 +183,7 @@ def run_demo(work: Path, rounds: int) -> dict[str, Any]:
     config = replace(
         BASE,
         contenders=(Contender("dense", str(MODEL)), Contender("50%", str(packed))),
-        loads=(Load("concurrency", 1), Load("concurrency", 4)),
+        loads=(ONE, FOUR),
         engine="vllm",
         rounds=rounds,
         requests=16,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import uuid
 from dataclasses import asdict
 from typing import Any
 
@@ -51,10 +52,14 @@ def main() -> None:
         prompts: list[str] = question["prompts"]
         length: int = question["output_length"]
         chosen = [
+            # Sent as x-request-id, which llama-cpp-python's server refuses if it is no UUID.
             SampleRequest(
-                prompt=prompt, prompt_len=1, expected_output_len=length, request_id=str(i)
+                prompt=prompt,
+                prompt_len=1,
+                expected_output_len=length,
+                request_id=str(uuid.uuid4()),
             )
-            for i, prompt in enumerate(prompts)
+            for prompt in prompts
         ]
         serve.get_samples = lambda *_: chosen
         flags = [

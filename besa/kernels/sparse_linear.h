@@ -445,22 +445,22 @@ struct Worker {
     void piece(std::int64_t r0, int n, std::int64_t t0, std::int64_t t1) {
         Row row_of[kPieceRows];
         Acc offset[kPieceRows];
-        const int count = static_cast<int>(t1 - t0);
+        const int count = static_cast<int>(t1 - t0), products = count / kTokens;
         for (int r = 0; r < n; ++r) {
             row_of[r] = row(r0 + r, r);
             offset[r] = Tr::zero();
         }
-        std::fill_n(sums.get(), kPieceRows * kChunk, 0);
         for (std::int64_t s = 0; s < steps; s += kTileSteps) {
             const int width = static_cast<int>(least(kTileSteps, steps - s));
             for (int r = 0; r < n; r += kRows) {
+                // What the next rows will want of this tile, or the first rows of the next one, is
+                // fetched meanwhile: a row with each product, and the others before.
+                const auto later = [&](int i) -> const Row& { return row_of[(r + i + kRows) % n]; };
                 for (int i = 0; i < kRows; ++i) {
                     W* to = tile.get() + i * kTileSteps;
                     if (r + i < n) {
-                        // What is fetched meanwhile is what the next rows will want of this tile, or
-                        // the first rows of the next one.
                         Row& one = row_of[r + i];
-                        one.ahead = address(row_of[(r + i + kRows) % n].p) - address(one.p);
+                        one.ahead = i < products ? 0 : address(later(i).p) - address(one.p);
                         fill(to, one, s, width, offset[r + i]);
                     } else {
                         std::memset(static_cast<void*>(to), 0, width * sizeof(W));
@@ -468,24 +468,32 @@ struct Worker {
                 }
                 const typename Tr::X* x = in.x.get() + t0 * in.stride + s * kStep;
                 typename Tr::Sum* to = sums.get() + r * kChunk;
+                if (s == 0) std::fill_n(to, count * kRows, 0);
                 int t = 0;
-                for (; t + kTokens <= count; t += kTokens)
-                    product<kTokens>(x + t * in.stride, width, to + t * kRows);
-                each<kTokens>([&](auto rest) {
-                    if (t + rest == count) product<rest>(x + t * in.stride, width, to + t * kRows);
+                for (int i = 0; i < products; ++i, t += kTokens) {
+                    const Row& fetched = later(i % kRows);
+                    product<kTokens>(x + t * in.stride, width, to + t * kRows, fetched.p,
+                                     fetched.count * sizeof(Value) / steps);
+                }
+                each<kTokens - 1>([&](auto i) {
+                    constexpr int rest = i + 1;
+                    if (t + rest == count)
+                        product<rest>(x + t * in.stride, width, to + t * kRows, row_of[0].p, 0);
                 });
             }
         }
-        typename Tr::Sum late[kPieceRows];
+        typename Tr::Sum late[kPieceRows] = {};
         for (int r = 0; r < n; ++r) {
             check(row_of[r]);
             late[r] = Tr::sum(offset[r]);
         }
         for (int t = 0; t < count; ++t) {
             float values[kPieceRows];
-            for (int r = 0; r < n; r += kRows)
+            for (int r = 0; r < n; r += kRows) {
+                const typename Tr::Sum* from = sums.get() + r * kChunk + t * kRows;
                 for (int i = 0; i < kRows; ++i)
-                    values[r + i] = static_cast<float>(sums[r * kChunk + t * kRows + i] - late[r + i]);
+                    values[r + i] = static_cast<float>(from[i] - late[r + i]);
+            }
             finish(r0, t0 + t, n, values);
         }
     }
@@ -507,21 +515,24 @@ struct Worker {
         offset_in_memory = offset;
     }
 
-    // Adds the tile times T tokens to their sums, [T, kRows].
+    // Adds the tile times T tokens to their sums, [T, kRows]; meanwhile fetches, so many bytes a step.
     template <int T>
-    void product(const typename Tr::X* x, int width, typename Tr::Sum* to) const {
-        Acc acc[kRows][T == 0 ? 1 : T];
+    void product(const typename Tr::X* x, int width, typename Tr::Sum* to, const Value* fetched,
+                 std::int64_t bytes) const {
+        Acc acc[kRows][T];
         const W* w = tile.get();
         each<kRows>([&](auto r) BESA_INLINE {
             each<T>([&](auto t) BESA_INLINE { acc[r][t] = Tr::zero(); });
         });
-        for (int s = 0; s < width; ++s)
+        for (int s = 0; s < width; ++s) {
+            __builtin_prefetch(reinterpret_cast<const void*>(address(fetched) + s * bytes));
             each<kRows>([&](auto r) BESA_INLINE {
                 each<T>([&](auto t) BESA_INLINE {
                     acc[r][t] = Tr::dot(acc[r][t], w[r * kTileSteps + s],
                                         x + t * in.stride + s * kStep);
                 });
             });
+        }
         constexpr int kEights = Tr::kSumsOf8 ? kRows * T / 8 : 0;
         if constexpr (kEights > 0)
             each<kEights>([&](auto e) BESA_INLINE {

@@ -59,7 +59,7 @@ struct Bf16Pairs {
     using Acc = __m512;
     using Sum = float;
     static constexpr int kStep = 32, kUnroll = 4, kRegisters = 24;
-    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 13;
+    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 17;
     static constexpr int kOffset = 0;
     static constexpr bool kInt8Input = false, kRawInput = true, kLate = false;
 
@@ -89,7 +89,7 @@ struct Int8Dot {
     using Acc = Int32x16;
     using Sum = std::int64_t;
     static constexpr int kStep = 64, kUnroll = 4, kRegisters = 20;
-    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 6;
+    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 8;
     static constexpr int kOffset = 128;
     static constexpr bool kInt8Input = true, kRawInput = false, kLate = true;
 

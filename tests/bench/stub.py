@@ -17,6 +17,8 @@ import os
 import socket
 import sys
 import time
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,9 @@ class Stub:
                     k.lower(): v.strip() for k, _, v in (x.partition(":") for x in lines[1:])
                 }
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
-                if method == "POST" and path == "/v1/completions":
+                if not _is_uuid(headers.get("x-request-id")):  # as llama-cpp-python's server has it
+                    await self.answer(writer, 400, {"error": {"message": "x-request-id"}})
+                elif method == "POST" and path == "/v1/completions":
                     if not await self.complete(json.loads(body), received, writer):
                         break
                 elif path == "/v1/models":
@@ -114,6 +118,13 @@ class Stub:
         chunk = f"data: {data}\n\n".encode()
         writer.write(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n")
         await writer.drain()
+
+
+def _is_uuid(words: str | None) -> bool:
+    """Whether it is one, if there is any."""
+    with suppress(ValueError):
+        return words is None or bool(uuid.UUID(words))
+    return False
 
 
 async def main(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,28 @@
+"""What `besa demo` ends with: the model that besa carries, packed, served and measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from besa import PruneConfig, prune
+from besa.demo import MODEL, SEQLEN
+from besa.demo.serving import serve_and_measure
+
+
+@pytest.mark.slow
+def test_the_demo_serves_what_it_pruned(tmp_path: Path) -> None:
+    pruned = tmp_path / "pruned"
+    prune(MODEL, PruneConfig(out=pruned, method="magnitude", samples=4, seqlen=SEQLEN))
+    told: list[str] = []
+    results = serve_and_measure(pruned, tmp_path, told.append)
+    assert [one["name"] for one in results["contenders"]] == ["dense", "packed 50%"]
+    dense, packed = results["contenders"]
+    assert dense["broken"] is None
+    assert packed["broken"] is None
+    assert packed["packing"]["pattern"] == "unstructured"
+    assert packed["disk_bytes"] < 0.75 * dense["disk_bytes"]
+    assert {m["contender"] for m in results["measurements"]} == {"dense", "packed 50%"}
+    assert (tmp_path / "bench" / "report.html").exists()
+    assert any("round 5 of 5" in words for words in told)
