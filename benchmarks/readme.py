@@ -217,7 +217,7 @@ def onnx_table(title: str, found: dict[str, Any]) -> str:
 
 NAMES_OF_ENGINES = {"vllm": "vLLM", "transformers": "transformers"}
 
-MORE = ("vllm", "transformers", "demo", "offline")
+MORE = ("vllm", "transformers", "demo")
 
 SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "serving": (tables, ("serving/peers.json",)),
