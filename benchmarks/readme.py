@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel_report import readme_table
-from serving_report import tables
+from serving_report import ENGINES, tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -133,10 +133,10 @@ def engines(record: dict[str, Any]) -> str:
             step = f"a step of {batch} sequence{'' if batch == '1' else 's'}"
             first = f"first token after a {question}"
             title = first if question.startswith("prompt") else step
-            line(f"{NAMES_OF_ENGINES[engine]}: {title}", cells)
+            line(f"{ENGINES[engine]}: {title}", cells)
         start = result["start_seconds"]
         cells = [f"{start[n]:.1f} s ({start[n] / start['dense']:.2f})" for n in names]
-        line(f"{NAMES_OF_ENGINES[engine]}: start", cells)
+        line(f"{ENGINES[engine]}: start", cells)
     linears = record["engines"]["vllm"]["linear_bytes"]
     for title, sizes in (
         ("pruned linears in memory", linears),
@@ -214,8 +214,6 @@ def onnx_table(title: str, found: dict[str, Any]) -> str:
     line("logits, relative difference from transformers'", errors, "{:.1g}", ratio=False)
     return "\n".join(lines)
 
-
-NAMES_OF_ENGINES = {"vllm": "vLLM", "transformers": "transformers"}
 
 MORE = ("vllm", "transformers", "demo")
 

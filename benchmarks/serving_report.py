@@ -13,13 +13,13 @@ from typing import Any
 from common import RESULTS
 from kernel_report import STYLE
 
+from besa.bench.results import by_load
 from besa.bench.words import FIGURE_NAMES, amount, change
 from besa.report.figures import size
 from besa.report.svg import line, linear, picture, tag, text, ticks
 
 SHOWN = ("output_tps", "itl_p50", "ttft_p50")
-OFFLINE = ("decode_tps", "step", "prefill")
-ENGINES = {"vllm": "vLLM", "transformers": "transformers", "onnx": "ONNX Runtime", None: ""}
+ENGINES = {"vllm": "vLLM", "transformers": "transformers", "onnx": "ONNX Runtime GenAI"}
 
 
 def tables(*records: dict[str, Any]) -> str:
@@ -47,65 +47,53 @@ def tables(*records: dict[str, Any]) -> str:
 
 def table(record: dict[str, Any]) -> str:
     """A row for each contender and load: figures, what they gain over dense, and what it costs."""
-    shown = SHOWN if record["kind"] == "serving" else OFFLINE
-    costs = ["on disk", "memory"]
-    perplexity = any(one["perplexity"] for one in record["contenders"])
-    heads = [*(FIGURE_NAMES[name] for name in shown), *costs, *(["perplexity"] * perplexity)]
-    random = any(one["random_weights"] for one in record["contenders"])
+    by_name = {one["name"]: one for one in record["contenders"]}
+    perplexity = any(one["perplexity"] for one in by_name.values())
+    heads = [*(FIGURE_NAMES[name] for name in SHOWN), "on disk", "memory"]
+    heads += ["perplexity"] * perplexity
+    random = any(one["random_weights"] for one in by_name.values())
     title = "TinyLlama's shape, random weights" if random else "the embedded model"
     lines = [f"| {title} | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
-    several = len(record["loads"]) > 1
-    for load in (one["name"] for one in record["loads"]):
-        for contender in record["contenders"]:
-            name = contender["name"]
-            found = next(
-                (m for m in record["measurements"] if (m["contender"], m["load"]) == (name, load)),
-                None,
-            )
-            if found is None:  # broken, or another batch size
-                continue
-            gains = record["comparisons"].get(name, {}).get(load, {})
-            cells = []
-            for figure in shown:
-                cell = amount(figure, found["summary"].get(figure))
-                if figure in gains:
-                    cell += f", {change(gains[figure])}"
-                cells.append(cell)
-            cells += [size(contender["disk_bytes"]), size(contender["memory"]["steady"])]
-            if perplexity:
-                cells.append(f"{contender['perplexity']['perplexity']:.2f}")
-            title = label(contender) + (f", {load}" if several else "")
-            lines.append(f"| {title} | {' | '.join(cells)} |")
+    for one, gains in by_load(record):
+        contender = by_name[one["contender"]]
+        cells = []
+        for figure in SHOWN:
+            cell = amount(figure, one["summary"].get(figure))
+            if figure in gains:
+                cell += f", {change(gains[figure])}"
+            cells.append(cell)
+        cells += [size(contender["disk_bytes"]), size(contender["memory"]["steady"])]
+        if perplexity:
+            cells.append(f"{contender['perplexity']['perplexity']:.2f}")
+        row = label(contender) + (f", {one['load']}" if len(record["loads"]) > 1 else "")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def label(contender: dict[str, Any]) -> str:
     """The engine and what it serves; what besa made of it in bold."""
-    engine = ENGINES[contender["engine"]]
     name = contender["name"].removeprefix("ONNX ")
     if contender["packing"] is not None:
         name = f"**besa {name}**"
-    return f"{engine}, {name}" if engine else name
+    engine = contender["engine"]  # None of a server that ran already, whose name says it
+    return f"{ENGINES[engine]}, {name}" if engine else name
 
 
 def plot(record: dict[str, Any]) -> str:
     """Tokens a second, one request at a time: a bar for each contender."""
-    bars = [
-        (label(one).replace("*", ""), one["packing"] is not None, m["summary"]["output_tps"])
-        for one in record["contenders"]
-        for m in record["measurements"]
-        if m["contender"] == one["name"]
-    ]
-    left, top, width, step = 170.0, 34.0, 420.0, 26.0
-    most = max(value["high"] for _, _, value in bars)
+    by_name = {one["name"]: one for one in record["contenders"]}
+    bars = [(by_name[m["contender"]], m["summary"]["output_tps"]) for m, _ in by_load(record)]
+    left, top, width, step = 180.0, 34.0, 420.0, 26.0
+    most = max(value["high"] for _, value in bars)
     x = linear(0, most, left, left + width)
     bottom = top + step * len(bars)
     body = tag("style", STYLE) + text(0, 14, "tokens a second, one request at a time", "strong")
     for mark in ticks(0, most, 6):
         body += line(x(mark), top - 4, x(mark), bottom, "grid")
         body += text(x(mark), bottom + 15, f"{mark:g}", "small mid")
-    for k, (name, own, value) in enumerate(bars):
-        y = top + k * step
+    for k, (contender, value) in enumerate(bars):
+        y, own = top + k * step, contender["packing"] is not None
+        name = label(contender).replace("*", "")
         body += text(left - 8, y + 14, name, "end strong" if own else "end")
         size_of = {"width": x(value["median"]) - left, "height": step - 8}
         body += tag("rect", x=left, y=y + 1, rx=2, class_=f"dot f{1 if own else 0}", **size_of)

@@ -19,6 +19,7 @@ from besa.bench.child import answer_questions, start_child
 from besa.bench.figures import Request
 
 Updates = Callable[[Any], AsyncIterator[Any]]  # of a group's requests
+_ENDS = ("completed", "errored", "cancelled")
 
 # One process makes the requests: several draw the same arrivals, each for itself.
 ENVIRONMENT = {
@@ -101,11 +102,11 @@ def all_updates(updates: Updates) -> Updates:
     async def every_update(group: Any) -> AsyncIterator[Any]:
         ended = 0
         async for update in updates(group):
-            ended += update[2].status in ("completed", "errored", "cancelled")
+            ended += update[2].status in _ENDS
             yield update
         while ended < group.state._state.processed_requests:
             update = await group.messaging.get(timeout=5)
-            ended += update[2].status in ("completed", "errored", "cancelled")
+            ended += update[2].status in _ENDS
             yield update
 
     return every_update

@@ -119,7 +119,7 @@ def bench_offline(
         _Inside(contender, engine, len(engines) > 1)
         for engine in engines
         for contender in config.contenders
-        if (engine == "onnx") == is_onnx(Path(str(contender.model)))
+        if contender.model is not None and (engine == "onnx") == is_onnx(Path(contender.model))
     ]
     rounds: dict[tuple[str, str], list[dict[str, float]]] = {}
     loads = {batch: f"batch {batch}" for batch in batches}

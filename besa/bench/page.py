@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from besa.bench import charts
-from besa.bench.results import QUANTILES, Results
+from besa.bench.results import QUANTILES, Results, by_load
 from besa.bench.statistics import NO_DIFFERENCE
 from besa.bench.words import FIGURE_NAMES, amount, change, conditions
 from besa.report.figures import NONE, size
@@ -179,19 +179,16 @@ def _curves(results: Results, whole: list[str]) -> list[dict[str, Any]]:
 
 def _distributions(results: Results, whole: list[str]) -> list[dict[str, Any]]:
     found = []
-    order = [load["name"] for load in results["loads"]]
     for key, title in _DISTRIBUTIONS.items():
         groups: dict[str, list[charts.Range]] = {}
-        for load in order:
-            for m in results["measurements"]:
-                marks = m.get("quantiles", {}).get(key)
-                if m["load"] == load and marks:
-                    one = charts.Range(
-                        m["contender"],
-                        whole.index(m["contender"]),
-                        tuple(marks[i] for i in _MARKS),
-                    )
-                    groups.setdefault(load, []).append(one)
+        for m, _ in by_load(results):
+            if marks := m.get("quantiles", {}).get(key):
+                one = charts.Range(
+                    m["contender"],
+                    whole.index(m["contender"]),
+                    tuple(marks[i] for i in _MARKS),
+                )
+                groups.setdefault(m["load"], []).append(one)
         if groups:
             found.append(
                 {
@@ -273,20 +270,18 @@ def _objective(results: Results) -> dict[str, Any] | None:
 def _table(results: Results) -> dict[str, Any]:
     figures = list(dict.fromkeys(n for m in results["measurements"] for n in m["summary"]))
     rows = []
-    for load in (load["name"] for load in results["loads"]):
-        for m in (m for m in results["measurements"] if m["load"] == load):
-            gains = results["comparisons"].get(m["contender"], {}).get(load, {})
-            cells = []
-            for name in figures:
-                gain = gains.get(name)
-                cells.append(
-                    {
-                        "value": amount(name, m["summary"].get(name)),
-                        "gain": change(gain) if gain else "",
-                        "kind": (gain or {}).get("verdict") or "",
-                    }
-                )
-            rows.append({"load": load, "name": m["contender"], "cells": cells})
+    for m, gains in by_load(results):
+        cells = []
+        for name in figures:
+            gain = gains.get(name)
+            cells.append(
+                {
+                    "value": amount(name, m["summary"].get(name)),
+                    "gain": change(gain) if gain else "",
+                    "kind": (gain or {}).get("verdict") or "",
+                }
+            )
+        rows.append({"load": m["load"], "name": m["contender"], "cells": cells})
     return {"heads": [FIGURE_NAMES[name] for name in figures], "rows": rows}
 
 

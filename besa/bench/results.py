@@ -25,7 +25,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -136,6 +136,14 @@ def finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: finite(each) for key, each in value.items()}
     return [finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def by_load(results: Results) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every measurement, load by load, with its gains over the reference's by figure."""
+    for load in (one["name"] for one in results["loads"]):
+        for one in results["measurements"]:
+            if one["load"] == load:
+                yield one, results["comparisons"].get(one["contender"], {}).get(load, {})
 
 
 def to_csv(results: Results) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from besa.bench.results import by_load
 from besa.bench.statistics import NO_DIFFERENCE
 from besa.bench.words import FIGURE_NAMES, amount, change, conditions
 from besa.report.figures import size
@@ -49,19 +50,17 @@ def _figures(results: dict[str, Any]) -> Table:
     shown = SHOWN if results["kind"] == "serving" else OFFLINE
     names = [n for n in shown if any(n in m["summary"] for m in results["measurements"])]
     table = _table("load", "contender", *(FIGURE_NAMES[name] for name in names))
-    order = [load["name"] for load in results["loads"]]
-    for load in order:
-        first = True
-        for one in (m for m in results["measurements"] if m["load"] == load):
-            gains = results["comparisons"].get(one["contender"], {}).get(load, {})
-            cells = []
-            for name in names:
-                cell = amount(name, one["summary"].get(name))
-                if name in gains:
-                    cell += f"\n{_gain(gains[name])}"
-                cells.append(cell)
-            table.add_row(load if first else "", escape(one["contender"]), *cells)
-            first = False
+    last = None
+    for one, gains in by_load(results):
+        cells = []
+        for name in names:
+            cell = amount(name, one["summary"].get(name))
+            if name in gains:
+                cell += f"\n{_gain(gains[name])}"
+            cells.append(cell)
+        load = one["load"]
+        table.add_row("" if load == last else load, escape(one["contender"]), *cells)
+        last = load
     return table
 
 

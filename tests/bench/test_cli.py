@@ -188,14 +188,8 @@ def test_the_objective_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "generator"),
-    [
-        (signal.SIGINT, GENERATORS[0]),
-        (signal.SIGTERM, GENERATORS[-1]),
-        *((signal.SIGKILL, generator) for generator in GENERATORS),
-    ],
-)
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left(tmp_path: Path, number: signal.Signals, generator: str) -> None:
     with stub("--itl", 0.2) as url:
         process = start_bench(
