@@ -29,41 +29,27 @@ BESA_INLINE inline __m512i in_register(const void* p) {
     return values;
 }
 
-// The sums over the lanes of 8 registers: each step adds two registers' halves into one register.
-BESA_INLINE inline __m256 sum_8(const __m512* from) {
-    __m512 a[4], b[2];
+// The sums over the lanes of 8 registers of float32 or int32: each step adds two registers' halves
+// into one register. `V` says how to add; to move lanes, what they hold does not matter.
+template <class V>
+BESA_INLINE inline __m256 sum_8(const V* from) {
+    V a[4], b[2];
     each<4>([&](auto i) BESA_INLINE {
-        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(from[2 * i], from[2 * i + 1]),
-                             _mm512_unpackhi_ps(from[2 * i], from[2 * i + 1]));
+        const __m512 one = (__m512)from[2 * i], other = (__m512)from[2 * i + 1];
+        a[i] = (V)_mm512_unpacklo_ps(one, other) + (V)_mm512_unpackhi_ps(one, other);
     });
     // Of each 128 bits: sums of registers 2i, 2i + 1, 2i, 2i + 1.
     each<2>([&](auto i) BESA_INLINE {
-        const __m512d low = _mm512_castps_pd(a[2 * i]), high = _mm512_castps_pd(a[2 * i + 1]);
-        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+        const __m512d one = (__m512d)a[2 * i], other = (__m512d)a[2 * i + 1];
+        b[i] = (V)_mm512_unpacklo_pd(one, other) + (V)_mm512_unpackhi_pd(one, other);
     });
     // Of each 128 bits: registers 4i to 4i + 3. What is left is to add up the four parts.
-    const __m512 c = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x88),
-                                   _mm512_shuffle_f32x4(b[0], b[1], 0xDD));
-    return _mm512_castps512_ps256(
-        _mm512_add_ps(_mm512_shuffle_f32x4(c, c, 0x88), _mm512_shuffle_f32x4(c, c, 0xDD)));
-}
-
-// The same of int32.
-BESA_INLINE inline __m256i sum_8(const Int32x16* from) {
-    __m512i a[4], b[2];
-    each<4>([&](auto i) BESA_INLINE {
-        const __m512i one = (__m512i)from[2 * i], other = (__m512i)from[2 * i + 1];
-        a[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(one, other), _mm512_unpackhi_epi32(one, other));
-    });
-    each<2>([&](auto i) BESA_INLINE {
-        b[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a[2 * i], a[2 * i + 1]),
-                                _mm512_unpackhi_epi64(a[2 * i], a[2 * i + 1]));
-    });
-    const __m512i c = _mm512_add_epi32(_mm512_shuffle_i64x2(b[0], b[1], 0x88),
-                                       _mm512_shuffle_i64x2(b[0], b[1], 0xDD));
-    return _mm512_castsi512_si256(
-        _mm512_add_epi32(_mm512_shuffle_i64x2(c, c, 0x88), _mm512_shuffle_i64x2(c, c, 0xDD)));
+    const auto halved = [](V x, V y) BESA_INLINE {
+        const __m512 one = (__m512)x, other = (__m512)y;
+        return (V)_mm512_shuffle_f32x4(one, other, 0x88) + (V)_mm512_shuffle_f32x4(one, other, 0xDD);
+    };
+    const V c = halved(b[0], b[1]);
+    return _mm512_castps512_ps256((__m512)halved(c, c));
 }
 
 BESA_INLINE inline void add_sum_8(const __m512* from, float* to) {

@@ -113,7 +113,7 @@ struct Int8Dot {
     // A tile has few columns enough that its sums are int32.
     BESA_INLINE static void add_sums(const Acc* acc, Sum* to) {
         _mm512_storeu_si512(
-            to, _mm512_add_epi64(_mm512_loadu_si512(to), _mm512_cvtepi32_epi64(sum_8(acc))));
+            to, _mm512_add_epi64(_mm512_loadu_si512(to), _mm512_cvtepi32_epi64((__m256i)sum_8(acc))));
     }
 };
 
