@@ -43,9 +43,9 @@ types: $(VENV)/.installed
 
 # The native tests with a library that checks every access and every operation.
 sanitize: $(VENV)/.installed
-	$(BIN)/cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Debug \
+	$(BIN)/cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Debug -DORT_INCLUDE=OFF \
 	  -DCMAKE_CXX_FLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-	$(BIN)/cmake --build build/sanitize
+	$(BIN)/cmake --build build/sanitize --parallel 2
 	BESA_KERNELS=$(CURDIR)/build/sanitize/libbesa_kernels.so \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \

@@ -13,8 +13,8 @@
 // read where they lie. All that is made of them at load is the index of each row's first value. The
 // kernels are those of torch's operator; the threads are the session's own.
 //
-// The kernels' sources are compiled into this library once more, without OpenMP: it needs neither
-// torch nor any other runtime beside it.
+// The kernels are linked into this library once more, without OpenMP: it needs neither torch nor any
+// other runtime beside it.
 
 #include <onnxruntime_c_api.h>
 #include <sched.h>
@@ -38,9 +38,6 @@ namespace {
 constexpr std::uint32_t kApiVersion = 17;
 
 constexpr int kX = 0, kValues = 1, kBitmask = 2, kScale = 3, kInputs = 4;
-
-// Weights times tokens that keep a thread busy for some 10 µs; with fewer, waking it costs more.
-constexpr std::int64_t kPerThread = 1 << 17;
 
 const OrtApi* api = nullptr;
 
@@ -186,8 +183,7 @@ class Kernel {
         job.values_dtype = dtype_of(values.type);
         job.input_dtype = dtype_of(x.type);
         job.int8_input = job.values_dtype == besa::kInt8;
-        const std::int64_t useful = 1 + job.rows * job.cols * job.tokens / kPerThread;
-        job.threads = static_cast<int>(useful < cpus_ ? useful : cpus_);
+        job.threads = cpus_;
         job.parallel = in_session;
         job.pool = context;
         switch (besa::sparse_linear(job, isa_)) {

@@ -62,10 +62,10 @@ struct Job {
     std::int64_t tokens, rows, cols;
     int values_dtype, input_dtype;
     bool int8_input;               // for int8 values: quantize the activations too
-    int threads;
-    // Whose threads: runs lane(task) `lanes` times, at once where it can. Null for OpenMP's.
-    void (*parallel)(void* pool, int lanes, void (*lane)(void*), void* task) = nullptr;
-    void* pool = nullptr;
+    int threads;                   // at most
+    // Runs lane(task) `lanes` times, at once where it can.
+    void (*parallel)(void* pool, int lanes, void (*lane)(void*), void* task);
+    void* pool;
 };
 
 int sparse_linear_portable(const Job& job);
@@ -86,6 +86,9 @@ int sparse_linear(const Job& job, int isa);
 
 // How many bytes of values are fetched ahead in each stream of rows.
 constexpr int kAhead = 2048;
+
+// Weights times tokens for each thread that is woken: some 4 µs of work, and waking one takes 2.
+constexpr std::int64_t kPerThread = 1 << 16;
 
 // Rows that a thread takes at a time for tiles.
 constexpr int kPieceRows = 48;
@@ -147,14 +150,10 @@ inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b
 // so that it matters to nobody whether they run at once or one after the other.
 template <class F>
 void in_lanes(const Job& job, int lanes, const F& lane) {
-    if (lanes > 1 && job.parallel) {
-        job.parallel(
-            job.pool, lanes, [](void* task) { (*static_cast<const F*>(task))(); },
-            const_cast<F*>(&lane));
-        return;
-    }
-#pragma omp parallel num_threads(lanes) if (lanes > 1)
-    lane();
+    if (lanes == 1) return lane();
+    job.parallel(
+        job.pool, lanes, [](void* task) { (*static_cast<const F*>(task))(); },
+        const_cast<F*>(&lane));
 }
 
 // Activations in the form that Tr::dot wants: [tokens, stride], zeros past cols.
@@ -340,9 +339,10 @@ struct Worker {
     // The bits of a row's last columns, of which there are fewer than kStep.
     Mask tail_mask(const Row& row, std::int64_t col) const {
         Mask mask = static_cast<Mask>(~Mask{0});
-        if constexpr (!kDense) {
+        if constexpr (!kDense) {  // byte by byte: what memcpy leaves in memory is slow to load
             mask = 0;
-            std::memcpy(&mask, row.mask + col / 8, mask_bytes - col / 8);
+            for (std::int64_t i = mask_bytes; i-- > col / 8;)
+                mask = static_cast<Mask>(mask << 8 | row.mask[i]);
         }
         return static_cast<Mask>(mask & ((Mask{1} << (job.cols - col)) - 1));
     }
@@ -431,11 +431,11 @@ struct Worker {
         if (col < job.cols) step(first, col, std::false_type{});
         each<R>([&](auto r) BESA_INLINE {
             check(row_of[r]);
-            const typename Tr::Sum late = Tr::sum(offset[r]);
             each<T>([&](auto t) BESA_INLINE {
                 Acc sum = acc[0][r][t];
                 each<U - 1>([&](auto u) BESA_INLINE { sum = Tr::add(sum, acc[u + 1][r][t]); });
-                float total = static_cast<float>(Tr::sum(sum) - late);
+                if constexpr (Tr::kLate) sum = sum - offset[r];
+                float total = static_cast<float>(Tr::sum(sum));
                 finish(r0 + r * apart, t0 + t, 1, &total);
             });
         });
@@ -554,16 +554,18 @@ template <class Tr, bool kDense>
 int run_as(const Job& job) {
     Input<Tr> in;
     if (!in.prepare(job)) return kNoMemory;
+    const int threads = static_cast<int>(
+        least(job.threads, 1 + job.rows * job.cols * job.tokens / kPerThread));
     // Pieces small enough that a thread which the system holds up does not hold up the call, and
     // large enough for long streams.
-    const std::int64_t share = (job.rows / (16 * job.threads) + 15) / 16 * 16;
+    const std::int64_t share = (job.rows / (16 * threads) + 15) / 16 * 16;
     const std::int64_t size = job.tokens >= Tr::kTileFrom ? kPieceRows
                               : share < 16                ? 16
                                                           : least(share, 192);
     const std::int64_t pieces = (job.rows + size - 1) / size;
     std::atomic<int> status{kOk};
     std::atomic<std::int64_t> next{0};
-    in_lanes(job, job.threads, [&] {
+    in_lanes(job, threads, [&] {
         Worker<Tr, kDense> worker(job, in);
         if (!worker.prepare()) {
             status = kNoMemory;
