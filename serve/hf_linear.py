@@ -118,10 +118,10 @@ class SparseLinear(nn.Module):
         return weight.T.contiguous() if self.transposed else weight
 
     def settle(self) -> None:
-        """After its buffers were loaded: gives them memory of their own, and finds `row_ptr`.
+        """After its buffers were loaded: checks them, and finds `row_ptr`.
 
-        A file's tensors lie in a memory map, at whatever address they have in the file, and are
-        read anew from the disk when memory runs short.
+        They stay where they were loaded, as all weights of a model do: in the file's memory map on
+        a CPU, which the kernels read as fast (LOG.md).
 
         Raises:
             FormatError: the buffers are no packed weight.
@@ -132,10 +132,8 @@ class SparseLinear(nn.Module):
             self.in_features,
             self.weight_scale,
             self.group_size,
-        ).clone()
-        self.weight_values, self.weight_bitmask = packed.values, packed.bitmask
-        self.weight_rows = self.weight_rows.clone()
-        self.weight_scale, self.row_ptr = packed.scale, packed.row_ptr
+        )
+        self.row_ptr = packed.row_ptr
 
     def extra_repr(self) -> str:
         return (

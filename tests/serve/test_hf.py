@@ -592,19 +592,23 @@ def test_a_linear_and_its_weight(transposed: bool):
 
 # ------------------------------------------------------------------------ memory
 
-# The first load is for what comes with any, such as modules. Writing 5 to clear_refs starts the
-# kernel's record of the most memory anew.
+# The first load is for what comes with any, such as modules; an answer reads all of a file's pages.
+# Writing 5 to clear_refs starts the kernel's record of the most memory anew.
 _PEAK = """
 import re, sys
 from pathlib import Path
-import besa
+import besa, torch
 from transformers import AutoModelForCausalLM
 
 def held(what):
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(what + r":\\s+(\\d+)", status)[1])
 
-load = AutoModelForCausalLM.from_pretrained
+def load(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model(torch.ones(1, 4, dtype=torch.int64))
+    return model
+
 load(sys.argv[1])
 before, own = held("VmRSS"), held("RssAnon")
 Path("/proc/self/clear_refs").write_text("5")
@@ -616,7 +620,7 @@ print(held("VmHWM") - before, held("RssAnon") - own)
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_no_dense_copy_is_made(pairs: Callable[..., Pair], pair: Pair, tmp_path: Path):
-    """A packed model is loaded in its packed size, twice: the file's pages and the copy of them.
+    """A packed model takes its packed size, in pages of the file; nothing of it is copied.
 
     Three weights of 32 MB when dense, 4 MB when packed: one dense copy would show at once.
     """
@@ -651,8 +655,8 @@ def test_no_dense_copy_is_made(pairs: Callable[..., Pair], pair: Pair, tmp_path:
     assert result.returncode == 0, result.stderr
     peak, kept = map(int, result.stdout.split())
     print(f"packed {size}, kept {kept}, peak {peak}, one dense weight {dense}")
-    assert size < kept < 1.2 * size + 4e6
-    assert 2 * size < peak < 2.2 * size + 8e6 < 2 * size + dense / 2
+    assert kept < 0.2 * size + 4e6 < size
+    assert size < peak < 1.2 * size + 8e6 < size + dense / 2
 
 
 # ------------------------------------------------------------------------ import besa
