@@ -98,6 +98,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def milliseconds(seconds: float) -> str:
+    """Three digits or so."""
+    value = seconds * 1e3
+    return f"{value:.{0 if value >= 100 else 1 if value >= 1 else 2}f} ms"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Text in columns, the first to the left, the others to the right."""
     lines = [list(header), *([str(cell) for cell in row] for row in rows)]

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -24,11 +23,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, apart, conditions, spread, table, write_json
-from engines import LAYERS
-from engines import _masked as masked
+from common import RESULTS, apart, conditions, milliseconds, spread, table, write_json
+from engines import LAYERS, masked
 
-from besa.bench.child import Child
+from besa.bench.offline import EngineProcess
 from besa.demo import MODEL
 
 VARIANTS = {
@@ -42,7 +40,8 @@ VARIANTS = {
 AGAINST = {"sparse bf16": "fp32", "sparse int8": "int8"}
 
 BATCHES = (1, 4, 16)
-PROMPT, STEPS = 32, 16
+PROMPT = 32
+STEPS = {"tinyllama": 16, "embedded": 128}  # the latter's are a fraction of a millisecond
 LONG_PROMPT = {"tinyllama": 256, "embedded": 192}  # which can read 256, the answer among them
 
 # Seconds for an answer; a dense fp32 graph takes half a minute for the longest.
@@ -70,22 +69,12 @@ def _besa(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "besa", *map(str, words)], check=True)
 
 
-class Contender:
-    """A process that holds one graph; stopped while it is not asked."""
+class Contender(EngineProcess):
+    """A process that holds one graph, and what it takes once that is loaded."""
 
     def __init__(self, directory: Path) -> None:
-        words = ["besa.bench.offline_engine", "onnx", str(directory), str(max(BATCHES)), "512"]
-        silence = {"ORT_DISABLE_TELEMETRY": "1"}
-        self.child = Child([sys.executable, "-P", "-m", *words], silence)
-        self.start = float(self.child.answer(LIMIT)["start"])
-        self.loaded = memory(self.child.process.pid)
-        self.child.process.send_signal(signal.SIGSTOP)
-
-    def ask(self, **question: int) -> dict[str, Any]:
-        self.child.process.send_signal(signal.SIGCONT)
-        answer = self.child.ask(question, LIMIT)
-        self.child.process.send_signal(signal.SIGSTOP)
-        return answer
+        super().__init__("onnx", directory, max(BATCHES), 512, LIMIT)
+        self.loaded = memory(self.process.pid)
 
 
 def memory(pid: int) -> dict[str, int]:
@@ -96,33 +85,32 @@ def memory(pid: int) -> dict[str, int]:
     return {name: int(found[field][1]) * 1024 for name, field in names.items()}
 
 
-def compare(graphs: dict[str, Path], rounds: int, long_prompt: int) -> dict[str, Any]:
+def compare(graphs: dict[str, Path], rounds: int, model: str) -> dict[str, Any]:
     """Every graph's figures, and the sparse ones' gain over what they are held against."""
+    long_prompt = LONG_PROMPT[model]
     starts: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):  # loading, with nothing beside it
         for name, directory in graphs.items():
-            one = Contender(directory)
-            starts[name].append(one.start)
-            one.child.end()
+            with Contender(directory) as one:
+                starts[name].append(one.start_seconds)
     questions = {
-        f"batch {n}, a step": {"batch": n, "prompt": PROMPT, "steps": STEPS} for n in BATCHES
+        f"batch {n}, a step": {"batch": n, "prompt": PROMPT, "steps": STEPS[model]} for n in BATCHES
     }
     questions[f"prompt of {long_prompt}"] = {"batch": 1, "prompt": long_prompt, "steps": 1}
     seconds: dict[str, dict[str, list[float]]] = {q: {n: [] for n in graphs} for q in questions}
     with ExitStack() as stack:
-        contenders = {name: Contender(directory) for name, directory in graphs.items()}
-        for one in contenders.values():
-            stack.callback(one.child.end)
-        said = {n: one.ask(batch=1, prompt=8, steps=16, seed=1) for n, one in contenders.items()}
+        contenders = {n: stack.enter_context(Contender(d)) for n, d in graphs.items()}
+        check = {"batch": 1, "prompt": 8, "steps": 16, "seed": 1}
+        said = {name: one.ask(check, LIMIT) for name, one in contenders.items()}
         for question, arguments in questions.items():
             for turn in range(rounds + 1):
                 for name, one in contenders.items():
-                    answer = one.ask(**arguments, seed=turn)
+                    answer = one.ask({**arguments, "seed": turn}, LIMIT)
                     found = [answer["prefill"]] if "prompt" in question else answer["steps"]
                     if turn:  # the first one warms up
                         seconds[question][name].append(sorted(found)[len(found) // 2])
         loaded = {name: one.loaded for name, one in contenders.items()}
-        worked = {name: memory(one.child.process.pid) for name, one in contenders.items()}
+        worked = {name: memory(one.process.pid) for name, one in contenders.items()}
     return {
         "load_seconds": {name: spread(found) for name, found in starts.items()},
         "seconds": {q: {n: spread(t) for n, t in own.items()} for q, own in seconds.items()},
@@ -165,7 +153,7 @@ def show(model: str, result: dict[str, Any]) -> str:
     names = list(VARIANTS)
     rows: list[list[object]] = []
     for question, found in result["seconds"].items():
-        cells = [f"{found[name]['median'] * 1e3:.1f} ms" for name in names]
+        cells = [milliseconds(found[name]["median"]) for name in names]
         gains = [f"{result['gain'][question][name]['median']:.2f}×" for name in AGAINST]
         rows.append([question, *cells, *gains])
     for what, found in (("linears", "linear_bytes"), ("all weights", "data_bytes")):
@@ -198,7 +186,7 @@ def main() -> None:
         graphs = make(args.work, model)
         if args.only_make:
             continue
-        results[model] = compare(graphs, args.rounds, LONG_PROMPT[model])
+        results[model] = compare(graphs, args.rounds, model)
         print(show(model, results[model]), flush=True)
         names = ("onnx", "onnxruntime", "onnxruntime-genai")
         write_json(

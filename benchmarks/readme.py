@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common import milliseconds
 from kernel_report import readme_table
-from serving_report import ENGINES, tables
+from serving_report import engine_name, tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -133,10 +134,10 @@ def engines(record: dict[str, Any]) -> str:
             step = f"a step of {batch} sequence{'' if batch == '1' else 's'}"
             first = f"first token after a {question}"
             title = first if question.startswith("prompt") else step
-            line(f"{ENGINES[engine]}: {title}", cells)
+            line(f"{engine_name(engine)}: {title}", cells)
         start = result["start_seconds"]
         cells = [f"{start[n]:.1f} s ({start[n] / start['dense']:.2f})" for n in names]
-        line(f"{ENGINES[engine]}: start", cells)
+        line(f"{engine_name(engine)}: start", cells)
     linears = record["engines"]["vllm"]["linear_bytes"]
     for title, sizes in (
         ("pruned linears in memory", linears),
@@ -195,7 +196,7 @@ def onnx_table(title: str, found: dict[str, Any]) -> str:
     for question, seconds in found["seconds"].items():
         cells = []
         for name in names:
-            cell = f"{seconds[name]['median'] * 1e3:.1f} ms"
+            cell = milliseconds(seconds[name]["median"])
             if name in ONNX_AGAINST:
                 gain = found["gain"][question][name]
                 ends = f"{gain['min']:.2f}–{gain['max']:.2f}"

@@ -7,9 +7,9 @@ Each part is one run of `besa bench`, whose results.json it leaves in benchmarks
 
     vllm          a model of TinyLlama's shape, random weights, in vLLM: dense, and packed at 50%,
                   2:4, and 50% with int8 values; one request at a time, and four
-    peers         in vLLM dense, at 50%, and with int8 values; beside them the dense one in
-                  llama.cpp (bf16, Q8_0, Q4_0) and in ONNX Runtime GenAI (int8, int4); one request
-                  at a time
+    peers         in vLLM dense, at 50%, and with int8 values; in ONNX Runtime GenAI dense with
+                  int8 and int4 values, at 50% with bfloat16 and int8; in llama.cpp dense (bf16,
+                  Q8_0, Q4_0); one request at a time
     transformers  what the first part has, in transformers, one request at a time
     offline       inside the engines, without server and client
     demo          the model that besa carries, pruned by half with BESA, its perplexity, too
@@ -49,7 +49,14 @@ SHAPE = "tinyllama"
 # Contender: pattern and values.
 PACKED = {"50%": ("unstructured", None), "2:4": ("2:4", None), "50% int8": ("unstructured", "int8")}
 GGUF = {"llama.cpp bf16": "bf16", "llama.cpp Q8_0": "q8_0", "llama.cpp Q4_0": "q4_0"}
-ONNX = {"ONNX int8": "int8", "ONNX int4": "int4"}
+LLAMA = "llama-cpp-python"
+# Contender: the model that it is made of, and how it is exported.
+ONNX = {
+    "ONNX int8": ("dense", ("--precision", "int8")),
+    "ONNX int4": ("dense", ("--precision", "int4")),
+    "ONNX 50%": ("50%", ("--sparse", "--precision", "bf16")),
+    "ONNX 50% int8": ("50%", ("--sparse", "--precision", "int8")),
+}
 THREADS = len(os.sched_getaffinity(0))
 
 # 64 tokens in and 16 out; requests are few, for a part has to stay within some ten minutes.
@@ -94,14 +101,21 @@ def shapes(work: Path) -> dict[str, Contender]:
     return found
 
 
-def graphs(work: Path, dense: str) -> list[Contender]:
-    """The dense model for ONNX Runtime GenAI."""
+def graphs(work: Path, models: dict[str, Contender]) -> list[Contender]:
+    """The models for ONNX Runtime GenAI."""
     found = []
-    for name, precision in ONNX.items():
-        out = work / f"onnx-{precision}"
+    unpacked = work / "unpacked"
+    for name, (source, flags) in ONNX.items():
+        out = work / name.replace(" ", "-").replace("%", "")
         if not out.exists():
-            besa("export", "--format", "onnx", dense, "--precision", precision, "--out", out)
+            model = models[source].model
+            if source != "dense":  # from packed weights no graph is built
+                if not unpacked.exists():
+                    besa("export", "--format", "dense", model, "--out", unpacked)
+                model = str(unpacked)
+            besa("export", "--format", "onnx", model, *flags, "--out", out)
         found.append(Contender(name, str(out), random_weights=True))
+    shutil.rmtree(unpacked, ignore_errors=True)
     return found
 
 
@@ -141,6 +155,12 @@ def llama_server(python: str, model: Path) -> Iterator[str]:
             process.wait()
 
 
+def version_of(package: str, python: str) -> str:
+    code = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
+    found = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
 def besa(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "besa", *map(str, words)], check=True)
 
@@ -156,7 +176,7 @@ def run_part(part: Part, work: Path, rounds: int, python: str | None) -> dict[st
     assert dense is not None
     with ExitStack() as stack:
         if part.peers:
-            contenders += graphs(work, dense)
+            contenders += graphs(work, models)
         sizes: dict[str, int] = {}
         if part.peers and not part.batches and python is not None:
             for name, file in gguf(work, python, dense).items():
@@ -168,8 +188,11 @@ def run_part(part: Part, work: Path, rounds: int, python: str | None) -> dict[st
         if part.batches:
             return bench_offline(config, part.batches, tell)
         results = bench(config, tell)
-    for one in results["contenders"]:  # of a server that runs already, nobody sees the files
-        one["disk_bytes"] = sizes.get(one["name"], one["disk_bytes"])
+    for one in results["contenders"]:  # of a server that runs already, nobody sees what it is
+        if one["name"] in sizes:
+            assert python is not None
+            one["engine"], one["engine_version"] = LLAMA, version_of(LLAMA, python)
+            one["disk_bytes"] = sizes[one["name"]]
     return results
 
 
@@ -205,9 +228,10 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no server stays
     if args.only_make:
-        dense = shapes(args.work)["dense"].model
+        models = shapes(args.work)
+        dense = models["dense"].model
         assert dense is not None
-        graphs(args.work, dense)
+        graphs(args.work, models)
         if args.llama:
             gguf(args.work, args.llama, dense)
         return

@@ -19,7 +19,12 @@ from besa.report.figures import size
 from besa.report.svg import line, linear, picture, tag, text, ticks
 
 SHOWN = ("output_tps", "itl_p50", "ttft_p50")
-ENGINES = {"vllm": "vLLM", "transformers": "transformers", "onnx": "ONNX Runtime GenAI"}
+# Those that do not go by the name of their flag.
+_ENGINES = {"vllm": "vLLM", "onnx": "ONNX Runtime GenAI"}
+
+
+def engine_name(engine: str) -> str:
+    return _ENGINES.get(engine, engine)
 
 
 def tables(*records: dict[str, Any]) -> str:
@@ -27,12 +32,11 @@ def tables(*records: dict[str, Any]) -> str:
     first = records[0]
     settings, machine, versions = first["settings"], first["machine"], first["versions"]
     engines = ", ".join(
-        f"{ENGINES[key]} {version}"
-        for key, version in {
+        f"{engine_name(engine)} {version}"
+        for engine, version in {
             one["engine"]: one["engine_version"]
             for record in records
             for one in record["contenders"]
-            if one["engine"]
         }.items()
     )
     words = (
@@ -72,11 +76,10 @@ def table(record: dict[str, Any]) -> str:
 
 def label(contender: dict[str, Any]) -> str:
     """The engine and what it serves; what besa made of it in bold."""
-    name = contender["name"].removeprefix("ONNX ")
+    name = contender["name"].removeprefix("ONNX ").removeprefix("llama.cpp ")
     if contender["packing"] is not None:
         name = f"**besa {name}**"
-    engine = contender["engine"]  # None of a server that ran already, whose name says it
-    return f"{ENGINES[engine]}, {name}" if engine else name
+    return f"{engine_name(contender['engine'])}, {name}"
 
 
 def plot(record: dict[str, Any]) -> str:

@@ -34,9 +34,9 @@ from besa.export.onnx_sparse import OnnxPacking, pack_graph
 from besa.export.onnx_standard import build_standard
 from besa.export.ort import NAME, open_session, ort_library, reason
 from besa.export.pack import check_unpacked
-from besa.export.record import peak_memory, source_record, versions
+from besa.export.record import peak_memory, versions
 from besa.export.survey import survey
-from besa.files import GENAI_CONFIG, resolve, sha256, write_text
+from besa.files import GENAI_CONFIG, record_of, resolve, sha256, write_text
 from besa.loading import load_model
 from besa.machine import give_memory_back, memory
 from besa.progress import Tell
@@ -88,7 +88,7 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
                 "settings": settings,
                 "pattern": pattern,
                 "source_bytes": checkpoint.nbytes,
-                "source": source_record(directory),
+                "source": record_of(directory),
                 "seconds": round(time.monotonic() - started, 3),
                 "peak_memory_bytes": peak_memory(),
             }
@@ -105,7 +105,7 @@ def _pattern(checkpoint: Checkpoint, config: ExportConfig, tell: Tell) -> str | 
     """The pattern of the zeros: read where they are packed, else as besa.json has it."""
     if config.sparse:
         return survey(checkpoint, ExportConfig(out=config.out), tell).pattern
-    source = source_record(checkpoint.directory) or {}
+    source = record_of(checkpoint.directory) or {}
     pattern = (source.get("settings") or {}).get("pattern", source.get("pattern"))
     return pattern if isinstance(pattern, str) else None
 

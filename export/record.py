@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ import besa
 from besa.checkpoint import Checkpoint
 from besa.export.sizes import read_per_token
 from besa.export.survey import Plan
+from besa.files import record_of
 from besa.formats import PackedConfig
 from besa.formats.checkpoint import FORMAT_VERSION
 from besa.report.figures import short_names
@@ -65,17 +64,8 @@ def export_record(
         "seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory(),
         "digests": {shard["file"]: shard["sha256"] for shard in shards},
-        "source": source_record(checkpoint.directory),
+        "source": record_of(checkpoint.directory),
     }
-
-
-def source_record(directory: Path) -> dict[str, Any] | None:
-    """The besa.json of the model that was exported, if it has one that can be read."""
-    try:
-        record = json.loads((directory / "besa.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def versions() -> dict[str, str]:

@@ -24,8 +24,16 @@ import besa
 from besa.checkpoint import Checkpoint
 from besa.errors import BesaError, one_line
 from besa.export.config import ExportConfig, ExportResult
-from besa.export.record import peak_memory, source_record, versions
-from besa.files import resolve, sha256, stored_bytes, stored_dtype, weight_files, write_text
+from besa.export.record import peak_memory, versions
+from besa.files import (
+    record_of,
+    resolve,
+    sha256,
+    stored_bytes,
+    stored_dtype,
+    weight_files,
+    write_text,
+)
 from besa.formats import FormatError, PackedConfig, packed_of
 from besa.formats.checkpoint import SUFFIXES
 from besa.machine import give_memory_back
@@ -84,7 +92,7 @@ class PackedCheckpoint:
 
     def check_digests(self) -> None:
         """Raises a BesaError if a file is not, to the last bit, what `besa export` wrote."""
-        record = source_record(self.directory) or {}
+        record = record_of(self.directory) or {}
         digests = record.get("digests")
         for name, digest in digests.items() if isinstance(digests, dict) else ():
             path = self.directory / name
@@ -181,7 +189,7 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
             "seconds": round(time.monotonic() - started, 3),
             "peak_memory_bytes": peak_memory(),
             "digests": {shard["file"]: shard["sha256"] for shard in shards},
-            "source": source_record(source.directory),
+            "source": record_of(source.directory),
         }
         write_text(json.dumps(record, indent=1), workspace.path / "besa.json")
         workspace.publish()

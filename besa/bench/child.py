@@ -24,7 +24,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, from linux/prctl.h
 
@@ -95,7 +95,7 @@ class Child:
         ]
         return lines[-1].strip() if lines else f"ended with exit code {self.process.returncode}"
 
-    def __enter__(self) -> Child:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

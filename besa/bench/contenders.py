@@ -28,7 +28,7 @@ from besa.bench.processes import cpu_seconds, family, listener, memory_of
 from besa.bench.results import weight_bytes
 from besa.bench.settings import BenchConfig, Contender
 from besa.errors import BesaError
-from besa.files import is_onnx, model_directory
+from besa.files import is_onnx, model_directory, record_of
 from besa.serve.command import EngineCommand, command_for
 from besa.serve.launch import free_port, packing_of
 from besa.serve.process import Engine
@@ -67,12 +67,11 @@ class Server:
         self.idle_cpu = 0.0
         self.memory: dict[str, int | None] = {"steady": None, "peak": None, "gpu": None}
         self.directory: Path | None = None
-        self.packing: dict[str, Any] | None = None
+        self.packing: dict[str, str] | None = None
         if contender.url is None:
             assert contender.model is not None
             self.directory = model_directory(contender.model)
-            packed = packing_of(self.directory)
-            self.packing = None if packed is None else packed.to_dict()
+            self.packing = packing(self.directory)
 
     @property
     def name(self) -> str:
@@ -259,6 +258,21 @@ class Server:
     def disk_bytes(self) -> int | None:
         """Bytes of the checkpoint's weights."""
         return None if self.directory is None else weight_bytes(self.directory)
+
+
+def packing(directory: Path) -> dict[str, str] | None:
+    """The values' type and the pattern of a packed model, for whichever engine; None if it is not.
+
+    Raises:
+        BesaError: it is packed in a version of the format that this besa does not know.
+    """
+    if not is_onnx(directory):
+        config = packing_of(directory)
+        return None if config is None else {"values": config.values, "pattern": config.pattern}
+    record = record_of(directory) or {}
+    if not record.get("sparse"):
+        return None
+    return {"values": record["precision"], "pattern": record["pattern"]}
 
 
 def _short(words: str) -> str:

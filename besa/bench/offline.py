@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from besa.bench.child import Child, ChildError
+from besa.bench.contenders import packing
 from besa.bench.offline_figures import OFFLINE_FIGURES
 from besa.bench.processes import family, memory_of
 from besa.bench.results import (
@@ -40,6 +41,49 @@ from besa.serve.cpu import thread_binding
 _CHECK = {"batch": 1, "prompt": 8, "steps": 8, "seed": "check"}
 
 
+class EngineProcess(Child):
+    """An engine with a model, which runs only while it is asked: its threads spin for nobody.
+
+    Args:
+        engine: one of `besa.bench.offline_engine.ENGINES`.
+        most, longest: sequences at a time, and tokens of each.
+        limit: seconds to load the model in.
+
+    Attributes:
+        start_seconds: what loading took.
+
+    Raises:
+        ChildError: the model could not be loaded, or not in time.
+    """
+
+    def __init__(self, engine: str, directory: Path, most: int, longest: int, limit: float) -> None:
+        arguments = [engine, str(directory), str(most), str(longest)]
+        environment = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "ORT_DISABLE_TELEMETRY": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": thread_binding(1) or "auto",
+        }
+        super().__init__(
+            [sys.executable, "-P", "-m", "besa.bench.offline_engine", *arguments],
+            {name: value for name, value in environment.items() if name not in os.environ},
+        )
+        try:
+            self.start_seconds: float = self.answer(limit)["start"]
+        except BaseException:
+            self.end()
+            raise
+        self.process.send_signal(signal.SIGSTOP)
+
+    def ask(self, question: Mapping[str, Any], limit: float) -> dict[str, Any]:
+        self.process.send_signal(signal.SIGCONT)
+        answer = super().ask(question, limit)
+        self.process.send_signal(signal.SIGSTOP)
+        return answer
+
+
 class _Inside:
     """A model in an engine."""
 
@@ -49,7 +93,7 @@ class _Inside:
         self.model = contender.name
         self.name = f"{contender.name}, {engine}" if several else contender.name
         self.directory = model_directory(contender.model)
-        self.child: Child | None = None
+        self.child: EngineProcess | None = None
         self.broken: str | None = None
         self.start_seconds: float | None = None
         self.memory: dict[str, int | None] = {"steady": None, "peak": None, "gpu": None}
@@ -57,28 +101,15 @@ class _Inside:
 
     def start(self, config: BenchConfig, batches: Sequence[int], stack: ExitStack) -> None:
         longest = config.input_length + config.output_length + 32
-        arguments = [self.engine, str(self.directory), str(max(batches)), str(longest)]
-        command = [sys.executable, "-P", "-m", "besa.bench.offline_engine", *arguments]
-        environment = {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "ORT_DISABLE_TELEMETRY": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": thread_binding(1) or "auto",
-        }
-        missing = {name: value for name, value in environment.items() if name not in os.environ}
-        self.child = stack.enter_context(Child(command, missing))
-        self.start_seconds = self.child.answer(config.start_timeout)["start"]
+        self.child = stack.enter_context(
+            EngineProcess(self.engine, self.directory, max(batches), longest, config.start_timeout)
+        )
+        self.start_seconds = self.child.start_seconds
         self.check(config)
 
     def _ask(self, question: Mapping[str, Any], limit: float) -> dict[str, Any]:
-        """An answer; before and after it the engine is stopped, and its threads spin for nobody."""
         assert self.child is not None
-        self.child.process.send_signal(signal.SIGCONT)
-        answer = self.child.ask(question, limit)
-        self.child.process.send_signal(signal.SIGSTOP)
-        return answer
+        return self.child.ask(question, limit)
 
     def check(self, config: BenchConfig) -> None:
         """Raises ChildError for an engine that is broken, or answers otherwise than before."""
@@ -222,7 +253,7 @@ def _contender(inside: _Inside) -> dict[str, Any]:
         "engine": inside.engine,
         "engine_version": None,
         "flags": None,
-        "packing": None,
+        "packing": packing(inside.directory),
         "random_weights": inside.contender.random_weights,
         "broken": inside.broken,
         "start_seconds": inside.start_seconds,

@@ -90,16 +90,22 @@ def _lead(results: Results) -> str:
         if better:
             low, high = min(better), max(better)
             span = f"{low:.2f}×" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}×"
-            found.append(f"{span} the tokens per second at {len(better)} of {len(gains)} loads")
+            found.append((f"{span} the tokens per second", len(better)))
         if same:
-            found.append(f"no difference at {len(same)}")
+            found.append(("no difference", len(same)))
         if worse:
-            found.append(f"fewer at {len(worse)}")
+            found.append(("fewer tokens per second", len(worse)))
         if found:
-            parts.append(f"{name}: {', '.join(found)}")
+            parts.append(f"{name}: {', '.join(_at(*one, len(gains)) for one in found)}")
     if not parts:
         return "What was measured, under which load, and how much it varied."
     return f"Against {reference}. {'; '.join(parts)}."
+
+
+def _at(words: str, count: int, loads: int) -> str:
+    if loads == 1:
+        return words
+    return f"{words} at {'each' if count == loads else count} of the {loads} loads"
 
 
 def _headlines(results: Results) -> list[dict[str, Any]]:

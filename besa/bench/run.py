@@ -250,7 +250,6 @@ def settings_of(config: BenchConfig) -> dict[str, Any]:
 
 def _contender(server: Server, quality: dict[str, Any], first: Server) -> dict[str, Any]:
     command = server.command
-    packing = server.packing
     alike = None
     if server is not first and server.answers and first.answers:
         pairs = zip(server.answers, first.answers, strict=True)
@@ -263,7 +262,7 @@ def _contender(server: Server, quality: dict[str, Any], first: Server) -> dict[s
         "engine_version": command.version if command else None,
         "environment": dict(command.environment) if command else None,
         "flags": list(server.config.engine_args) if command and not server.is_graph else None,
-        "packing": None if packing is None else {k: packing[k] for k in ("values", "pattern")},
+        "packing": server.packing,
         "random_weights": server.contender.random_weights,
         "broken": server.broken,
         "start_seconds": server.start_seconds,
