@@ -86,11 +86,11 @@ def plot(record: dict[str, Any]) -> str:
     """Tokens a second, one request at a time: a bar for each contender."""
     by_name = {one["name"]: one for one in record["contenders"]}
     bars = [(by_name[m["contender"]], m["summary"]["output_tps"]) for m, _ in by_load(record)]
-    left, top, width, step = 180.0, 34.0, 420.0, 26.0
+    left, top, width, step = 280.0, 34.0, 420.0, 26.0
     most = max(value["high"] for _, value in bars)
     x = linear(0, most, left, left + width)
     bottom = top + step * len(bars)
-    body = tag("style", STYLE) + text(0, 14, "tokens a second, one request at a time", "strong")
+    body = tag("style", STYLE) + text(left, 14, "tokens a second, one request at a time", "strong")
     for mark in ticks(0, most, 6):
         body += line(x(mark), top - 4, x(mark), bottom, "grid")
         body += text(x(mark), bottom + 15, f"{mark:g}", "small mid")
