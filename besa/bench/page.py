@@ -14,7 +14,7 @@ from typing import Any
 from besa.bench import charts
 from besa.bench.results import QUANTILES, Results, by_load
 from besa.bench.statistics import NO_DIFFERENCE
-from besa.bench.words import FIGURE_NAMES, amount, change, conditions
+from besa.bench.words import FIGURE_NAMES, against, amount, change, conditions
 from besa.report.figures import NONE, size
 from besa.report.layout import both, fill
 
@@ -76,8 +76,7 @@ def _pairs(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _lead(results: Results) -> str:
-    reference = results["reference"]
-    if reference is None:
+    if results["reference"] is None:
         return "No contender could be measured; below is why."
     parts = []
     for name, loads in results["comparisons"].items():
@@ -99,7 +98,7 @@ def _lead(results: Results) -> str:
             parts.append(f"{name}: {', '.join(_at(*one, len(gains)) for one in found)}")
     if not parts:
         return "What was measured, under which load, and how much it varied."
-    return f"Against {reference}. {'; '.join(parts)}."
+    return f"Against {against(results)}. {'; '.join(parts)}."
 
 
 def _at(words: str, count: int, loads: int) -> str:

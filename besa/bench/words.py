@@ -60,6 +60,14 @@ def change(gain: Mapping[str, Any]) -> str:
     return f"{gain['median']:.2f}×" + (f" ({span})" if gain["verdict"] else "")
 
 
+def against(results: Mapping[str, Any]) -> str:
+    """What the gains are over: inside several engines, each one's own first contender."""
+    engines = {one["engine"] for one in results["contenders"]}
+    if results["kind"] == "offline" and len(engines) > 1:
+        return "the first in the same engine"
+    return str(results["reference"])
+
+
 def conditions(results: Mapping[str, Any]) -> str:
     """What the figures depend on, in a line."""
     settings, machine = results["settings"], results["machine"]
@@ -83,7 +91,7 @@ def conditions(results: Mapping[str, Any]) -> str:
             0,
         )
         held = f"; each span holds the median with {confidence:.0%}" if confidence else ""
-        parts.append(f"gains over {results['reference']}, paired by round{held}")
+        parts.append(f"gains over {against(results)}, paired by round{held}")
     generator = results.get("generator")
     if generator:
         parts.append(f"load by {generator['name']} {generator['version']}")

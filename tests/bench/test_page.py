@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from typing import Any
 from xml.etree import ElementTree
 
@@ -51,6 +52,27 @@ def test_page_quotes_the_results(name: str) -> None:
     for note in results["notes"]:
         assert note in text
     assert ("random weights" in text) is any(x["random_weights"] for x in results["contenders"])
+
+
+def test_gains_are_over_what_runs_in_the_same_engine() -> None:
+    results = deepcopy(RUNS["offline"])
+    assert "Against dense." in words(render(results))
+    assert "gains over dense," in words(render(results))
+    results["contenders"][1]["engine"] = "onnx"
+    assert "Against the first in the same engine." in words(render(results))
+    assert "gains over the first in the same engine," in words(render(results))
+
+
+def test_the_lead_says_at_how_many_loads() -> None:
+    results = deepcopy(RUNS["offline"])
+    assert "50%: 1.50× the tokens per second." in words(render(results))
+    gain = results["comparisons"]["50%"]["batch 1"]
+    worse = {"decode_tps": {**gain["decode_tps"], "median": 0.5, "verdict": "worse"}}
+    results["comparisons"]["50%"] = {"batch 1": gain, "batch 4": worse}
+    lead = "1.50× the tokens per second at 1 of the 2 loads, fewer tokens per second at 1 of the 2"
+    assert f"50%: {lead} loads." in words(render(results))
+    results["comparisons"]["50%"] = {"batch 1": worse, "batch 4": worse}
+    assert "50%: fewer tokens per second at each of the 2 loads." in words(render(results))
 
 
 def test_hostile_name_stays_text() -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from besa.bench.contenders import packing
 from besa.errors import BesaError
 from besa.export import ExportConfig, export
 from besa.export.onnx_check import check_graph
@@ -94,6 +95,15 @@ def decoder(directory: Path, library: str | None = LIBRARY) -> Decoder:
 def record_of(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((directory / "besa.json").read_text())
     return found
+
+
+def test_besa_bench_knows_what_is_packed(
+    graphs: dict[tuple[bool, str], Path], pruned: Path
+) -> None:
+    for (sparse, precision), directory in graphs.items():
+        found = packing(directory)
+        assert found == ({"values": precision, "pattern": "unstructured"} if sparse else None)
+    assert packing(pruned) is None
 
 
 @pytest.mark.parametrize(("sparse", "precision"), VARIANTS)
