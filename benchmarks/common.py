@@ -172,6 +172,11 @@ def run_measured(command: Sequence[str]) -> Measured:
     return Measured(seconds, usage.ru_maxrss * 1024)
 
 
+def run_besa(*words: object) -> None:
+    """`besa WORDS`; if it fails, so does the benchmark."""
+    subprocess.run([sys.executable, "-m", "besa", *map(str, words)], check=True)
+
+
 def besa_prune(model: Path, out: Path, *options: object) -> Measured:
     """`besa prune MODEL --out OUT ...` as a user starts it."""
     command = [sys.executable, "-m", "besa", "prune", str(model), "--out", str(out)]

@@ -18,8 +18,6 @@ import math
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from common import (
     conditions,
     milliseconds,
     random_llama,
+    run_besa,
     spread,
     table,
     write_json,
@@ -66,8 +65,7 @@ def make_models(work: Path, shape: str, layers: int) -> dict[str, Path]:
     for name, flags in (("packed", []), ("packed int8", ["--quantize", "int8"])):
         models[name] = work / name.replace(" ", "-")
         if not models[name].exists():
-            command = [sys.executable, "-m", "besa", "export", dense, "--format", "vllm"]
-            subprocess.run([*command, "--out", models[name], *flags], check=True)
+            run_besa("export", "--format", "vllm", dense, "--out", models[name], *flags)
     return models
 
 

@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, apart, conditions, milliseconds, spread, table, write_json
+from common import RESULTS, apart, conditions, milliseconds, run_besa, spread, table, write_json
 from engines import LAYERS, masked
 
 from besa.bench.offline import EngineProcess
@@ -56,17 +56,13 @@ def make(work: Path, model: str) -> dict[str, Path]:
         if model == "tinyllama":
             apart(masked, pruned, "tinyllama", LAYERS)
         else:
-            _besa("prune", MODEL, "--method", "wanda", "--out", pruned)
+            run_besa("prune", MODEL, "--method", "wanda", "--out", pruned)
     graphs = {}
     for name, flags in VARIANTS.items():
         graphs[name] = work / model / name.replace(" ", "-")
         if not graphs[name].exists():
-            _besa("export", "--format", "onnx", pruned, "--out", graphs[name], *flags)
+            run_besa("export", "--format", "onnx", pruned, "--out", graphs[name], *flags)
     return graphs
-
-
-def _besa(*words: object) -> None:
-    subprocess.run([sys.executable, "-m", "besa", *map(str, words)], check=True)
 
 
 class Contender(EngineProcess):

@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, write_json
+from common import RESULTS, run_besa, write_json
 from rich.console import Console
 
 from besa.bench.load import Load
@@ -103,20 +103,17 @@ def shapes(work: Path) -> dict[str, Contender]:
 
 def graphs(work: Path, models: dict[str, Contender]) -> list[Contender]:
     """The models for ONNX Runtime GenAI."""
-    found = []
-    unpacked = work / "unpacked"
-    for name, (source, flags) in ONNX.items():
-        out = work / name.replace(" ", "-").replace("%", "")
-        if not out.exists():
-            model = models[source].model
-            if source != "dense":  # from packed weights no graph is built
-                if not unpacked.exists():
-                    besa("export", "--format", "dense", model, "--out", unpacked)
-                model = str(unpacked)
-            besa("export", "--format", "onnx", model, *flags, "--out", out)
-        found.append(Contender(name, str(out), random_weights=True))
+    outs = {name: work / name.replace(" ", "-").replace("%", "") for name in ONNX}
+    unpacked = work / "unpacked"  # from packed weights no graph is built
+    missing = [name for name, out in outs.items() if not out.exists()]
+    if not unpacked.exists() and any(ONNX[name][0] != "dense" for name in missing):
+        run_besa("export", "--format", "dense", models["50%"].model, "--out", unpacked)
+    for name in missing:
+        source, flags = ONNX[name]
+        model = models["dense"].model if source == "dense" else unpacked
+        run_besa("export", "--format", "onnx", model, *flags, "--out", outs[name])
     shutil.rmtree(unpacked, ignore_errors=True)
-    return found
+    return [Contender(name, str(out), random_weights=True) for name, out in outs.items()]
 
 
 def gguf(work: Path, python: str, dense: str) -> dict[str, Path]:
@@ -161,10 +158,6 @@ def version_of(package: str, python: str) -> str:
     return found.stdout.strip()
 
 
-def besa(*words: object) -> None:
-    subprocess.run([sys.executable, "-m", "besa", *map(str, words)], check=True)
-
-
 # --------------------------------------------------------------------------- parts
 
 
@@ -177,22 +170,23 @@ def run_part(part: Part, work: Path, rounds: int, python: str | None) -> dict[st
     with ExitStack() as stack:
         if part.peers:
             contenders += graphs(work, models)
-        sizes: dict[str, int] = {}
+        servers: dict[str, dict[str, Any]] = {}  # of those that run already, what they are
         if part.peers and not part.batches and python is not None:
             for name, file in gguf(work, python, dense).items():
                 url = stack.enter_context(llama_server(python, file))
                 contenders.append(Contender(name, None, url, random_weights=True))
-                sizes[name] = file.stat().st_size
+                servers[name] = {
+                    "engine": LLAMA,
+                    "engine_version": version_of(LLAMA, python),
+                    "disk_bytes": file.stat().st_size,
+                }
         settings: dict[str, Any] = {"contenders": tuple(contenders), "rounds": rounds}
         config = replace(BASE, **settings, **part.settings)
         if part.batches:
             return bench_offline(config, part.batches, tell)
         results = bench(config, tell)
-    for one in results["contenders"]:  # of a server that runs already, nobody sees what it is
-        if one["name"] in sizes:
-            assert python is not None
-            one["engine"], one["engine_version"] = LLAMA, version_of(LLAMA, python)
-            one["disk_bytes"] = sizes[one["name"]]
+    for one in results["contenders"]:
+        one |= servers.get(one["name"], {})
     return results
 
 
@@ -201,8 +195,8 @@ def run_demo(work: Path, rounds: int) -> dict[str, Any]:
     pruned, packed = work / "demo-pruned", work / "demo-50"
     if not packed.exists():
         shutil.rmtree(pruned, ignore_errors=True)
-        besa("prune", MODEL, "--seqlen", SEQLEN, "--out", pruned)
-        besa("export", pruned, "--out", packed)
+        run_besa("prune", MODEL, "--seqlen", SEQLEN, "--out", pruned)
+        run_besa("export", pruned, "--out", packed)
     config = replace(
         BASE,
         contenders=(Contender("dense", str(MODEL)), Contender("50%", str(packed))),
