@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from besa.errors import BesaError
 from besa.registration import register_with_transformers
+from besa.version import __version__
 
 if TYPE_CHECKING:
     from besa.config import PruneConfig
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from besa.serve.hf_quantizer import BesaConfig
 
 __all__ = ["BesaConfig", "BesaError", "PruneConfig", "PruneResult", "__version__", "prune"]
-__version__ = "0.1.0"
 
 
 # torch takes seconds to import; `besa --help` should not.

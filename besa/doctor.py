@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-import besa
 from besa import machine, speed
 from besa.errors import BesaError
 from besa.kernels import native
 from besa.kernels.isa import chosen_isa
+from besa.version import __version__
 
 # By the names of their distributions: to import vllm takes longer than all the rest.
 PACKAGES = (
@@ -42,7 +42,7 @@ def examine() -> Record:
         warnings.simplefilter("always")
         gpus = machine.gpus()
     record: Record = {
-        "besa": besa.__version__,
+        "besa": __version__,
         "system": {
             "os": f"{platform.system()} {platform.release()}",
             "architecture": platform.machine(),

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import besa
 from besa.blocks import Linear
 from besa.checkpoint import Checkpoint
 from besa.config import PruneConfig
+from besa.version import __version__
 
 
 def settings_of(
@@ -41,7 +41,7 @@ def settings_of(
         "threads": torch.get_num_threads(),
         "model": str(model),
         "model_fingerprint": checkpoint.fingerprint(),
-        "besa": besa.__version__,
+        "besa": __version__,
         "torch": torch.__version__,
     }
 
@@ -110,13 +110,13 @@ def run_record(
         if linear.get("unrouted_experts")
     ]
     return {
-        "besa_version": besa.__version__,
+        "besa_version": __version__,
         "format": 1,
         "model": settings["model"],
         "architecture": type(checkpoint.model).__name__,
         "settings": dict(settings),
         "versions": {
-            "besa": besa.__version__,
+            "besa": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -22,7 +22,6 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-import besa
 from besa.checkpoint import Checkpoint
 from besa.errors import BesaError, BesaWarning, interruptible
 from besa.export.config import ExportConfig, ExportResult
@@ -41,6 +40,7 @@ from besa.loading import load_model
 from besa.machine import give_memory_back, memory
 from besa.progress import Tell
 from besa.workspace import Workspace, check_free
+from besa.version import __version__
 
 _VALUES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "int8"}
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -73,7 +73,7 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
         "graph": config.onnx_graph,
         "model": str(pruned),
         "model_fingerprint": checkpoint.fingerprint(),
-        "besa": besa.__version__,
+        "besa": __version__,
     }
     weights = sum(parameter.numel() for parameter in checkpoint.model.parameters())
     needed = int(weights * _BYTES[precision])
@@ -150,7 +150,7 @@ def _write(
     tell({"phase": "checking", "what": "the graph", "done": 2, "total": 3})
     check_graph(path / MODEL)
     return {
-        "besa_version": besa.__version__,
+        "besa_version": __version__,
         "command": "export",
         "format": "onnx",
         "graph": graph,

@@ -18,7 +18,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-import besa
 from besa.checkpoint import Checkpoint
 from besa.errors import BesaError
 from besa.export.card import packed_card
@@ -38,6 +37,7 @@ from besa.formats import (
 from besa.machine import give_memory_back
 from besa.progress import Tell
 from besa.workspace import Workspace, check_free
+from besa.version import __version__
 
 
 def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportResult:
@@ -63,7 +63,7 @@ def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> Exp
         "model": str(pruned),
         "model_fingerprint": checkpoint.fingerprint(),
         "nonzeros": sum(linear.nonzeros for linear in plan.packed),
-        "besa": besa.__version__,
+        "besa": __version__,
     }
     saved = sum(
         linear.dense_bytes - linear.packed_bytes(config.quantize, config.group_size)

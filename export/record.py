@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import besa
 from besa.checkpoint import Checkpoint
 from besa.export.sizes import read_per_token
 from besa.export.survey import Plan
@@ -18,6 +17,7 @@ from besa.files import record_of
 from besa.formats import PackedConfig
 from besa.formats.checkpoint import FORMAT_VERSION
 from besa.report.figures import short_names
+from besa.version import __version__
 
 
 def export_record(
@@ -41,7 +41,7 @@ def export_record(
     )
     short = dict(zip(kinds, short_names(kinds), strict=True))
     return {
-        "besa_version": besa.__version__,
+        "besa_version": __version__,
         "command": "export",
         "format": settings["format"],
         "format_version": FORMAT_VERSION,
@@ -73,7 +73,7 @@ def versions() -> dict[str, str]:
     import transformers
 
     return {
-        "besa": besa.__version__,
+        "besa": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

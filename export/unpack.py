@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-import besa
 from besa.checkpoint import Checkpoint
 from besa.errors import BesaError, one_line
 from besa.export.config import ExportConfig, ExportResult
@@ -39,6 +38,7 @@ from besa.formats.checkpoint import SUFFIXES
 from besa.machine import give_memory_back
 from besa.progress import Tell
 from besa.workspace import Workspace, check_free
+from besa.version import __version__
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
         "format": config.format,
         "model": str(packed),
         "model_fingerprint": skeleton.fingerprint(),
-        "besa": besa.__version__,
+        "besa": __version__,
     }
     with Workspace.open(out, settings, config.overwrite, _dense_bytes(source)) as workspace:
         try:
@@ -177,7 +177,7 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
         write_text(json.dumps(model_config, indent=2) + "\n", workspace.path / "config.json")
         size = sum((workspace.path / shard["file"]).stat().st_size for shard in shards)
         record = {
-            "besa_version": besa.__version__,
+            "besa_version": __version__,
             "command": "export",
             "format": "dense",
             "model": str(packed),

@@ -31,7 +31,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from besa import __version__
+from besa.version import __version__
 from besa.bench.figures import FIGURES
 from besa.bench.statistics import NO_DIFFERENCE, Spread, compare, percentile, spread
 from besa.errors import BesaError

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn, TextIO
 
-from besa import __version__
+from besa.version import __version__
 from besa.errors import BesaError, BesaWarning
 
 COMMANDS = ("prune", "export", "serve", "bench", "eval", "demo", "doctor")

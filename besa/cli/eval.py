@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 def _versions(config: EvalConfig) -> dict[str, str]:
     import platform
 
-    from besa import __version__
+    from besa.version import __version__
 
     packages = ("torch", "transformers", *(("lm_eval",) if config.tasks else ()))
     return {

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-import besa
 from besa.config import PruneConfig
 from besa.demo import MODEL
 from besa.evaluate import EvalConfig, Result, evaluate, paired
 from besa.machine import machine
 from besa.pipeline import prune
 from besa.progress import Tell
+from besa.version import __version__
 
 # The name of a setting and the options of `PruneConfig` that make it.
 Settings = Mapping[str, Mapping[str, Any]]
@@ -115,7 +115,7 @@ def compare(
             for setting, method, granularity in [run]
         ],
         "versions": {
-            "besa": besa.__version__,
+            "besa": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
