@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from besa.allocate import CANDIDATES, AllocatedLinear, RateMask, learn_rates, rank_buckets
-from besa.blocks import find_linears
+from besa.model.blocks import find_linears
 from besa.masked import Make, masked
 
 SPARSITY = 0.5

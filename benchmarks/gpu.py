@@ -34,7 +34,7 @@ from common import RESULTS, SHAPES, conditions, llama_block, seconds_of, spread,
 from torch import Tensor
 
 from besa.allocate import rank_buckets
-from besa.blocks import find_linears, observe
+from besa.model.blocks import find_linears, observe
 from besa.config import Pattern, PruneConfig
 from besa.masked import Make, masked
 from besa.methods import (

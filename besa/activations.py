@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from besa.files import writing
+from besa.model.files import writing
 
 
 class Activations(Sequence[Tensor]):

@@ -29,10 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from besa import loading, tasks
+from besa import tasks
+from besa.model import loading
 from besa.calibration import evaluation_windows, token_stream
 from besa.errors import BesaError
-from besa.files import model_directory
+from besa.model.files import model_directory
 from besa.serve.hf_linear import SparseLinear
 from besa.texts import documents_from, window_cap
 
@@ -159,7 +160,7 @@ class EvalConfig:
         texts: sources as `besa.texts` knows them, read at their `test` split.
         seqlen: tokens in a window; None for 2048, or less where a model takes fewer.
         batch_size: windows in one call of the model.
-        dtype: one of `besa.loading.DTYPES`.
+        dtype: one of `besa.model.loading.DTYPES`.
         device: None for the GPU if there is one, else the CPU.
         limit: only the first so many windows of each text.
         tasks: names of lm-evaluation-harness, globs allowed.

@@ -24,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from besa.blocks import Linear
+from besa.model.blocks import Linear
 
 # Makes one masked matrix [rows, cols], differentiably, contiguous, with the same values each time.
 Make = Callable[[], Tensor]

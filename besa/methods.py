@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from besa.allocate import AllocatedLinear, learn_rates, rank_buckets
-from besa.blocks import Linear
+from besa.model.blocks import Linear
 from besa.choose import learn_choice
 from besa.config import Pattern, PruneConfig
 from besa.errors import BesaError

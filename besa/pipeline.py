@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from besa.activations import Activations
-from besa.blocks import Call, Linear, capture, check_finite, expert_count, find_linears, observe
+from besa.model.blocks import Call, Linear, capture, check_finite, expert_count, find_linears, observe
 from besa.calibration import calibration_windows, token_stream
-from besa.checkpoint import Checkpoint
+from besa.model.checkpoint import Checkpoint
 from besa.config import Pattern, PruneConfig
 from besa.errors import BesaError
-from besa.files import write_text
-from besa.loading import load_tokenizer, max_positions, pick_device
+from besa.model.files import write_text
+from besa.model.loading import load_tokenizer, max_positions, pick_device
 from besa.machine import give_memory_back
 from besa.masked import Make, masked
 from besa.methods import (
@@ -47,7 +47,7 @@ from besa.record import block_record, linear_record, run_record, settings_of
 from besa.report import model_card, render
 from besa.scores import Hessians, InputNorms, wanda
 from besa.texts import documents_from
-from besa.workspace import Workspace, check_free
+from besa.model.workspace import Workspace, check_free
 
 # Tokens that go through a block at once: enough to keep the cores busy, few enough to fit.
 _BATCH_TOKENS = 512

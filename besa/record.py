@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from besa.blocks import Linear
-from besa.checkpoint import Checkpoint
+from besa.model.blocks import Linear
+from besa.model.checkpoint import Checkpoint
 from besa.config import PruneConfig
 from besa.version import __version__
 

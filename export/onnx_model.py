@@ -22,7 +22,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from besa.checkpoint import Checkpoint
+from besa.model.checkpoint import Checkpoint
 from besa.errors import BesaError, BesaWarning, interruptible
 from besa.export.config import ExportConfig, ExportResult
 from besa.export.onnx_builder import DATA, MODEL, build
@@ -35,11 +35,11 @@ from besa.export.ort import NAME, open_session, ort_library, reason
 from besa.export.pack import check_unpacked
 from besa.export.record import peak_memory, versions
 from besa.export.survey import survey
-from besa.files import GENAI_CONFIG, record_of, resolve, sha256, write_text
-from besa.loading import load_model
+from besa.model.files import GENAI_CONFIG, record_of, resolve, sha256, write_text
+from besa.model.loading import load_model
 from besa.machine import give_memory_back, memory
 from besa.progress import Tell
-from besa.workspace import Workspace, check_free
+from besa.model.workspace import Workspace, check_free
 from besa.version import __version__
 
 _VALUES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "int8"}

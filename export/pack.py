@@ -18,13 +18,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from besa.checkpoint import Checkpoint
+from besa.model.checkpoint import Checkpoint
 from besa.errors import BesaError
 from besa.export.card import packed_card
 from besa.export.config import ExportConfig, ExportResult
 from besa.export.record import export_record
 from besa.export.survey import PackedLinear, Plan, survey
-from besa.files import open_tensors, resolve, write_text
+from besa.model.files import open_tensors, resolve, write_text
 from besa.formats import (
     QUANT_METHOD,
     Packed,
@@ -36,7 +36,7 @@ from besa.formats import (
 )
 from besa.machine import give_memory_back
 from besa.progress import Tell
-from besa.workspace import Workspace, check_free
+from besa.model.workspace import Workspace, check_free
 from besa.version import __version__
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from besa.checkpoint import Checkpoint
+from besa.model.checkpoint import Checkpoint
 from besa.export.sizes import read_per_token
 from besa.export.survey import Plan
-from besa.files import record_of
+from besa.model.files import record_of
 from besa.formats import PackedConfig
 from besa.formats.checkpoint import FORMAT_VERSION
 from besa.report.figures import short_names

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from besa.blocks import expert_count
-from besa.checkpoint import Checkpoint
+from besa.model.blocks import expert_count
+from besa.model.checkpoint import Checkpoint
 from besa.export.survey import expert_lists
 
 # How configs call the number of experts that a token goes to.

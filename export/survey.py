@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from besa.blocks import check_finite, expert_count, find_linears
-from besa.checkpoint import Checkpoint
+from besa.model.blocks import check_finite, expert_count, find_linears
+from besa.model.checkpoint import Checkpoint
 from besa.errors import BesaError
 from besa.export.config import ExportConfig
-from besa.files import open_tensors
+from besa.model.files import open_tensors
 from besa.kernels.packing import pack_mask
 from besa.progress import Tell
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from besa.checkpoint import Checkpoint
+from besa.model.checkpoint import Checkpoint
 from besa.errors import BesaError, one_line
 from besa.export.config import ExportConfig, ExportResult
 from besa.export.record import peak_memory, versions
-from besa.files import (
+from besa.model.files import (
     record_of,
     resolve,
     sha256,
@@ -37,7 +37,7 @@ from besa.formats import FormatError, PackedConfig, packed_of
 from besa.formats.checkpoint import SUFFIXES
 from besa.machine import give_memory_back
 from besa.progress import Tell
-from besa.workspace import Workspace, check_free
+from besa.model.workspace import Workspace, check_free
 from besa.version import __version__
 
 

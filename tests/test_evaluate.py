@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import besa.evaluate
 from besa.errors import BesaError
 from besa.evaluate import EvalConfig, Perplexity, evaluate, paired, sparsity, window_losses
-from besa.files import model_directory
-from besa.loading import load_model, load_tokenizer
+from besa.model.files import model_directory
+from besa.model.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")

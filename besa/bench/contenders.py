@@ -28,7 +28,7 @@ from besa.bench.processes import cpu_seconds, family, listener, memory_of
 from besa.bench.results import weight_bytes
 from besa.bench.settings import BenchConfig, Contender
 from besa.errors import BesaError
-from besa.files import is_onnx, model_directory, record_of
+from besa.model.files import is_onnx, model_directory, record_of
 from besa.serve.command import EngineCommand, command_for
 from besa.serve.launch import free_port, packing_of
 from besa.serve.process import Engine

@@ -34,7 +34,7 @@ from besa.bench.results import (
 from besa.bench.run import settings_of
 from besa.bench.settings import BenchConfig, Contender
 from besa.errors import BesaError
-from besa.files import is_onnx, model_directory
+from besa.model.files import is_onnx, model_directory
 from besa.serve.command import vllm_version
 from besa.serve.cpu import thread_binding
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from besa.bench.page import render
 from besa.bench.results import Results, to_csv
-from besa.files import write_text, writing
+from besa.model.files import write_text, writing
 
 
 def write_results(results: Results, out: Path) -> None:

@@ -71,8 +71,8 @@ def bench(config: BenchConfig, tell: Callable[[str], None] = lambda _: None) -> 
 
 
 def _tokenizer(config: BenchConfig, servers: list[Server]) -> Any:
-    from besa.files import resolve
-    from besa.loading import load_tokenizer
+    from besa.model.files import resolve
+    from besa.model.loading import load_tokenizer
 
     if config.tokenizer is not None:
         return load_tokenizer(resolve(config.tokenizer))

@@ -27,7 +27,7 @@ from torch import Tensor
 from besa.bench.child import ChildError, run_to_end
 from besa.bench.settings import Contender
 from besa.errors import BesaError, one_line
-from besa.files import INDEX, write_tensors, write_text
+from besa.model.files import INDEX, write_tensors, write_text
 
 _LLAMA = {
     "model_type": "llama",

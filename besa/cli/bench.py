@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
         return _compare(args)
     from besa.bench.settings import BenchConfig, parse_contender, parse_loads, parse_slo, parse_url
     from besa.errors import BesaError
-    from besa.workspace import check_free
+    from besa.model.workspace import check_free
 
     if len(args.words) > 1:
         raise BesaError(f"one model at a time, and --against others: what is {args.words[1]!r}?")

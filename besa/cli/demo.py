@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from besa.demo import MODEL, SEQLEN
     from besa.demo.compare import CONTENDERS, SETTINGS, compare
     from besa.errors import BesaError
-    from besa.files import write_text
+    from besa.model.files import write_text
     from besa.progress import steps_for
     from besa.report import render_comparison
 

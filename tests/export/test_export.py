@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import besa.files
+import besa.model.files
 from besa.errors import BesaError
 from besa.export import ExportConfig, export
 from tests.export.sparse import (
@@ -465,7 +465,7 @@ def test_a_file_that_is_cut_off(sparse: Path, tmp_path: Path):
 def test_what_the_disk_got_wrong_is_noticed(
     quantize: str | None, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    write = besa.files.save_file
+    write = besa.model.files.save_file
 
     def wrong(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
         changed = {
@@ -474,7 +474,7 @@ def test_what_the_disk_got_wrong_is_noticed(
         }
         write(changed, path, **options)
 
-    monkeypatch.setattr(besa.files, "save_file", wrong)
+    monkeypatch.setattr(besa.model.files, "save_file", wrong)
     line = refused(pruned, tmp_path / "out", quantize=quantize)
     assert f"does not hold what was written ({Q_PROJ})" in line
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from besa.allocate import CANDIDATES, AllocatedLinear, RateMask, learn_rates, rank_buckets
-from besa.blocks import Linear
+from besa.model.blocks import Linear
 from besa.choose import ChoiceMask, learn_choice
 from besa.methods import allocated_masks
 from besa.patterns import counts_for, lowest_pruned, n_of_m

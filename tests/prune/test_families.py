@@ -23,8 +23,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.pytorch_utils import Conv1D
 
-from besa.blocks import capture, expert_count, find_linears, observe
-from besa.checkpoint import Checkpoint
+from besa.model.blocks import capture, expert_count, find_linears, observe
+from besa.model.checkpoint import Checkpoint
 from besa.config import PruneConfig
 from besa.errors import BesaError
 from besa.patterns import lowest_pruned, n_of_m

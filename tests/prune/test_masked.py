@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from besa.blocks import Linear, find_linears
+from besa.model.blocks import Linear, find_linears
 from besa.masked import masked
 
 

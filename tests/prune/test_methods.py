@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from besa.blocks import Linear
+from besa.model.blocks import Linear
 from besa.config import Pattern
 from besa.errors import BesaError
 from besa.methods import (

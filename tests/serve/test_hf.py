@@ -31,7 +31,7 @@ import besa
 import besa.registration
 import besa.serve.hf_model
 from besa import BesaConfig, BesaError
-from besa.blocks import expert_count, find_blocks, find_linears
+from besa.model.blocks import expert_count, find_blocks, find_linears
 from besa.errors import BesaWarning
 from besa.formats import PackedConfig, pack, quantize_int8, tensors_of
 from besa.serve.hf_linear import SparseLinear

@@ -24,7 +24,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from besa.errors import BesaError, interruptible
-from besa.files import INDEX, sha256, write_tensors, write_text, writing
+from besa.model.files import INDEX, sha256, write_tensors, write_text, writing
 
 
 @dataclass

@@ -10,7 +10,7 @@ them on loading (fused experts, renamed keys).
     checkpoint.load_block(0)
     checkpoint.blocks[0].self_attn.q_proj.weight.data[:, 0] = 0
     tensors = checkpoint.stored_tensors(0)
-    besa.files.write_tensors(tensors, Path("out/model-00002-of-00009.safetensors"))
+    besa.model.files.write_tensors(tensors, Path("out/model-00002-of-00009.safetensors"))
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from besa.blocks import check_finite, find_blocks
+from besa.model.blocks import check_finite, find_blocks
 from besa.errors import BesaError, one_line
-from besa.files import (
+from besa.model.files import (
     COMPANIONS,
     INDEX,
     open_tensors,

@@ -1,7 +1,7 @@
 """Loads a whole model and its tokenizer for evaluation, or says in one line why not.
 
-from besa.files import model_directory
-from besa.loading import load_model, load_tokenizer
+from besa.model.files import model_directory
+from besa.model.loading import load_model, load_tokenizer
 
 directory = model_directory("path/to/model")
 model = load_model(directory, dtype="bfloat16", device="cpu")
