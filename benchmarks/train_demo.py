@@ -2,7 +2,7 @@
 
     python benchmarks/train_demo.py --out besa/demo/model
 
-The corpus is the `train` split of `besa.demo.corpus` and CPython's own test suite where it is
+The corpus is the `train` split of `besa.data.builtin` and CPython's own test suite where it is
 installed (train only). Everything is local: a byte-level BPE tokenizer is trained first, then the
 model, AdamW with linear warm-up and linear decay to zero; weights are kept in float32 while they
 learn and shipped in bfloat16. One JSON line per logged step goes to `--log`.
@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from besa.demo.corpus import documents
+from besa.data.builtin import documents
 
 END = "<|endoftext|>"
 SEQLEN = 256

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from besa import tasks
 from besa.model import loading
-from besa.calibration import evaluation_windows, token_stream
+from besa.data.windows import evaluation_windows, token_stream
 from besa.errors import BesaError
 from besa.model.files import model_directory
 from besa.serve.hf_linear import SparseLinear
-from besa.texts import documents_from, window_cap
+from besa.data.texts import documents_from, window_cap
 
 # Logits turned into float32 at a time: 64 MiB of them.
 _LOGITS_AT_A_TIME = 1 << 24
@@ -157,7 +157,7 @@ class EvalConfig:
     """The settings of `besa eval`.
 
     Attributes:
-        texts: sources as `besa.texts` knows them, read at their `test` split.
+        texts: sources as `besa.data.texts` knows them, read at their `test` split.
         seqlen: tokens in a window; None for 2048, or less where a model takes fewer.
         batch_size: windows in one call of the model.
         dtype: one of `besa.model.loading.DTYPES`.

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from besa.activations import Activations
 from besa.model.blocks import Call, Linear, capture, check_finite, expert_count, find_linears, observe
-from besa.calibration import calibration_windows, token_stream
+from besa.data.windows import calibration_windows, token_stream
 from besa.model.checkpoint import Checkpoint
 from besa.config import Pattern, PruneConfig
 from besa.errors import BesaError
@@ -46,7 +46,7 @@ from besa.progress import Tell
 from besa.record import block_record, linear_record, run_record, settings_of
 from besa.report import model_card, render
 from besa.scores import Hessians, InputNorms, wanda
-from besa.texts import documents_from
+from besa.data.texts import documents_from
 from besa.model.workspace import Workspace, check_free
 
 # Tokens that go through a block at once: enough to keep the cores busy, few enough to fit.

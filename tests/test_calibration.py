@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import besa.demo
-from besa.calibration import calibration_windows, evaluation_windows, token_stream
+from besa.data.windows import calibration_windows, evaluation_windows, token_stream
 from besa.errors import BesaError
 
 

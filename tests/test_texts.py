@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from besa.demo import corpus
+from besa.data import builtin as corpus
 from besa.errors import BesaError
-from besa.texts import documents_from, window_cap
+from besa.data.texts import documents_from, window_cap
 
 
 def test_text_file_is_one_document(tmp_path: Path) -> None:

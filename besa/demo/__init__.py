@@ -1,7 +1,7 @@
 """A small trained Llama, its tokenizer and a corpus, so that besa shows itself anywhere.
 
 `MODEL` is the model's directory; benchmarks/train_demo.py made it. The corpus is the text that
-every CPython brings (`besa.demo.corpus`).
+every CPython brings (`besa.data.builtin`).
 """
 
 from pathlib import Path

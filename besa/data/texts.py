@@ -5,7 +5,7 @@ line; `.parquet`, a document in the column `text` of each row), the built-in cor
 `builtin:SPLIT` for one split of it), or a data set of the Hugging Face hub: `wikitext2`, `ptb`,
 `c4`, or any id (`OWNER/NAME` or `OWNER/NAME:CONFIG`) with a column `text`.
 
-    from besa.texts import documents_from
+    from besa.data.texts import documents_from
     text = "\\n\\n".join(documents_from("builtin", "test"))
 
 Joined by a blank line, the documents are the text of the field's protocol (that of GPTQ,
@@ -29,7 +29,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from besa.demo import corpus
+from besa.data import builtin as corpus
 from besa.errors import BesaError, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")

@@ -1,8 +1,8 @@
 """Text to windows of tokens.
 
     from transformers import AutoTokenizer
-    from besa.calibration import calibration_windows, token_stream
-    from besa.texts import documents_from
+    from besa.data.windows import calibration_windows, token_stream
+    from besa.data.texts import documents_from
 
     tokenizer = AutoTokenizer.from_pretrained("path/to/model")
     stream = token_stream(tokenizer, documents_from("builtin", "calibration"))
