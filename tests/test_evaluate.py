@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import besa.evaluate
+import besa.evaluation.perplexity
 from besa.errors import BesaError
-from besa.evaluate import EvalConfig, Perplexity, evaluate, paired, sparsity, window_losses
+from besa.evaluation.perplexity import EvalConfig, Perplexity, evaluate, paired, sparsity, window_losses
 from besa.model.files import model_directory
 from besa.model.loading import load_model, load_tokenizer
 
@@ -61,7 +61,7 @@ def test_few_logits_at_a_time_change_nothing(
         return cross_entropy(logits, *args, **kwargs)
 
     monkeypatch.setattr(F, "cross_entropy", spy)
-    monkeypatch.setattr(besa.evaluate, "_LOGITS_AT_A_TIME", 1000)
+    monkeypatch.setattr(besa.evaluation.perplexity, "_LOGITS_AT_A_TIME", 1000)
     torch.testing.assert_close(window_losses(model, windows, 2), expected, rtol=1e-6, atol=0)
     assert max(sizes) <= 1000 < 23 * 257
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from besa.evaluate import EvalConfig, Result
+    from besa.evaluation.perplexity import EvalConfig, Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         # Bars of the libraries; before they are imported, as tqdm reads this only then.
         os.environ.setdefault("TQDM_DISABLE", "1")
-    from besa.evaluate import EvalConfig, evaluate
+    from besa.evaluation.perplexity import EvalConfig, evaluate
 
     config = EvalConfig(
         texts=tuple(args.text or EvalConfig.texts),

@@ -15,7 +15,7 @@ import torch
 
 from besa.config import PruneConfig
 from besa.demo import MODEL
-from besa.evaluate import EvalConfig, Result, evaluate, paired
+from besa.evaluation.perplexity import EvalConfig, Result, evaluate, paired
 from besa.machine import machine
 from besa.pipeline import prune
 from besa.progress import Tell

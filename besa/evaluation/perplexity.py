@@ -10,7 +10,7 @@ window i (nats a token) and n windows,
 Two models that read the same windows are compared window by window (`paired`): how hard a window
 is falls out of the difference, so its standard error is far below that of either perplexity.
 
-    from besa.evaluate import EvalConfig, evaluate
+    from besa.evaluation.perplexity import EvalConfig, evaluate
 
     for result in evaluate(["path/to/dense", "path/to/pruned"], EvalConfig(seqlen=512)):
         print(result.model, result.perplexity.perplexity, result.perplexity.standard_error)
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from besa import tasks
+from besa.evaluation import tasks
 from besa.model import loading
 from besa.data.windows import evaluation_windows, token_stream
 from besa.errors import BesaError

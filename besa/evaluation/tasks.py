@@ -1,6 +1,6 @@
 """Zero-shot and few-shot tasks, run by EleutherAI's lm-evaluation-harness.
 
-    from besa import tasks
+    from besa.evaluation import tasks
 
     names = ("piqa", "arc_easy")
     scores = tasks.run(model, tokenizer, names, tasks.find(names))

@@ -1,0 +1,1 @@
+"""How good a model is: perplexity, and tasks of lm-evaluation-harness."""
