@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     with Console(stderr=True).status("measuring, a few seconds", refresh_per_second=4):
-        from besa.doctor import examine
+        from besa.doctor.examine import examine
 
         record = examine()
     if args.json:

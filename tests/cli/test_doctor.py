@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from besa import __version__
-from besa.doctor import PACKAGES, advice
+from besa.doctor.examine import PACKAGES, advice
 from besa.kernels import native
 from besa.kernels.isa import ISAS
 from tests.helpers import REPOSITORY

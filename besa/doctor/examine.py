@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from besa import machine, speed
+from besa import machine
+from besa.doctor import speed
 from besa.errors import BesaError
 from besa.kernels import native
 from besa.kernels.isa import chosen_isa
