@@ -33,11 +33,11 @@ import torch
 from common import RESULTS, SHAPES, conditions, llama_block, seconds_of, spread, table, write_json
 from torch import Tensor
 
-from besa.allocate import rank_buckets
+from besa.pruning.allocate import rank_buckets
 from besa.model.blocks import find_linears, observe
-from besa.config import Pattern, PruneConfig
-from besa.masked import Make, masked
-from besa.methods import (
+from besa.pruning.config import Pattern, PruneConfig
+from besa.pruning.masked import Make, masked
+from besa.pruning.methods import (
     Masks,
     allocated_masks,
     besa_masks,
@@ -45,8 +45,8 @@ from besa.methods import (
     sparsegpt_weights,
     wanda_masks,
 )
-from besa.scores import Hessians, InputNorms, wanda
-from besa.update import sparsegpt
+from besa.pruning.scores import Hessians, InputNorms, wanda
+from besa.pruning.sparsegpt import sparsegpt
 
 RATE = 0.5
 UNSTRUCTURED, TWO_OF_FOUR = "unstructured", "2:4"

@@ -15,8 +15,8 @@ from besa.registration import register_with_transformers
 from besa.version import __version__
 
 if TYPE_CHECKING:
-    from besa.config import PruneConfig
-    from besa.pipeline import PruneResult, prune
+    from besa.pruning.config import PruneConfig
+    from besa.pruning.pipeline import PruneResult, prune
     from besa.serve.hf_quantizer import BesaConfig
 
 __all__ = ["BesaConfig", "BesaError", "PruneConfig", "PruneResult", "__version__", "prune"]
@@ -25,9 +25,9 @@ __all__ = ["BesaConfig", "BesaError", "PruneConfig", "PruneResult", "__version__
 # torch takes seconds to import; `besa --help` should not.
 _LAZY = {
     "BesaConfig": "besa.serve.hf_quantizer",
-    "PruneConfig": "besa.config",
-    "PruneResult": "besa.pipeline",
-    "prune": "besa.pipeline",
+    "PruneConfig": "besa.pruning.config",
+    "PruneResult": "besa.pruning.pipeline",
+    "prune": "besa.pruning.pipeline",
 }
 
 

@@ -71,12 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from besa.config import PruneConfig
+    from besa.pruning.config import PruneConfig
 
     options = {k: v for k, v in vars(args).items() if k not in ("model", "command", "run")}
     config = PruneConfig(**options)
 
-    from besa.pipeline import prune
+    from besa.pruning.pipeline import prune
     from besa.progress import duration, progress_for
 
     with progress_for(sys.stderr) as tell:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from besa.config import PruneConfig
+from besa.pruning.config import PruneConfig
 from besa.demo import MODEL
 from besa.evaluation.perplexity import EvalConfig, Result, evaluate, paired
 from besa.machine import machine
-from besa.pipeline import prune
+from besa.pruning.pipeline import prune
 from besa.progress import Tell
 from besa.version import __version__
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from besa.allocate import CANDIDATES, AllocatedLinear, RateMask, learn_rates, rank_buckets
+from besa.pruning.allocate import CANDIDATES, AllocatedLinear, RateMask, learn_rates, rank_buckets
 from besa.model.blocks import Linear
-from besa.choose import ChoiceMask, learn_choice
-from besa.methods import allocated_masks
-from besa.patterns import counts_for, lowest_pruned, n_of_m
+from besa.pruning.nm import ChoiceMask, learn_choice
+from besa.pruning.methods import allocated_masks
+from besa.pruning.patterns import counts_for, lowest_pruned, n_of_m
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,7 +51,7 @@ def test_buckets_have_equal_parts():
 def test_ranks_of_chunks_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch):
     scores = random(37, 130)
     whole = rank_buckets(scores)
-    monkeypatch.setattr("besa.patterns._CHUNK", 300)
+    monkeypatch.setattr("besa.pruning.patterns._CHUNK", 300)
     assert torch.equal(rank_buckets(scores), whole)
 
 

@@ -25,12 +25,12 @@ from transformers.pytorch_utils import Conv1D
 
 from besa.model.blocks import capture, expert_count, find_linears, observe
 from besa.model.checkpoint import Checkpoint
-from besa.config import PruneConfig
+from besa.pruning.config import PruneConfig
 from besa.errors import BesaError
-from besa.patterns import lowest_pruned, n_of_m
-from besa.pipeline import PruneResult, _calibration
-from besa.pipeline import prune as prune_model
-from besa.scores import InputNorms
+from besa.pruning.patterns import lowest_pruned, n_of_m
+from besa.pruning.pipeline import PruneResult, _calibration
+from besa.pruning.pipeline import prune as prune_model
+from besa.pruning.scores import InputNorms
 from tests.helpers import (
     EXPERTS,
     FAMILIES,

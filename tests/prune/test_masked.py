@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from besa.model.blocks import Linear, find_linears
-from besa.masked import masked
+from besa.pruning.masked import masked
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

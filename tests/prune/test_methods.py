@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from besa.model.blocks import Linear
-from besa.config import Pattern
+from besa.pruning.config import Pattern
 from besa.errors import BesaError
-from besa.methods import (
+from besa.pruning.methods import (
     allocated_masks,
     even_shares,
     magnitude_masks,
     sparsegpt_weights,
     wanda_masks,
 )
-from besa.patterns import lowest_pruned_overall
-from besa.scores import Hessians, InputNorms, magnitude, wanda
-from besa.update import inverse_factor, sparsegpt
+from besa.pruning.patterns import lowest_pruned_overall
+from besa.pruning.scores import Hessians, InputNorms, magnitude, wanda
+from besa.pruning.sparsegpt import inverse_factor, sparsegpt
 
 CPU = torch.device("cpu")
 DENSE = Pattern()

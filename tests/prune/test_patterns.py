@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from torch import Tensor
 
-from besa import patterns
-from besa.patterns import counts_for, lowest_pruned, lowest_pruned_overall, n_of_m
+from besa.pruning import patterns
+from besa.pruning.patterns import counts_for, lowest_pruned, lowest_pruned_overall, n_of_m
 
 rates_lists = st.lists(st.floats(0, 1), min_size=1, max_size=40)
 # Few different values, so that ties are the rule.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
-from besa.config import PruneConfig
+from besa.pruning.config import PruneConfig
 from besa.version import __version__
 
 

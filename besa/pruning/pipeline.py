@@ -25,17 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from besa.activations import Activations
+from besa.pruning.activations import Activations
 from besa.model.blocks import Call, Linear, capture, check_finite, expert_count, find_linears, observe
 from besa.data.windows import calibration_windows, token_stream
 from besa.model.checkpoint import Checkpoint
-from besa.config import Pattern, PruneConfig
+from besa.pruning.config import Pattern, PruneConfig
 from besa.errors import BesaError
 from besa.model.files import write_text
 from besa.model.loading import load_tokenizer, max_positions, pick_device
 from besa.machine import give_memory_back
-from besa.masked import Make, masked
-from besa.methods import (
+from besa.pruning.masked import Make, masked
+from besa.pruning.methods import (
     Masks,
     besa_masks,
     magnitude_masks,
@@ -43,9 +43,9 @@ from besa.methods import (
     wanda_masks,
 )
 from besa.progress import Tell
-from besa.record import block_record, linear_record, run_record, settings_of
+from besa.pruning.record import block_record, linear_record, run_record, settings_of
 from besa.report import model_card, render
-from besa.scores import Hessians, InputNorms, wanda
+from besa.pruning.scores import Hessians, InputNorms, wanda
 from besa.data.texts import documents_from
 from besa.model.workspace import Workspace, check_free
 

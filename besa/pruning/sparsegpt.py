@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from besa.config import Pattern
-from besa.patterns import n_of_m
+from besa.pruning.config import Pattern
+from besa.pruning.patterns import n_of_m
 
 _DENSE = Pattern()
 

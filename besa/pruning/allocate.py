@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from besa.kernels.segment_sum import segment_sum
-from besa.patterns import row_chunks
+from besa.pruning.patterns import row_chunks
 
 # The learning rules do not mind the loss's scale; float16 gradients would vanish without one.
 LOSS_SCALE = 2.0**16

@@ -2,7 +2,7 @@
 
 An N:M pattern fixes the rate of every row, so there is nothing to allocate. What is learned
 instead, towards the same block objective and through the same straight-through mask as in
-`besa.allocate`, is the choice within the groups: each weight has a log-importance, at first
+`besa.pruning.allocate`, is the choice within the groups: each weight has a log-importance, at first
 Wanda's, and the gradient of the loss to its mask, dL/dM = dL/dW' * W, moves it. The step is
 divided by the gradient's root mean square over the matrix, so that no model needs its own.
 
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from besa.allocate import LOSS_SCALE
-from besa.patterns import n_of_m
+from besa.pruning.allocate import LOSS_SCALE
+from besa.pruning.patterns import n_of_m
 
 
 class ChoiceMask(torch.autograd.Function):
