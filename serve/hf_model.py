@@ -28,7 +28,7 @@ from besa.model.blocks import find_blocks
 from besa.errors import BesaError
 from besa.formats import FormatError, Packed, PackedConfig, packed_of, packed_weights
 from besa.formats.checkpoint import SUFFIXES
-from besa.serve.hf_linear import SparseLinear
+from besa.formats.module import SparseLinear
 
 
 def make_sparse(model: nn.Module, files: Sequence[str], config: PackedConfig) -> None:

@@ -34,7 +34,7 @@ from besa.model import loading
 from besa.data.windows import evaluation_windows, token_stream
 from besa.errors import BesaError
 from besa.model.files import model_directory
-from besa.serve.hf_linear import SparseLinear
+from besa.formats.module import SparseLinear
 from besa.data.texts import documents_from, window_cap
 
 # Logits turned into float32 at a time: 64 MiB of them.

@@ -34,7 +34,7 @@ from besa import BesaConfig, BesaError
 from besa.model.blocks import expert_count, find_blocks, find_linears
 from besa.errors import BesaWarning
 from besa.formats import PackedConfig, pack, quantize_int8, tensors_of
-from besa.serve.hf_linear import SparseLinear
+from besa.formats.module import SparseLinear
 from tests.helpers import FAMILIES, load_strictly, random_model, same_bytes, stored
 
 ODD = ("bamba", "bloom", "codegen", "deepseek_v2", "gemma3", "gpt_bigcode", "qwen2_moe")
