@@ -48,7 +48,7 @@ def export(
     """
     # torch takes seconds to import; `besa --help` should not.
     if config.format == "dense":
-        from besa.export.unpack import unpack_checkpoint
+        from besa.export.packed.unpack import unpack_checkpoint
 
         return unpack_checkpoint(source, config, tell)
     if config.format == "onnx":
@@ -58,6 +58,6 @@ def export(
         from besa.export.onnx_model import export_onnx
 
         return export_onnx(source, config, tell)
-    from besa.export.pack import pack_checkpoint
+    from besa.export.packed.pack import pack_checkpoint
 
     return pack_checkpoint(source, config, tell)

@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from besa.export.card import pruning
+from besa.export.packed.card import pruning
 from besa.export.onnx_sparse import SMALL
 from besa.export.ort import NAME
 from besa.report.card import words, yaml

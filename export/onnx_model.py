@@ -32,9 +32,9 @@ from besa.export.onnx_decoder import Decoder, compare
 from besa.export.onnx_sparse import OnnxPacking, pack_graph
 from besa.export.onnx_standard import build_standard
 from besa.export.ort import NAME, open_session, ort_library, reason
-from besa.export.pack import check_unpacked
+from besa.export.packed.pack import check_unpacked
 from besa.export.record import peak_memory, versions
-from besa.export.survey import survey
+from besa.export.plan import survey
 from besa.model.files import GENAI_CONFIG, record_of, resolve, sha256, write_text
 from besa.model.loading import load_model
 from besa.machine import give_memory_back, memory

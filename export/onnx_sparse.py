@@ -22,7 +22,7 @@ from torch import Tensor
 
 from besa.errors import BesaError
 from besa.export.onnx_function import DOMAIN, NAME, sparse_matmul
-from besa.export.survey import WORTH, zeros_of
+from besa.export.plan import WORTH, zeros_of
 from besa.formats import Packed, pack, quantize_int8
 
 # Weights that a function of standard operators may be left to expand while the model loads.

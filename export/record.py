@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from besa.model.checkpoint import Checkpoint
-from besa.export.sizes import read_per_token
-from besa.export.survey import Plan
+from besa.export.packed.sizes import read_per_token
+from besa.export.plan import Plan
 from besa.model.files import record_of
 from besa.formats import PackedConfig
 from besa.formats.checkpoint import FORMAT_VERSION

@@ -14,7 +14,7 @@ from rich.table import Table
 
 def print_packed(out: Path, record: dict[str, Any], verbose: bool) -> None:
     """Prints the record of a packed checkpoint."""
-    from besa.export.card import described, left_dense
+    from besa.export.packed.card import described, left_dense
     from besa.report.figures import size
 
     sizes, read, linears = record["sizes"], record["read_per_token"], record["linears"]

@@ -1,7 +1,7 @@
 """The README.md of a packed checkpoint: a Hugging Face model card, from the export's record.
 
 import json, pathlib
-from besa.export.card import packed_card
+from besa.export.packed.card import packed_card
 
 record = json.loads(pathlib.Path("sparse/besa.json").read_text())
 pathlib.Path("sparse/README.md").write_text(packed_card(record), encoding="utf-8")

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from besa.model.checkpoint import Checkpoint
 from besa.errors import BesaError
-from besa.export.card import packed_card
+from besa.export.packed.card import packed_card
 from besa.export.config import ExportConfig, ExportResult
 from besa.export.record import export_record
-from besa.export.survey import PackedLinear, Plan, survey
+from besa.export.plan import PackedLinear, Plan, survey
 from besa.model.files import open_tensors, resolve, write_text
 from besa.formats import (
     QUANT_METHOD,

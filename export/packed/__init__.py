@@ -1,0 +1,1 @@
+"""Packed checkpoints for vLLM and transformers, written and unpacked again."""
