@@ -26,7 +26,7 @@ def ort_library() -> str:
     Raises:
         BesaError: this installation was built without it.
     """
-    from besa.export import ort
+    from besa.export.onnx import runtime as ort
 
     return ort.ort_library()
 
@@ -52,10 +52,10 @@ def export(
 
         return unpack_checkpoint(source, config, tell)
     if config.format == "onnx":
-        from besa.export import ort
+        from besa.export.onnx import runtime as ort
 
         ort.runtime()  # or a word on what is missing, before its packages are imported
-        from besa.export.onnx_model import export_onnx
+        from besa.export.onnx.model import export_onnx
 
         return export_onnx(source, config, tell)
     from besa.export.packed.pack import pack_checkpoint

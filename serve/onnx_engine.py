@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from besa.errors import BesaError
-from besa.export.onnx_check import load_whole
-from besa.export.ort import genai
+from besa.export.onnx.check import load_whole
+from besa.export.onnx.runtime import genai
 from besa.serve.stream import Stream
 
 _EVENTS = 64

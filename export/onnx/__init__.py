@@ -1,0 +1,1 @@
+"""ONNX graphs of a checkpoint, dense or on packed weights."""

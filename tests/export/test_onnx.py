@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM
 from besa.bench.contenders import packing
 from besa.errors import BesaError
 from besa.export import ExportConfig, export
-from besa.export.onnx_check import check_graph
-from besa.export.onnx_decoder import Decoder, compare
-from besa.export.ort import NAME, genai, open_session, ort_library
+from besa.export.onnx.check import check_graph
+from besa.export.onnx.decoder import Decoder, compare
+from besa.export.onnx.runtime import NAME, genai, open_session, ort_library
 from tests.export.sparse import pruned_model, put_zeros
 from tests.helpers import run
 
@@ -238,7 +238,7 @@ def test_it_runs_without_the_library_while_it_is_small(
 def test_a_large_model_has_no_function_and_needs_the_library(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("besa.export.onnx_sparse.SMALL", 1000)
+    monkeypatch.setattr("besa.export.onnx.sparse.SMALL", 1000)
     out = export(pruned, ExportConfig(out=tmp_path / "x", format="onnx", sparse=True)).out
     assert not onnx.load(out / "model.onnx", load_external_data=False).functions
     with pytest.raises(BesaError, match="SparseMatMul"):
@@ -374,10 +374,10 @@ def test_a_graph_that_is_another_model_does_not_appear(
     pruned: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """What the builder reads changes under its hands; the comparison sees it."""
-    from besa.export import onnx_model
+    from besa.export.onnx import model as onnx_model
 
     monkeypatch.setattr(onnx_model, "build", lambda _source, *rest: real(other, *rest))
-    from besa.export.onnx_builder import build as real
+    from besa.export.onnx.builder import build as real
 
     with pytest.raises(BesaError, match="logits are off by"):
         export(pruned, ExportConfig(out=tmp_path / "x", format="onnx"))
@@ -409,7 +409,7 @@ def test_telemetry_is_off_unless_the_user_turned_it_on(asked: str | None):
         "    def find_spec(self, name, *_):\n"
         "        if name == 'onnxruntime':\n"
         "            print(os.environ.get('ORT_DISABLE_TELEMETRY'))\n"
-        "import besa.export.ort as ort\n"
+        "import besa.export.onnx.runtime as ort\n"
         "sys.meta_path.insert(0, Watch())\n"
         "ort.runtime()\n"
     )

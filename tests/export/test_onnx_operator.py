@@ -15,8 +15,8 @@ from onnx import TensorProto
 from torch import Tensor
 
 from besa.errors import BesaError
-from besa.export.onnx_function import sparse_matmul
-from besa.export.ort import open_session, ort_library
+from besa.export.onnx.function import sparse_matmul
+from besa.export.onnx.runtime import open_session, ort_library
 from besa.formats import Packed, pack, quantize_int8
 from besa.kernels.linear import sparse_linear_reference
 

@@ -17,7 +17,7 @@ import pytest
 
 from besa.errors import BesaError
 from besa.export import ExportConfig, export
-from besa.export.ort import NAME, ort_library
+from besa.export.onnx.runtime import NAME, ort_library
 from besa.serve.cpu import threads
 from tests.helpers import run
 from tests.serve import serving

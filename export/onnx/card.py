@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from besa.export.packed.card import pruning
-from besa.export.onnx_sparse import SMALL
-from besa.export.ort import NAME
+from besa.export.onnx.sparse import SMALL
+from besa.export.onnx.runtime import NAME
 from besa.report.card import words, yaml
 from besa.report.figures import hub_id, percent, short_name, size
 from besa.report.layout import clean, environment

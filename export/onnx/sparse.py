@@ -21,7 +21,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from besa.errors import BesaError
-from besa.export.onnx_function import DOMAIN, NAME, sparse_matmul
+from besa.export.onnx.function import DOMAIN, NAME, sparse_matmul
 from besa.export.plan import WORTH, zeros_of
 from besa.formats import Packed, pack, quantize_int8
 

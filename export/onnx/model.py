@@ -4,7 +4,7 @@
 
 Dense: the graph of ONNX Runtime GenAI's model builder, of standard operators where it is asked for
 or the builder does not know the architecture. Sparse: the builder's graph with its products on
-packed weights (besa.export.onnx_sparse), and besa's operator library beside it. Either is checked
+packed weights (besa.export.onnx.sparse), and besa's operator library beside it. Either is checked
 before it appears: by onnx.checker, and by its logits, which have to be transformers' up to what the
 precision costs.
 """
@@ -25,13 +25,13 @@ import torch
 from besa.model.checkpoint import Checkpoint
 from besa.errors import BesaError, BesaWarning, interruptible
 from besa.export.config import ExportConfig, ExportResult
-from besa.export.onnx_builder import DATA, MODEL, build
-from besa.export.onnx_card import onnx_card
-from besa.export.onnx_check import check_graph
-from besa.export.onnx_decoder import Decoder, compare
-from besa.export.onnx_sparse import OnnxPacking, pack_graph
-from besa.export.onnx_standard import build_standard
-from besa.export.ort import NAME, open_session, ort_library, reason
+from besa.export.onnx.builder import DATA, MODEL, build
+from besa.export.onnx.card import onnx_card
+from besa.export.onnx.check import check_graph
+from besa.export.onnx.decoder import Decoder, compare
+from besa.export.onnx.sparse import OnnxPacking, pack_graph
+from besa.export.onnx.standard import build_standard
+from besa.export.onnx.runtime import NAME, open_session, ort_library, reason
 from besa.export.packed.pack import check_unpacked
 from besa.export.record import peak_memory, versions
 from besa.export.plan import survey

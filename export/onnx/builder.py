@@ -26,7 +26,7 @@ import onnx_ir as ir
 from transformers import AutoConfig
 
 from besa.errors import BesaError, one_line
-from besa.export.ort import genai
+from besa.export.onnx.runtime import genai
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 

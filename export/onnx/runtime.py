@@ -85,7 +85,7 @@ def open_session(path: str | Path, library: str | None = None, threads: int = 0)
         BesaError: ONNX Runtime cannot load the library or the model.
     """
     onnxruntime = runtime()
-    from besa.export.onnx_check import load_whole
+    from besa.export.onnx.check import load_whole
 
     load_whole(Path(path))
     options = onnxruntime.SessionOptions()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, DynamicCache
 
 from besa.errors import BesaError, one_line
-from besa.export.onnx_builder import DATA, MODEL
+from besa.export.onnx.builder import DATA, MODEL
 from besa.model.files import write_text
 from besa.model.loading import load_model
 
