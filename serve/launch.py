@@ -33,7 +33,7 @@ from besa.formats.checkpoint import QUANT_METHOD, PackedConfig
 from besa.serve.command import EngineCommand, command_for
 from besa.serve.process import Engine
 from besa.serve.settings import ServeConfig
-from besa.serve.vllm_plugin import misfit
+from besa.serve.vllm.plugin import misfit
 
 
 def dry_run(config: ServeConfig) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from besa.serve.vllm_plugin import VERSIONS, _fits
+from besa.serve.vllm.plugin import VERSIONS, _fits
 from tests.helpers import REPOSITORY
 
 CALL = "from importlib.metadata import entry_points as e; {}; print('goes on')"
@@ -73,4 +73,4 @@ def test_the_range_is_that_of_the_extra():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert project["optional-dependencies"]["vllm"] == [f"vllm>={VERSIONS[0]},<{VERSIONS[1]}"]
     plugins = [p for p in entry_points(group="vllm.general_plugins") if p.name == "besa"]
-    assert [p.value for p in plugins] == ["besa.serve.vllm_plugin:register"]
+    assert [p.value for p in plugins] == ["besa.serve.vllm.plugin:register"]

@@ -1,0 +1,1 @@
+"""vLLM: the plugin that loads packed checkpoints."""
