@@ -17,14 +17,14 @@ from besa.version import __version__
 if TYPE_CHECKING:
     from besa.pruning.config import PruneConfig
     from besa.pruning.pipeline import PruneResult, prune
-    from besa.serve.hf_quantizer import BesaConfig
+    from besa.serve.transformers.quantizer import BesaConfig
 
 __all__ = ["BesaConfig", "BesaError", "PruneConfig", "PruneResult", "__version__", "prune"]
 
 
 # torch takes seconds to import; `besa --help` should not.
 _LAZY = {
-    "BesaConfig": "besa.serve.hf_quantizer",
+    "BesaConfig": "besa.serve.transformers.quantizer",
     "PruneConfig": "besa.pruning.config",
     "PruneResult": "besa.pruning.pipeline",
     "prune": "besa.pruning.pipeline",

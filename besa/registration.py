@@ -63,7 +63,7 @@ class _Watch(MetaPathFinder):
 def _register() -> None:
     """A transformers that besa does not fit is no reason for its own import to fail."""
     try:
-        import besa.serve.hf_quantizer  # noqa: F401
+        import besa.serve.transformers.quantizer  # noqa: F401
     except (ImportError, AttributeError) as error:
         warnings.warn(
             f"transformers will not load besa's packed checkpoints: {error}",

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
 
         run_onnx(rest[1:])
     else:
-        from besa.serve.openai_server import run
+        from besa.serve.transformers.server import run
 
         run(rest[1:])
 

@@ -1,0 +1,1 @@
+"""transformers: its quantizer for packed checkpoints, and its server."""

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 import besa
 import besa.registration
-import besa.serve.hf_model
+import besa.serve.transformers.model
 from besa import BesaConfig, BesaError
 from besa.model.blocks import expert_count, find_blocks, find_linears
 from besa.errors import BesaWarning
@@ -549,7 +549,7 @@ def test_parts_that_are_renamed_otherwise(pair: Pair, monkeypatch: pytest.Monkey
     pair.change(rename)
     rule = WeightRenaming(r"mlp\.lower\.weight$", "mlp.down_proj.weight")
     monkeypatch.setattr(
-        besa.serve.hf_model, "get_model_conversion_mapping", lambda model: [copy.deepcopy(rule)]
+        besa.serve.transformers.model, "get_model_conversion_mapping", lambda model: [copy.deepcopy(rule)]
     )
     with pytest.raises(BesaError, match=r"mlp\.lower\.weight_\w+ cannot be loaded"):
         AutoModelForCausalLM.from_pretrained(pair.sparse)
@@ -559,7 +559,7 @@ def test_tensor_parallelism_is_refused():
     model = random_model("llama")
     model.config.distributed_config = {"tp_size": 2}
     with pytest.raises(BesaError, match="serve it with vLLM"):
-        besa.serve.hf_model.make_sparse(model, [], PackedConfig("float32"))
+        besa.serve.transformers.model.make_sparse(model, [], PackedConfig("float32"))
 
 
 def test_offloading_to_disk_is_refused(pairs: Callable[..., Pair], tmp_path: Path):
@@ -585,7 +585,7 @@ def test_a_linear_and_its_weight(transposed: bool):
     assert linear.state_dict().keys() == {"bias", "weight_values", "weight_bitmask", "weight_rows"}
     assert "in_features=11, out_features=5" in repr(linear)
     restored = nn.Sequential(linear)
-    besa.serve.hf_model.make_dense(restored)
+    besa.serve.transformers.model.make_dense(restored)
     assert type(restored[0]) is (Conv1D if transposed else nn.Linear)
     torch.testing.assert_close(restored(x.flatten(0, 1)), linear(x).flatten(0, 1))
 
@@ -695,7 +695,7 @@ def test_import_stays_light(tmp_path: Path):
 
 
 def test_an_unknown_transformers_is_a_warning(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "besa.serve.hf_quantizer", None)
+    monkeypatch.setitem(sys.modules, "besa.serve.transformers.quantizer", None)
     monkeypatch.delattr(besa.serve, "hf_quantizer")
     with pytest.warns(BesaWarning, match="will not load besa's packed checkpoints"):
         besa.registration.register_with_transformers()

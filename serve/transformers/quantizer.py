@@ -35,7 +35,7 @@ from besa.formats import PackedConfig
 from besa.formats.checkpoint import QUANT_METHOD, SUFFIXES
 
 # What follows is imported by transformers in the midst of its own import: the parts of transformers
-# that work on whole models are not there yet, and `besa.serve.hf_model` is left for later.
+# that work on whole models are not there yet, and `besa.serve.transformers.model` is left for later.
 
 
 @auto.register_quantization_config(QUANT_METHOD)
@@ -100,7 +100,7 @@ class BesaQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        from besa.serve.hf_model import make_sparse
+        from besa.serve.transformers.model import make_sparse
 
         assert self.quantization_config.packed is not None
         # transformers makes the skeleton on the meta device; what is read of files is real.
@@ -117,14 +117,14 @@ class BesaQuantizer(HfQuantizer):  # type: ignore[misc]
         return kept
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        from besa.serve.hf_model import make_dense, settle
+        from besa.serve.transformers.model import make_dense, settle
 
         settle(model)
         return make_dense(model) if self.quantization_config.dense else model
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         # Not `_dequantize`, which is told one type for all weights, by its name once it was saved.
-        from besa.serve.hf_model import make_dense
+        from besa.serve.transformers.model import make_dense
 
         make_dense(model, dtype)
         self.remove_quantization_config(model)

@@ -9,7 +9,7 @@ the place of six of them:
 - one model, from a directory, under a name that is no path (`/v1/models` lists it and it alone);
 - API keys, closed connections, closed endpoints (besa.serve.gate);
 - requests batched on a CPU; stop strings cut off, prompts that do not fit refused, sampling as each
-  request asks, cancelled requests ended (besa.serve.generation);
+  request asks, cancelled requests ended (besa.serve.transformers.generation);
 - an end of patience with requests that do not end, once it is told to stop;
 - bad requests answered with status 400 in OpenAI's words, streams ended with `[DONE]`, fields that
   would have been ignored (`n`, `logprobs`, …) refused, and `ignore_eos` heeded, which load
@@ -37,7 +37,7 @@ from transformers.cli.serving import chat_completion, completion, model_manager,
 
 from besa.errors import BesaError
 from besa.serve.gate import Gate
-from besa.serve.generation import Generation
+from besa.serve.transformers.generation import Generation
 from besa.serve.handlers import ChatRequests, CompletionRequests, answer_errors
 
 
