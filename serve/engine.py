@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
 
         run_vllm()
     elif engine == "onnx":
-        from besa.serve.onnx_server import run as run_onnx
+        from besa.serve.onnx.server import run as run_onnx
 
         run_onnx(rest[1:])
     else:

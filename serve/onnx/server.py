@@ -30,7 +30,7 @@ from transformers.cli.serving.utils import _StreamError
 from besa.serve.cpu import threads
 from besa.serve.gate import Gate
 from besa.serve.handlers import answer_errors, check
-from besa.serve.onnx_engine import Asked, OnnxEngine
+from besa.serve.onnx.engine import Asked, OnnxEngine
 from besa.serve.stream import Stream
 
 # Of the legacy API, where a request does not say it.
