@@ -8,8 +8,8 @@ order of a linear's importance as int64; at each step the pruning probability of
 position, scattered by that order into a matrix like the weight; the hard mask by comparison; the
 straight-through sum of both as a dense tensor under autograd. It is written here from the paper
 (arXiv 2402.16880, equations 4 to 6), each operation the fastest of those that torch has for it.
-`besa` is `besa.pruning.allocate`: a byte per weight, and a segment sum as the gradient. Both give the
-same mask, and the same gradient up to rounding: that is checked on each shape before it is timed.
+`besa` is `besa.pruning.allocate`: a byte per weight, and a segment sum as the gradient. Both give
+the same mask, and the same gradient up to rounding: that is checked on each shape before it is timed.
 
 Two parts of a learning step are measured, for one calibration sample:
 
@@ -50,8 +50,8 @@ from common import (
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from besa.pruning.allocate import CANDIDATES, AllocatedLinear, RateMask, learn_rates, rank_buckets
 from besa.model.blocks import find_linears
+from besa.pruning.allocate import CANDIDATES, AllocatedLinear, RateMask, learn_rates, rank_buckets
 from besa.pruning.masked import Make, masked
 
 SPARSITY = 0.5

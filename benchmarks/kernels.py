@@ -30,11 +30,11 @@ import torch
 from common import RESULTS, conditions, spread, table, write_json
 from torch import Tensor
 
+from besa.doctor.speed import readers
 from besa.formats import pack
 from besa.kernels import dense_linear, linear, sparse_linear
 from besa.kernels.isa import chosen_isa
 from besa.machine import cache_size
-from besa.doctor.speed import readers
 
 SHAPES = ["4096x4096", "11008x4096", "4096x11008", "5632x2048", "2048x5632"]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 256]

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from besa.model.blocks import check_finite, expert_count, find_linears
-from besa.model.checkpoint import Checkpoint
 from besa.errors import BesaError
 from besa.export.config import ExportConfig
-from besa.model.files import open_tensors
 from besa.kernels.packing import pack_mask
+from besa.model.blocks import check_finite, expert_count, find_linears
+from besa.model.checkpoint import Checkpoint
+from besa.model.files import open_tensors
 from besa.progress import Tell
 
 # Packed bytes over dense bytes from which on a linear stays dense (0.84 of bfloat16 weights kept).

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from besa.model.checkpoint import Checkpoint
 from besa.export.packed.sizes import read_per_token
 from besa.export.plan import Plan
-from besa.model.files import record_of
 from besa.formats import PackedConfig
 from besa.formats.checkpoint import FORMAT_VERSION
+from besa.model.checkpoint import Checkpoint
+from besa.model.files import record_of
 from besa.report.figures import short_names
 from besa.version import __version__
 

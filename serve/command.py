@@ -21,8 +21,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from besa.errors import BesaError
-from besa.model.files import is_onnx
 from besa.machine import has_nvidia_gpu
+from besa.model.files import is_onnx
 from besa.serve.cpu import cache_gib, thread_binding
 from besa.serve.settings import ServeConfig, flag_value
 

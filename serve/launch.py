@@ -28,8 +28,8 @@ from typing import Any
 from rich.console import Console
 
 from besa.errors import BesaError, BesaWarning, one_line
-from besa.model.files import is_onnx, model_directory
 from besa.formats.checkpoint import QUANT_METHOD, PackedConfig
+from besa.model.files import is_onnx, model_directory
 from besa.serve.command import EngineCommand, command_for
 from besa.serve.process import Engine
 from besa.serve.settings import ServeConfig

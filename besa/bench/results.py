@@ -31,10 +31,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from besa.version import __version__
 from besa.bench.figures import FIGURES
 from besa.bench.statistics import NO_DIFFERENCE, Spread, compare, percentile, spread
 from besa.errors import BesaError
+from besa.version import __version__
 
 SCHEMA_VERSION = 1
 QUANTILES = [i / 20 for i in range(20)] + [0.99, 1.0]

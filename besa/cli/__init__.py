@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn, TextIO
 
-from besa.version import __version__
 from besa.errors import BesaError, BesaWarning
+from besa.version import __version__
 
 COMMANDS = ("prune", "export", "serve", "bench", "eval", "demo", "doctor")
 

@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
     options = {k: v for k, v in vars(args).items() if k not in ("model", "command", "run")}
     config = PruneConfig(**options)
 
-    from besa.pruning.pipeline import prune
     from besa.progress import duration, progress_for
+    from besa.pruning.pipeline import prune
 
     with progress_for(sys.stderr) as tell:
         result = prune(args.model, config, tell)

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from besa.pruning.config import PruneConfig
 from besa.demo import MODEL
 from besa.evaluation.perplexity import EvalConfig, Result, evaluate, paired
 from besa.machine import machine
-from besa.pruning.pipeline import prune
 from besa.progress import Tell
+from besa.pruning.config import PruneConfig
+from besa.pruning.pipeline import prune
 from besa.version import __version__
 
 # The name of a setting and the options of `PruneConfig` that make it.

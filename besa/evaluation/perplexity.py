@@ -29,13 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from besa.evaluation import tasks
-from besa.model import loading
+from besa.data.texts import documents_from, window_cap
 from besa.data.windows import evaluation_windows, token_stream
 from besa.errors import BesaError
-from besa.model.files import model_directory
+from besa.evaluation import tasks
 from besa.formats.module import SparseLinear
-from besa.data.texts import documents_from, window_cap
+from besa.model import loading
+from besa.model.files import model_directory
 
 # Logits turned into float32 at a time: 64 MiB of them.
 _LOGITS_AT_A_TIME = 1 << 24

@@ -1,1 +1,1 @@
-"""A decoder on disk and in memory: its files, its blocks, and the directory that it is written to."""
+"""A decoder on disk and in memory: its files, its blocks, the directory that it is written to."""

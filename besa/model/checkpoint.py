@@ -37,8 +37,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from besa.model.blocks import check_finite, find_blocks
 from besa.errors import BesaError, one_line
+from besa.model.blocks import check_finite, find_blocks
 from besa.model.files import (
     COMPANIONS,
     INDEX,

@@ -16,12 +16,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from besa.pruning.allocate import AllocatedLinear, learn_rates, rank_buckets
-from besa.model.blocks import Linear
-from besa.pruning.nm import learn_choice
-from besa.pruning.config import Pattern, PruneConfig
 from besa.errors import BesaError
+from besa.model.blocks import Linear
+from besa.pruning.allocate import AllocatedLinear, learn_rates, rank_buckets
+from besa.pruning.config import Pattern, PruneConfig
 from besa.pruning.masked import Make
+from besa.pruning.nm import learn_choice
 from besa.pruning.patterns import counts_for, lowest_pruned, lowest_pruned_overall, n_of_m
 from besa.pruning.scores import Hessians, magnitude
 from besa.pruning.sparsegpt import sparsegpt
@@ -137,8 +137,8 @@ def besa_masks(
 ) -> Masks:
     """BESA (arXiv 2402.16880): masks learned towards the dense block's output.
 
-    Unstructured: the rates of rows or linears are learned (`besa.pruning.allocate`) and projected to
-    exactly `zeros`. N:M: the choice within the groups is learned (`besa.pruning.nm`).
+    Unstructured: the rates of rows or linears are learned (`besa.pruning.allocate`) and projected
+    to exactly `zeros`. N:M: the choice within the groups is learned (`besa.pruning.nm`).
 
     Args:
         weights, scored: [groups, rows, cols] by name.

@@ -25,15 +25,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from besa.pruning.activations import Activations
-from besa.model.blocks import Call, Linear, capture, check_finite, expert_count, find_linears, observe
+from besa.data.texts import documents_from
 from besa.data.windows import calibration_windows, token_stream
-from besa.model.checkpoint import Checkpoint
-from besa.pruning.config import Pattern, PruneConfig
 from besa.errors import BesaError
+from besa.machine import give_memory_back
+from besa.model.blocks import (
+    Call,
+    Linear,
+    capture,
+    check_finite,
+    expert_count,
+    find_linears,
+    observe,
+)
+from besa.model.checkpoint import Checkpoint
 from besa.model.files import write_text
 from besa.model.loading import load_tokenizer, max_positions, pick_device
-from besa.machine import give_memory_back
+from besa.model.workspace import Workspace, check_free
+from besa.progress import Tell
+from besa.pruning.activations import Activations
+from besa.pruning.config import Pattern, PruneConfig
 from besa.pruning.masked import Make, masked
 from besa.pruning.methods import (
     Masks,
@@ -42,12 +53,9 @@ from besa.pruning.methods import (
     sparsegpt_weights,
     wanda_masks,
 )
-from besa.progress import Tell
 from besa.pruning.record import block_record, linear_record, run_record, settings_of
-from besa.report import model_card, render
 from besa.pruning.scores import Hessians, InputNorms, wanda
-from besa.data.texts import documents_from
-from besa.model.workspace import Workspace, check_free
+from besa.report import model_card, render
 
 # Tokens that go through a block at once: enough to keep the cores busy, few enough to fit.
 _BATCH_TOKENS = 512

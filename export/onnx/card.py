@@ -9,9 +9,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from besa.export.packed.card import pruning
-from besa.export.onnx.sparse import SMALL
 from besa.export.onnx.runtime import NAME
+from besa.export.onnx.sparse import SMALL
+from besa.export.packed.card import pruning
 from besa.report.card import words, yaml
 from besa.report.figures import hub_id, percent, short_name, size
 from besa.report.layout import clean, environment
@@ -31,7 +31,7 @@ def onnx_card(record: dict[str, Any]) -> str:
     weights = sum(one["shape"][0] * one["shape"][1] for one in packed)
     card = (
         environment(autoescape=False, folder=Path(__file__).parent)
-        .get_template("onnx_card.md.j2")
+        .get_template("card.md.j2")
         .render(
             base_model=yaml(short_name(model)),
             public=hub_id(model),

@@ -22,24 +22,24 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from besa.model.checkpoint import Checkpoint
 from besa.errors import BesaError, BesaWarning, interruptible
 from besa.export.config import ExportConfig, ExportResult
 from besa.export.onnx.builder import DATA, MODEL, build
 from besa.export.onnx.card import onnx_card
 from besa.export.onnx.check import check_graph
 from besa.export.onnx.decoder import Decoder, compare
+from besa.export.onnx.runtime import NAME, open_session, ort_library, reason
 from besa.export.onnx.sparse import OnnxPacking, pack_graph
 from besa.export.onnx.standard import build_standard
-from besa.export.onnx.runtime import NAME, open_session, ort_library, reason
 from besa.export.packed.pack import check_unpacked
-from besa.export.record import peak_memory, versions
 from besa.export.plan import survey
+from besa.export.record import peak_memory, versions
+from besa.machine import give_memory_back, memory
+from besa.model.checkpoint import Checkpoint
 from besa.model.files import GENAI_CONFIG, record_of, resolve, sha256, write_text
 from besa.model.loading import load_model
-from besa.machine import give_memory_back, memory
-from besa.progress import Tell
 from besa.model.workspace import Workspace, check_free
+from besa.progress import Tell
 from besa.version import __version__
 
 _VALUES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "int8"}

@@ -18,13 +18,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from besa.model.checkpoint import Checkpoint
 from besa.errors import BesaError
-from besa.export.packed.card import packed_card
 from besa.export.config import ExportConfig, ExportResult
-from besa.export.record import export_record
+from besa.export.packed.card import packed_card
 from besa.export.plan import PackedLinear, Plan, survey
-from besa.model.files import open_tensors, resolve, write_text
+from besa.export.record import export_record
 from besa.formats import (
     QUANT_METHOD,
     Packed,
@@ -35,8 +33,10 @@ from besa.formats import (
     tensors_of,
 )
 from besa.machine import give_memory_back
-from besa.progress import Tell
+from besa.model.checkpoint import Checkpoint
+from besa.model.files import open_tensors, resolve, write_text
 from besa.model.workspace import Workspace, check_free
+from besa.progress import Tell
 from besa.version import __version__
 
 

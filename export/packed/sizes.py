@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from besa.export.plan import expert_lists
 from besa.model.blocks import expert_count
 from besa.model.checkpoint import Checkpoint
-from besa.export.plan import expert_lists
 
 # How configs call the number of experts that a token goes to.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from besa.model.checkpoint import Checkpoint
 from besa.errors import BesaError, one_line
 from besa.export.config import ExportConfig, ExportResult
 from besa.export.record import peak_memory, versions
+from besa.formats import FormatError, PackedConfig, packed_of
+from besa.formats.checkpoint import SUFFIXES
+from besa.machine import give_memory_back
+from besa.model.checkpoint import Checkpoint
 from besa.model.files import (
     record_of,
     resolve,
@@ -33,11 +36,8 @@ from besa.model.files import (
     weight_files,
     write_text,
 )
-from besa.formats import FormatError, PackedConfig, packed_of
-from besa.formats.checkpoint import SUFFIXES
-from besa.machine import give_memory_back
-from besa.progress import Tell
 from besa.model.workspace import Workspace, check_free
+from besa.progress import Tell
 from besa.version import __version__
 
 

@@ -4,7 +4,8 @@ In the place of transformers' `GenerationState` and its managers, which differ i
 out: stop strings, the sampling of each request, the end of a request that was cancelled. Here both
 ways share one `Stream`, and everything that a request asks for holds in both.
 
-On a CPU, requests are batched (see besa.serve.transformers.batching) if the model's attention allows it.
+On a CPU, requests are batched (see besa.serve.transformers.batching) if the model's attention
+allows it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from transformers.cli.serving.utils import (
     _StreamError,
 )
 
-from besa.serve.transformers.batching import Batches, attention_can_be_paged, sampling
 from besa.serve.stream import Stream
+from besa.serve.transformers.batching import Batches, attention_can_be_paged, sampling
 
 
 class Generation(GenerationState):  # type: ignore[misc]

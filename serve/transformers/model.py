@@ -24,11 +24,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from besa.model.blocks import find_blocks
 from besa.errors import BesaError
 from besa.formats import FormatError, Packed, PackedConfig, packed_of, packed_weights
 from besa.formats.checkpoint import SUFFIXES
 from besa.formats.module import SparseLinear
+from besa.model.blocks import find_blocks
 
 
 def make_sparse(model: nn.Module, files: Sequence[str], config: PackedConfig) -> None:

@@ -35,7 +35,8 @@ from besa.formats import PackedConfig
 from besa.formats.checkpoint import QUANT_METHOD, SUFFIXES
 
 # What follows is imported by transformers in the midst of its own import: the parts of transformers
-# that work on whole models are not there yet, and `besa.serve.transformers.model` is left for later.
+# that work on whole models are not there yet, and `besa.serve.transformers.model` is left for
+# later.
 
 
 @auto.register_quantization_config(QUANT_METHOD)

@@ -37,8 +37,8 @@ from transformers.cli.serving import chat_completion, completion, model_manager,
 
 from besa.errors import BesaError
 from besa.serve.gate import Gate
-from besa.serve.transformers.generation import Generation
 from besa.serve.handlers import ChatRequests, CompletionRequests, answer_errors
+from besa.serve.transformers.generation import Generation
 
 
 def run(arguments: list[str]) -> None:

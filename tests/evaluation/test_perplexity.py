@@ -13,7 +13,14 @@ import torch.nn.functional as F
 
 import besa.evaluation.perplexity
 from besa.errors import BesaError
-from besa.evaluation.perplexity import EvalConfig, Perplexity, evaluate, paired, sparsity, window_losses
+from besa.evaluation.perplexity import (
+    EvalConfig,
+    Perplexity,
+    evaluate,
+    paired,
+    sparsity,
+    window_losses,
+)
 from besa.model.files import model_directory
 from besa.model.loading import load_model, load_tokenizer
 

@@ -1,6 +1,6 @@
 """vLLM's entry point in a vLLM that besa does not know: a line that says so, no stack trace.
 
-The vLLMs here are empty packages with a version. The real one is in test_vllm.py.
+The vLLMs here are empty packages with a version. The real one is in test_engine.py.
 """
 
 from __future__ import annotations

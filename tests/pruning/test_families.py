@@ -23,10 +23,10 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.pytorch_utils import Conv1D
 
+from besa.errors import BesaError
 from besa.model.blocks import capture, expert_count, find_linears, observe
 from besa.model.checkpoint import Checkpoint
 from besa.pruning.config import PruneConfig
-from besa.errors import BesaError
 from besa.pruning.patterns import lowest_pruned, n_of_m
 from besa.pruning.pipeline import PruneResult, _calibration
 from besa.pruning.pipeline import prune as prune_model

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from besa.pruning.allocate import CANDIDATES, AllocatedLinear, RateMask, learn_rates, rank_buckets
 from besa.model.blocks import Linear
-from besa.pruning.nm import ChoiceMask, learn_choice
+from besa.pruning.allocate import CANDIDATES, AllocatedLinear, RateMask, learn_rates, rank_buckets
 from besa.pruning.methods import allocated_masks
+from besa.pruning.nm import ChoiceMask, learn_choice
 from besa.pruning.patterns import counts_for, lowest_pruned, n_of_m
 
 

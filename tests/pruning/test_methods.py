@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from besa.errors import BesaError
 from besa.model.blocks import Linear
 from besa.pruning.config import Pattern
-from besa.errors import BesaError
 from besa.pruning.methods import (
     allocated_masks,
     even_shares,

@@ -1,6 +1,6 @@
 """Runs jobs through the real vLLM engine, one after the other in this process.
 
-    python -m tests.serve.vllm_worker JOBS.json RESULTS.json
+    python -m tests.serve.vllm.worker JOBS.json RESULTS.json
 
 A job is {"model": directory, "flags": arguments of vllm.LLM, "adapter": a LoRA's directory or
 none}; its result {"tokens": …, "logprobs": …} of every prompt, greedily, and the bytes that each

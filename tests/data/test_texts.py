@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from besa.data import builtin as corpus
-from besa.errors import BesaError
 from besa.data.texts import documents_from, window_cap
+from besa.errors import BesaError
 
 
 def test_text_file_is_one_document(tmp_path: Path) -> None:

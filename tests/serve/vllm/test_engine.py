@@ -22,7 +22,7 @@ from torch import nn
 
 from besa.export import ExportConfig, export
 from tests.helpers import REPOSITORY, random_model, stored
-from tests.serve.vllm_worker import NEW_TOKENS, PROMPTS
+from tests.serve.vllm.worker import NEW_TOKENS, PROMPTS
 
 pytestmark = [
     pytest.mark.slow,
@@ -114,7 +114,7 @@ def run(jobs: list[dict[str, Any]], directory: Path, **environment: str) -> list
         **environment,
     }
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.serve.vllm_worker", directory / "jobs.json", results],
+        [sys.executable, "-m", "tests.serve.vllm.worker", directory / "jobs.json", results],
         env=own,
         capture_output=True,
         text=True,

@@ -31,10 +31,10 @@ import besa
 import besa.registration
 import besa.serve.transformers.model
 from besa import BesaConfig, BesaError
-from besa.model.blocks import expert_count, find_blocks, find_linears
 from besa.errors import BesaWarning
 from besa.formats import PackedConfig, pack, quantize_int8, tensors_of
 from besa.formats.module import SparseLinear
+from besa.model.blocks import expert_count, find_blocks, find_linears
 from tests.helpers import FAMILIES, load_strictly, random_model, same_bytes, stored
 
 ODD = ("bamba", "bloom", "codegen", "deepseek_v2", "gemma3", "gpt_bigcode", "qwen2_moe")
@@ -549,7 +549,9 @@ def test_parts_that_are_renamed_otherwise(pair: Pair, monkeypatch: pytest.Monkey
     pair.change(rename)
     rule = WeightRenaming(r"mlp\.lower\.weight$", "mlp.down_proj.weight")
     monkeypatch.setattr(
-        besa.serve.transformers.model, "get_model_conversion_mapping", lambda model: [copy.deepcopy(rule)]
+        besa.serve.transformers.model,
+        "get_model_conversion_mapping",
+        lambda model: [copy.deepcopy(rule)],
     )
     with pytest.raises(BesaError, match=r"mlp\.lower\.weight_\w+ cannot be loaded"):
         AutoModelForCausalLM.from_pretrained(pair.sparse)
