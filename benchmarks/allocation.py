@@ -9,7 +9,8 @@ position, scattered by that order into a matrix like the weight; the hard mask b
 straight-through sum of both as a dense tensor under autograd. It is written here from the paper
 (arXiv 2402.16880, equations 4 to 6), each operation the fastest of those that torch has for it.
 `besa` is `besa.pruning.allocate`: a byte per weight, and a segment sum as the gradient. Both give
-the same mask, and the same gradient up to rounding: that is checked on each shape before it is timed.
+the same mask, and the same gradient up to rounding: that is checked on each shape before it is
+timed.
 
 Two parts of a learning step are measured, for one calibration sample:
 
