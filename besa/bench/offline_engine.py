@@ -63,8 +63,6 @@ def in_transformers(directory: str, most: int, longest: int) -> tuple[Steps, int
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    import besa  # noqa: F401 - makes transformers know packed checkpoints
-
     torch.set_grad_enabled(False)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(device).eval()
