@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from besa.model.blocks import Call
+    from besa.model.replay import Call
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -193,7 +193,7 @@ def llama_block(
     import torch
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-    from besa.model.blocks import Call
+    from besa.model.replay import Call
 
     config = _llama_config(shape, layers=1, vocab=8, positions=tokens)
     with torch.device("meta"):

@@ -33,7 +33,8 @@ import torch
 from common import RESULTS, SHAPES, conditions, llama_block, seconds_of, spread, table, write_json
 from torch import Tensor
 
-from besa.model.blocks import find_linears, observe
+from besa.model.blocks import find_linears
+from besa.model.observe import observe
 from besa.pruning.allocate import rank_buckets
 from besa.pruning.config import Pattern, PruneConfig
 from besa.pruning.masked import Make, masked

@@ -21,9 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from besa.errors import BesaError
 from besa.export.config import ExportConfig
 from besa.kernels.packing import pack_mask
-from besa.model.blocks import check_finite, expert_count, find_linears
+from besa.model.blocks import expert_count, find_linears
 from besa.model.checkpoint import Checkpoint
 from besa.model.files import open_tensors
+from besa.model.finite import check_finite
 from besa.progress import Tell
 
 # Packed bytes over dense bytes from which on a linear stays dense (0.84 of bfloat16 weights kept).

@@ -135,13 +135,10 @@ def _gpu_advice(caught: list[warnings.WarningMessage]) -> list[str]:
 
 def _native() -> Record:
     """Where the native library was loaded from, or why it was not."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        library = native.library()
-    if library is not None:
-        return {"path": str(Path(library._name).resolve()), "problem": None}
-    said = [str(x.message) for x in caught] or ["it could not be loaded"]
-    return {"path": None, "problem": said[0].rpartition("slower: ")[2]}
+    found = native.load()
+    if isinstance(found, str):
+        return {"path": None, "problem": found}
+    return {"path": str(Path(found._name).resolve()), "problem": None}
 
 
 def _kernel() -> Record:

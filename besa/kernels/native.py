@@ -65,16 +65,23 @@ def path() -> Path | None:
 @cache
 def library() -> ctypes.CDLL | None:
     """The library with its functions' types declared; None, with one warning, if it can't load."""
-    reason: object = f"{NAME} was not built with this installation"
-    if (file := path()) is not None:
-        try:
-            loaded = ctypes.CDLL(str(file))
-            for name, argtypes in _SIGNATURES.items():
-                function = getattr(loaded, name)
-                function.argtypes, function.restype = argtypes, c_int
-            return loaded
-        except (OSError, AttributeError) as error:  # not to be loaded, or of another version
-            reason = error
-    message = f"no native kernels, torch serves instead, slower: {reason}"
+    found = load()
+    if isinstance(found, ctypes.CDLL):
+        return found
+    message = f"no native kernels, torch serves instead, slower: {found}"
     warnings.warn(message, BesaWarning, stacklevel=2)
     return None
+
+
+def load() -> ctypes.CDLL | str:
+    """The library, or the reason why it cannot be loaded."""
+    if (file := path()) is None:
+        return f"{NAME} was not built with this installation"
+    try:
+        loaded = ctypes.CDLL(str(file))
+        for name, argtypes in _SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = argtypes, c_int
+    except (OSError, AttributeError) as error:  # not to be loaded, or of another version
+        return str(error)
+    return loaded

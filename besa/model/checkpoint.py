@@ -38,7 +38,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from besa.errors import BesaError, one_line
-from besa.model.blocks import check_finite, find_blocks
+from besa.model.blocks import find_blocks
 from besa.model.files import (
     COMPANIONS,
     INDEX,
@@ -48,6 +48,7 @@ from besa.model.files import (
     weight_files,
     writing,
 )
+from besa.model.finite import check_finite
 
 
 @contextmanager

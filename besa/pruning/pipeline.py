@@ -29,18 +29,13 @@ from besa.data.texts import documents_from
 from besa.data.windows import calibration_windows, token_stream
 from besa.errors import BesaError
 from besa.machine import give_memory_back
-from besa.model.blocks import (
-    Call,
-    Linear,
-    capture,
-    check_finite,
-    expert_count,
-    find_linears,
-    observe,
-)
+from besa.model.blocks import Linear, expert_count, find_linears
 from besa.model.checkpoint import Checkpoint
 from besa.model.files import write_text
+from besa.model.finite import check_finite
 from besa.model.loading import load_tokenizer, max_positions, pick_device
+from besa.model.observe import observe
+from besa.model.replay import Call, capture
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Tell
 from besa.pruning.activations import Activations

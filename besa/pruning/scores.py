@@ -3,7 +3,7 @@
 `InputNorms` gathers what Wanda needs (Sun et al., "A Simple and Effective Pruning Approach for
 Large Language Models", arXiv 2306.11695): s_ij = |W_ij| * ||X_j||_2 over the calibration tokens.
 `Hessians` gathers what SparseGPT needs (Frantar and Alistarh, arXiv 2301.00774): H = X^T X.
-Both are fed by `besa.model.blocks.observe` and keep one entry per group, so that an expert's
+Both are fed by `besa.model.observe.observe` and keep one entry per group, so that an expert's
 weights are judged by the tokens routed to it.
 
     norms = InputNorms(linears, device)

@@ -24,8 +24,10 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.pytorch_utils import Conv1D
 
 from besa.errors import BesaError
-from besa.model.blocks import capture, expert_count, find_linears, observe
+from besa.model.blocks import expert_count, find_linears
 from besa.model.checkpoint import Checkpoint
+from besa.model.observe import observe
+from besa.model.replay import capture
 from besa.pruning.config import PruneConfig
 from besa.pruning.patterns import lowest_pruned, n_of_m
 from besa.pruning.pipeline import PruneResult, _calibration

@@ -1,0 +1,78 @@
+"""Observes the inputs of every linear in a block while the block runs.
+
+It looks at the products in which a weight is used, not at the modules, and so works alike for
+`nn.Linear`, GPT-2's `Conv1D` and fused experts (3-D parameters).
+
+    with torch.no_grad(), observe(block, linears, on_input):
+        block(hidden)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from besa.errors import BesaError
+from besa.model.blocks import Linear
+
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm)
+
+
+class observe(TorchFunctionMode):
+    """While it is entered, reports the input of every linear whose weight is used.
+
+    Calls `on_input(linear, group, inputs)` with inputs [tokens, cols], group by group; `group` is
+    the expert's index, 0 for an ordinary linear.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        linears: Sequence[Linear],
+        on_input: Callable[[Linear, int, Tensor], None],
+    ) -> None:
+        super().__init__()
+        self.on_input = on_input
+        self.linears = {
+            block.get_parameter(linear.parameter).untyped_storage().data_ptr(): linear
+            for linear in linears
+        }
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        operands = None
+        if func is nn.functional.linear or func in _PRODUCTS:
+            operands = (*args, *kwargs.values())[:2]
+        elif func is torch.addmm:
+            operands = args[1:3]
+        if operands is not None:
+            inputs, weight = operands
+            linear = self.linears.get(weight.untyped_storage().data_ptr())
+            if linear is not None:
+                inputs_first = (func is nn.functional.linear) != (weight.stride(-1) == 1)
+                if inputs_first != linear.transposed:
+                    raise BesaError(
+                        f"besa does not know how {linear.name} is laid out; leave it dense with "
+                        f"--exclude '{re.escape(linear.name)}'"
+                    )
+                self._report(linear, inputs, weight)
+        return func(*args, **kwargs)
+
+    def _report(self, linear: Linear, inputs: Tensor, weight: Tensor) -> None:
+        if weight.ndim == 3:  # all experts at once: inputs [groups, tokens, cols]
+            for group, group_inputs in enumerate(inputs):
+                self.on_input(linear, group, group_inputs)
+        else:
+            group = weight.storage_offset() // (linear.rows * linear.cols)
+            self.on_input(linear, group, inputs.reshape(-1, linear.cols))
