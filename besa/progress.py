@@ -9,12 +9,48 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-Tell = Callable[[Mapping[str, Any]], None]
+# Phases of a pruning run that mean something to the display.
+REPLAY = "replay"  # the calibration stream goes through a block that an earlier run finished
+WRITTEN = "written"  # a block is finished
+
+
+@dataclass(frozen=True)
+class Event:
+    """A step of a long run. A field is None where it says nothing.
+
+    Attributes:
+        phase: what is being done: "statistics", "learn", "packing".
+        done, total: how far the phase is. Both None: it has no parts.
+        what: what it is done to, for people.
+        block, blocks: the block's index, and how many blocks there are.
+        loss: of a step of learning.
+        rate: the fraction of the block's weights that this step pruned.
+        record: what besa.json says of a finished block.
+    """
+
+    phase: str
+    done: float | None = None
+    total: float | None = None
+    what: str | None = None
+    block: int | None = None
+    blocks: int | None = None
+    loss: float | None = None
+    rate: float | None = None
+    record: Mapping[str, Any] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields that say something, as a run's log has them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+Tell = Callable[[Event], None]
 
 
 @contextmanager
@@ -38,16 +74,16 @@ def progress_for(file: IO[str]) -> Iterator[Tell]:
 
 @contextmanager
 def steps_for(file: IO[str]) -> Iterator[Tell]:
-    """A receiver of events {phase, what, done, total}: one bar on a terminal, else lines."""
+    """A receiver of events with `what` they are about: one bar on a terminal, else lines."""
     console = Console(file=file)
     if not console.is_terminal:
-        said: set[tuple[str, str]] = set()
+        said: set[str] = set()
 
-        def line(event: Mapping[str, Any]) -> None:
-            step = (event["phase"], event["what"])
+        def line(event: Event) -> None:
+            step = f"{event.phase} {event.what}"
             if step not in said:
                 said.add(step)
-                write_line(" ".join(step), file)
+                write_line(step, file)
 
         yield line
         return
@@ -56,10 +92,10 @@ def steps_for(file: IO[str]) -> Iterator[Tell]:
         task = progress.add_task("", phase="", what="")
         yield lambda event: progress.update(
             task,
-            completed=event["done"],
-            total=event["total"],
-            phase=event["phase"],
-            what=event["what"],
+            completed=event.done,
+            total=event.total,
+            phase=event.phase,
+            what=event.what,
         )
 
 
@@ -76,18 +112,25 @@ class _Clock:
         self.start = time.monotonic()
         self.first: int | None = None
 
-    def left(self, event: Mapping[str, Any]) -> float | None:
+    def left(self, event: Event) -> float | None:
         """Seconds until all blocks are done; None before the first one is."""
-        if event["phase"] == "replay":
+        if event.phase == REPLAY:
             self.start, self.first = time.monotonic(), None
             return None
+        block, blocks = _place(event)
         if self.first is None:
-            self.first = event["block"]
-        done = event["block"] - self.first + (event["phase"] == "written")
-        if not done:
+            self.first = block
+        finished = block + (event.phase == WRITTEN)
+        if finished == self.first:
             return None
-        rest = event["blocks"] - event["block"] - (event["phase"] == "written")
-        return (time.monotonic() - self.start) / done * rest
+        return (time.monotonic() - self.start) / (finished - self.first) * (blocks - finished)
+
+
+def _place(event: Event) -> tuple[int, int]:
+    """The block that an event is about, counted from 0, and the number of blocks."""
+    assert event.block is not None
+    assert event.blocks is not None
+    return event.block, event.blocks
 
 
 def duration(seconds: float) -> str:
@@ -98,10 +141,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def _summary(event: Mapping[str, Any]) -> str:
+def _summary(event: Event) -> str:
     """A finished block in one line."""
-    record = event["record"]
-    line = f"block {event['block'] + 1}/{event['blocks']}  {record['name']}: "
+    block, blocks = _place(event)
+    record = event.record
+    assert record is not None
+    line = f"block {block + 1}/{blocks}  {record['name']}: "
     line += f"{record['sparsity']:.2%} zeros, error {record['error']:.3%}"
     if record["error_wanda"] is not None:
         line += f" (Wanda {record['error_wanda']:.3%})"
@@ -109,42 +154,47 @@ def _summary(event: Mapping[str, Any]) -> str:
 
 
 class _Plain:
+    """A line for each block that is finished, or was before."""
+
     def __init__(self, file: IO[str]) -> None:
         self.file, self.clock = file, _Clock()
 
-    def __call__(self, event: Mapping[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         left = self.clock.left(event)
-        if event["phase"] == "written":
+        if event.phase == WRITTEN:
             line = _summary(event)
             if left:
                 line += f", {duration(left)} left"
             write_line(line, self.file)
-        elif event["phase"] == "replay" and event["done"] == event["total"]:
-            line = f"block {event['block'] + 1}/{event['blocks']}  finished before, replayed"
-            write_line(line, self.file)
+        elif event.phase == REPLAY and event.done == event.total:
+            block, blocks = _place(event)
+            write_line(f"block {block + 1}/{blocks}  finished before, replayed", self.file)
 
 
 class _Live:
+    """One bar that says what is being done, above it a line for each finished block."""
+
     def __init__(self, progress: Progress, console: Console) -> None:
         self.progress, self.console, self.clock = progress, console, _Clock()
         self.task = progress.add_task(
             "", block=0, blocks=0, phase="", figures="", left="", visible=False
         )
 
-    def __call__(self, event: Mapping[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         left = self.clock.left(event)
-        if event["phase"] == "written":
+        if event.phase == WRITTEN:
             self.console.print(_summary(event), highlight=False)
         figures = ""
-        if "loss" in event:
-            figures = f"loss {event['loss']:.3%}  rate {event['rate']:.2%}"
+        if event.loss is not None and event.rate is not None:
+            figures = f"loss {event.loss:.3%}  rate {event.rate:.2%}"
+        block, blocks = _place(event)
         self.progress.update(
             self.task,
-            completed=event.get("done", 1),
-            total=event.get("total", 1),
-            block=event["block"] + 1,
-            blocks=event["blocks"],
-            phase=event["phase"],
+            completed=1 if event.done is None else event.done,
+            total=1 if event.total is None else event.total,
+            block=block + 1,
+            blocks=blocks,
+            phase=event.phase,
             figures=figures,
             left="" if left is None else f"{duration(left)} left",
             visible=True,

@@ -40,7 +40,7 @@ def export(
 
     Args:
         source: a pruned Hugging Face directory or hub id; for "dense", what an export packed.
-        tell: is given every step's event (phase, what, done, total) for display.
+        tell: is given an `Event` for every step, for display.
 
     Raises:
         BesaError: something that the user can mend; what was finished stays in `OUT.partial`

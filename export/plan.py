@@ -25,7 +25,7 @@ from besa.model.blocks import expert_count, find_linears
 from besa.model.checkpoint import Checkpoint
 from besa.model.files import open_tensors
 from besa.model.finite import check_finite
-from besa.progress import Tell
+from besa.progress import Event, Tell
 
 # Packed bytes over dense bytes from which on a linear stays dense (0.84 of bfloat16 weights kept).
 # Below, the product's time follows the bytes: 0.82 of the time for 0.81 of them at batch 1.
@@ -129,8 +129,8 @@ def survey(
         found, left = _linears_of(checkpoint, index)
         candidates += found
         dense += left
-        event = {"done": index + 1, "total": len(checkpoint.blocks)}
-        tell({"phase": "reading", "what": f"{checkpoint.blocks_name}.{index}", **event})
+        what = f"{checkpoint.blocks_name}.{index}"
+        tell(Event("reading", what=what, done=index + 1, total=len(checkpoint.blocks)))
     _check_pruned(checkpoint, candidates, dense)
     dtype, _ = Counter(linear.dtype for linear in candidates).most_common(1)[0]
     packed = []

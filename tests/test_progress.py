@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from besa.progress import progress_for, steps_for
+from besa.progress import REPLAY, WRITTEN, Event, progress_for, steps_for
 
 
 class Writes(io.StringIO):
@@ -25,8 +25,8 @@ RECORD = {"name": "model.layers.0", "sparsity": 0.5, "error": 0.1, "error_wanda"
 def test_a_line_and_its_end_are_one_write():
     file = Writes()
     with progress_for(file) as tell:
-        tell({"phase": "replay", "block": 0, "blocks": 3, "done": 1, "total": 1})
-        tell({"phase": "written", "block": 1, "blocks": 3, "record": RECORD})
+        tell(Event(REPLAY, block=0, blocks=3, done=1, total=1))
+        tell(Event(WRITTEN, block=1, blocks=3, record=RECORD))
     assert file.writes == [
         "block 1/3  finished before, replayed\n",
         "block 2/3  model.layers.0: 50.00% zeros, error 10.000% (Wanda 20.000%), 0 s left\n",
@@ -37,5 +37,13 @@ def test_a_step_is_written_once():
     file = Writes()
     with steps_for(file) as tell:
         for done in range(3):
-            tell({"phase": "pruning", "what": "wanda", "done": done, "total": 2})
+            tell(Event("pruning", what="wanda", done=done, total=2))
     assert file.writes == ["pruning wanda\n"]
+
+
+def test_an_event_is_logged_with_what_it_says():
+    event = Event("learn", block=0, blocks=3, done=4, total=4, loss=0.0, rate=0.5)
+    said = {"block": 0, "blocks": 3, "phase": "learn", "done": 4, "total": 4}
+    assert event.as_json() == {**said, "loss": 0.0, "rate": 0.5}
+    written = Event(WRITTEN, block=0, blocks=3, record={"error_wanda": None})
+    assert written.as_json()["record"] == {"error_wanda": None}

@@ -16,7 +16,7 @@ import torch
 from besa.demo import MODEL
 from besa.evaluation.perplexity import EvalConfig, Result, evaluate, paired
 from besa.machine import machine
-from besa.progress import Tell
+from besa.progress import Event, Tell
 from besa.pruning.config import PruneConfig
 from besa.pruning.pipeline import prune
 from besa.version import __version__
@@ -74,7 +74,7 @@ def compare(
         config = PruneConfig(
             out=out / name, method=method, seqlen=seqlen, overwrite=True, **options
         )
-        tell({"phase": "prune", "what": name, "done": number, "total": len(runs)})
+        tell(Event("prune", what=name, done=number, total=len(runs)))
         seconds[setting, method, granularity] = prune(model, config).record["seconds"]
         directories[setting, method, granularity] = str(out / name)
 
@@ -84,12 +84,12 @@ def compare(
         names,
         asked,
         lambda name, _, done, total: tell(
-            {
-                "phase": "evaluate",
-                "what": Path(name).name,
-                "done": names.index(name) + done / total,
-                "total": len(names),
-            }
+            Event(
+                "evaluate",
+                what=Path(name).name,
+                done=names.index(name) + done / total,
+                total=len(names),
+            )
         ),
     )
     dense, *pruned = results

@@ -41,6 +41,10 @@ class Pattern:
             raise BesaError(f"pattern {text}: N of every M weights are kept, so 0 < N < M")
         return cls(n, m)
 
+    def __str__(self) -> str:
+        """The text that `parse` reads."""
+        return f"{self.n}:{self.m}" if self.m else "unstructured"
+
     @property
     def sparsity(self) -> float | None:
         """The fraction of zeros that an N:M pattern fixes; None for unstructured."""
@@ -55,7 +59,8 @@ class PruneConfig:
         out: the output directory; it must not exist, be empty, or be overwritten.
         method: "besa", "wanda", "sparsegpt" or "magnitude".
         sparsity: the fraction of weights to prune; 0.5 unless the pattern fixes it.
-        pattern: "unstructured", or "N:M": N of every M neighbours are kept.
+        pattern: a `Pattern`, or its text, which is parsed: "unstructured", or "N:M": N of every
+            M neighbours are kept.
         granularity: BESA learns a rate per "row" or per "layer" (linear).
         calibration: a .txt, .jsonl or .parquet file, a data set's id, or "builtin".
         samples: calibration samples.
@@ -77,7 +82,7 @@ class PruneConfig:
     out: str | Path
     method: str = "besa"
     sparsity: float | None = None
-    pattern: str = "unstructured"
+    pattern: Pattern = Pattern()
     granularity: str = "row"
     calibration: str = "builtin"
     samples: int = 128
@@ -96,7 +101,9 @@ class PruneConfig:
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("activations", self.activations, ("host", "disk"))
-        fixed = Pattern.parse(self.pattern).sparsity
+        if isinstance(self.pattern, str):
+            object.__setattr__(self, "pattern", Pattern.parse(self.pattern))
+        fixed = self.pattern.sparsity
         if fixed is not None and self.sparsity not in (None, fixed):
             raise BesaError(
                 f"sparsity {self.sparsity} contradicts the pattern {self.pattern}, which prunes "
@@ -117,7 +124,7 @@ class PruneConfig:
     @property
     def rate(self) -> float:
         """The fraction of weights to prune."""
-        fixed = Pattern.parse(self.pattern).sparsity
+        fixed = self.pattern.sparsity
         if fixed is not None:
             return fixed
         return 0.5 if self.sparsity is None else self.sparsity

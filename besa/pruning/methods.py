@@ -147,7 +147,7 @@ def besa_masks(
         targets: the dense block's outputs.
         tell: is given every step's loss and overall rate.
     """
-    pattern = Pattern.parse(config.pattern)
+    pattern = config.pattern
     matrices = [m for x in linears for m in weights[x.name].contiguous().unbind()]
     scores = [m for x in linears for m in scored[x.name].unbind()]
     names, groups = [x.name for x in linears], [x.groups for x in linears]

@@ -37,9 +37,9 @@ from besa.model.loading import load_tokenizer, max_positions, pick_device
 from besa.model.observe import observe
 from besa.model.replay import Call, capture
 from besa.model.workspace import Workspace, check_free
-from besa.progress import Tell
+from besa.progress import REPLAY, WRITTEN, Event, Tell
 from besa.pruning.activations import Activations
-from besa.pruning.config import Pattern, PruneConfig
+from besa.pruning.config import PruneConfig
 from besa.pruning.masked import Make, masked
 from besa.pruning.methods import (
     Masks,
@@ -144,7 +144,7 @@ class _Run:
                 tensors, record = self._prune_block(index, stream, row)
                 shard = self.workspace.shard(index + 2, len(self.plan) + 1)
                 finished = self.workspace.finish(name, shard, tensors, {"record": record})
-                self._event(index, "written", record=record)
+                self._event(index, WRITTEN, record=record)
             else:
                 self._replay(index, finished, stream, row)
             shards.append(finished)
@@ -167,9 +167,9 @@ class _Run:
         return finished
 
     def _event(self, index: int, phase: str, **more: Any) -> None:
-        event = {"block": index, "blocks": len(self.plan), "phase": phase, **more}
-        if more.get("done", 1) == more.get("total", 1):  # the log keeps ends of phases
-            self.workspace.log(event)
+        event = Event(phase, block=index, blocks=len(self.plan), **more)
+        if event.done == event.total:  # the log keeps ends of phases
+            self.workspace.log(event.as_json())
         self.tell(event)
 
     def _hand_on(
@@ -189,7 +189,7 @@ class _Run:
         stored = self.checkpoint.load_block(index, dict.fromkeys(finished["keys"], shard))
         block = copy.deepcopy(stored).to(self.device, self.dtype)
         self.checkpoint.unload_block(index)
-        self._hand_on(index, "replay", block, stream, calls)
+        self._hand_on(index, REPLAY, block, stream, calls)
 
     def _prune_block(
         self, index: int, stream: Activations, calls: list[Call]
@@ -222,7 +222,7 @@ class _Run:
                     dense[i] = output
                 self._event(index, "statistics", done=i + 1, total=len(calls))
 
-        rate, pattern = self.config.rate, Pattern.parse(self.config.pattern)
+        rate, pattern = self.config.rate, self.config.pattern
         zeros = self._budget(index)
         weights = {x.name: x.matrix(block.get_parameter(x.parameter)) for x in linears}
         scored = {x.name: wanda(weights[x.name], norms.of(x)) for x in linears}
@@ -338,7 +338,7 @@ def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
 
 def _plan(checkpoint: Checkpoint, config: PruneConfig) -> list[list[Linear]]:
     """The linears to prune, block by block; everything that cannot be is refused here."""
-    pattern = Pattern.parse(config.pattern)
+    pattern = config.pattern
     experts = expert_count(checkpoint.config)
     plan = []
     for index, block in enumerate(checkpoint.blocks):

@@ -33,6 +33,7 @@ def settings_of(
         del settings[name]
     return {
         **settings,
+        "pattern": str(config.pattern),
         "sparsity": config.rate,
         "seqlen": windows.shape[1],
         "calibration_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),

@@ -39,7 +39,7 @@ from besa.model.checkpoint import Checkpoint
 from besa.model.files import GENAI_CONFIG, record_of, resolve, sha256, write_text
 from besa.model.loading import load_model
 from besa.model.workspace import Workspace, check_free
-from besa.progress import Tell
+from besa.progress import Event, Tell
 from besa.version import __version__
 
 _VALUES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "int8"}
@@ -122,10 +122,10 @@ def _write(
     packed: list[dict[str, Any]] = []
 
     def change(graph: ir.Model) -> None:
-        tell({"phase": "packing", "what": "the graph", "done": 1, "total": 3})
+        tell(Event("packing", what="the graph", done=1, total=3))
         packed.extend(pack_graph(graph, OnnxPacking(_VALUES[precision], config.group_size)))
 
-    tell({"phase": "building", "what": "the graph", "done": 1, "total": 3})
+    tell(Event("building", what="the graph", done=1, total=3))
     graph = config.onnx_graph
     packing = change if config.sparse else None
     if graph == "genai":
@@ -147,7 +147,7 @@ def _write(
     if library is not None:
         shutil.copyfile(library, path / NAME)
         _name_library(path / GENAI_CONFIG)
-    tell({"phase": "checking", "what": "the graph", "done": 2, "total": 3})
+    tell(Event("checking", what="the graph", done=2, total=3))
     check_graph(path / MODEL)
     return {
         "besa_version": __version__,

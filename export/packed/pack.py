@@ -36,7 +36,7 @@ from besa.machine import give_memory_back
 from besa.model.checkpoint import Checkpoint
 from besa.model.files import open_tensors, resolve, write_text
 from besa.model.workspace import Workspace, check_free
-from besa.progress import Tell
+from besa.progress import Event, Tell
 from besa.version import __version__
 
 
@@ -113,12 +113,13 @@ def _write_shards(
             finished = workspace.finish("others", workspace.shard(1, blocks + 1), tensors, {})
     shards = [finished]
     for index in range(blocks):
-        event = {"what": f"{checkpoint.blocks_name}.{index}", "done": index + 1, "total": blocks}
         name = f"block-{index:05d}"
         finished = workspace.finished(name)
+        phase = "packing" if finished is None else "finished before:"
+        what = f"{checkpoint.blocks_name}.{index}"
+        tell(Event(phase, what=what, done=index + 1, total=blocks))
         if finished is None:
             linears = plan.of_block(index)
-            tell({"phase": "packing", **event})
             tensors, records = _packed_block(checkpoint, index, linears, config)
 
             def check(path: Path, linears: list[PackedLinear] = linears) -> None:
@@ -127,8 +128,6 @@ def _write_shards(
             shard = workspace.shard(index + 2, blocks + 1)
             finished = workspace.finish(name, shard, tensors, {"linears": records}, check)
             del tensors
-        else:
-            tell({"phase": "finished before:", **event})
         shards.append(finished)
         give_memory_back()
     return shards

@@ -37,7 +37,7 @@ from besa.model.files import (
     write_text,
 )
 from besa.model.workspace import Workspace, check_free
-from besa.progress import Tell
+from besa.progress import Event, Tell
 from besa.version import __version__
 
 
@@ -208,7 +208,7 @@ def _write_shards(
         finished = workspace.finished(name)
         if finished is None:
             what = f"{skeleton.blocks_name}.{number - 1}" if number else "embedding and head"
-            tell({"phase": "unpacking", "what": what, "done": number + 1, "total": len(parts)})
+            tell(Event("unpacking", what=what, done=number + 1, total=len(parts)))
             tensors = {key: source.dense(key) for key in keys}
             shard = workspace.shard(number + 1, len(parts))
             finished = workspace.finish(name, shard, tensors, {})
