@@ -5,11 +5,12 @@ config = ExportConfig(out="sparse", quantize="int8", group_size=128)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from besa.errors import BesaError
+from besa.settings import check_choices, described, either, setting
 
 FORMATS = ("vllm", "dense", "onnx")
 GRAPHS = ("genai", "standard")
@@ -22,35 +23,39 @@ SPARSE_PRECISIONS = ("bf16", "fp16", "fp32", "int8")
 class ExportConfig:
     """The settings of an export, checked when they are made.
 
-    Attributes:
-        out: the output directory; it must not exist, be empty, or be overwritten.
-        format: "vllm" packs a pruned checkpoint, for vLLM and transformers; "dense" goes back;
-            "onnx" makes a graph for ONNX Runtime.
-        quantize: "int8" to round the weights that are kept, or None.
-        group_size: for int8, how many columns share a scale; None if the whole row does.
-        sparse: for onnx, packed weights and besa's operator instead of dense ones.
-        precision: for onnx, one of `DENSE_PRECISIONS` or `SPARSE_PRECISIONS`; None for fp32, or
-            where weights are packed for what the checkpoint is stored in.
-        onnx_graph: "genai" for the fused operators of ONNX Runtime GenAI's model builder,
-            "standard" for those of the ONNX standard alone.
-        overwrite: replace what is at `out`.
-
     Raises:
         BesaError: a setting that cannot be, by name.
     """
 
-    out: str | Path
-    format: str = "vllm"
-    quantize: str | None = None
-    group_size: int | None = None
-    sparse: bool = False
-    precision: str | None = None
-    onnx_graph: str = "genai"
-    overwrite: bool = False
+    out: str | Path = field(metadata=described("output directory", metavar="DIR"))
+    format: str = setting(
+        "vllm",
+        "vllm packs, dense unpacks what was packed, onnx makes a graph (default: %(default)s)",
+        choices=FORMATS,
+    )
+    quantize: str | None = setting(None, "int8: round what is kept to 8 bits")
+    group_size: int | None = setting(
+        None,
+        f"for int8: {either([*map(str, GROUP_SIZES)])} columns share a scale (default: a whole "
+        "row)",
+        metavar="N",
+    )
+    sparse: bool = setting(False, "onnx: packed weights, by besa's operator (default: dense ones)")
+    precision: str | None = setting(
+        None,
+        "onnx: fp32 (the default), fp16 (for GPUs), int8 or int4; with --sparse "
+        f"{either(SPARSE_PRECISIONS)} (default: as stored)",
+    )
+    onnx_graph: str = setting(
+        "genai",
+        "onnx: genai for fused operators, standard for those of ONNX alone (default: %(default)s)",
+        metavar="KIND",
+        choices=GRAPHS,
+    )
+    overwrite: bool = setting(False, "replace what is at --out")
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise BesaError(f"format {self.format!r}: choose one of {', '.join(FORMATS)}")
+        check_choices(self)
         if self.quantize not in (None, "int8"):
             raise BesaError(f"quantize {self.quantize!r}: only int8 is there")
         if self.format == "dense" and self.quantize:
@@ -76,8 +81,6 @@ class ExportConfig:
             )
         if self.group_size is not None and not (self.sparse and self.precision == "int8"):
             raise BesaError("--group-size is for --sparse --precision int8")
-        if self.onnx_graph not in GRAPHS:
-            raise BesaError(f"onnx_graph {self.onnx_graph!r}: choose one of {', '.join(GRAPHS)}")
         dense = None if self.sparse else self.precision
         if self.onnx_graph == "standard" and dense not in (None, "fp32"):
             raise BesaError(f"--onnx-graph standard is fp32 or --sparse, not {dense}")

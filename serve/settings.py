@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from besa.errors import BesaError
+from besa.settings import described, either, setting
 
 ENGINES = ("vllm", "transformers", "onnx")
 
@@ -27,14 +28,6 @@ class ServeConfig:
 
     Attributes:
         model: directory, or id of a model on the hub.
-        engine: one of `ENGINES`; None for what fits the model: onnx for an ONNX model, else vLLM
-            where it is installed, else transformers.
-        host: the address to listen on.
-        port: the port; 0 for any that is free.
-        api_key: what clients have to show; None lets everyone in.
-        served_model_name: what clients call the model; None for its directory's name.
-        shutdown_timeout: seconds that requests have to end once the server was told to stop.
-        verbose: shows the engine's log, and what besa sets.
         engine_args: further flags, for the engine, as they are.
 
     Raises:
@@ -42,13 +35,33 @@ class ServeConfig:
     """
 
     model: str
-    engine: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = field(default=None, repr=False)
-    served_model_name: str | None = None
-    shutdown_timeout: int = 30
-    verbose: bool = False
+    engine: str | None = setting(
+        None,
+        f"{either(ENGINES)} (default: onnx for an ONNX model, else vllm where it is installed)",
+    )
+    host: str = setting(
+        "127.0.0.1",
+        "address to listen on; 0.0.0.0 for all (default: %(default)s, this machine only)",
+    )
+    port: int = setting(8000, "0 for any that is free (default: %(default)s)")
+    api_key: str | None = field(
+        default=None,
+        repr=False,
+        metadata=described(
+            "what clients have to show (default: BESA_API_KEY or VLLM_API_KEY of the environment, "
+            "which others on this machine do not see)",
+            metavar="KEY",
+        ),
+    )
+    served_model_name: str | None = setting(
+        None, "what clients call the model (default: the name of its directory)", metavar="NAME"
+    )
+    shutdown_timeout: int = setting(
+        30,
+        "for requests to end after Ctrl-C or SIGTERM (default: %(default)s)",
+        metavar="SECONDS",
+    )
+    verbose: bool = setting(False, "show the engine's log, and what besa sets")
     engine_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

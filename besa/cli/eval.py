@@ -18,60 +18,24 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from besa.evaluation.config import EvalConfig
+from besa.settings import add_flags, given
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.table import Table
 
-    from besa.evaluation.perplexity import EvalConfig, Result
+    from besa.evaluation.evaluate import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="checkpoint directory, or its id on the hub"
     )
-    parser.add_argument(
-        "--text",
-        action="append",
-        metavar="SOURCE",
-        help=".txt, .jsonl or .parquet file; builtin[:SPLIT]; wikitext2, ptb, c4 or the id of a "
-        "data set on the hub; may be given several times (default: builtin:test)",
-    )
-    parser.add_argument(
-        "--seqlen",
-        type=int,
-        metavar="N",
-        help="tokens in a window (default: 2048, or what all the models take)",
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=1, metavar="N", help="windows at a time (default: 1)"
-    )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        help="float32, bfloat16, float16, or auto for the checkpoint's own (default)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="only the first N windows of each text"
-    )
-    parser.add_argument(
-        "--tasks",
-        metavar="A,B",
-        help="tasks of lm-evaluation-harness to run too (pip install 'besa[eval]')",
-    )
-    parser.add_argument(
-        "--num-fewshot",
-        type=int,
-        metavar="N",
-        help="examples before each question (default: the task's own)",
-    )
-    parser.add_argument(
-        "--task-path", type=Path, metavar="DIR", help="directory with task definitions of your own"
-    )
+    add_flags(parser, EvalConfig)
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 
@@ -79,19 +43,9 @@ def run(args: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         # Bars of the libraries; before they are imported, as tqdm reads this only then.
         os.environ.setdefault("TQDM_DISABLE", "1")
-    from besa.evaluation.perplexity import EvalConfig, evaluate
+    from besa.evaluation.evaluate import evaluate
 
-    config = EvalConfig(
-        texts=tuple(args.text or EvalConfig.texts),
-        seqlen=args.seqlen,
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-        device=args.device,
-        limit=args.limit,
-        tasks=tuple(name for name in (args.tasks or "").split(",") if name),
-        num_fewshot=args.num_fewshot,
-        task_path=args.task_path,
-    )
+    config = EvalConfig(**given(EvalConfig, args))
     with _progress() as progress:
         results = evaluate(args.models, config, progress)
     if args.json:

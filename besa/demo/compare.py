@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from besa.demo import MODEL
-from besa.evaluation.perplexity import EvalConfig, Result, evaluate, paired
+from besa.evaluation.config import EvalConfig
+from besa.evaluation.evaluate import Result, evaluate
+from besa.evaluation.perplexity import paired
 from besa.machine import machine
 from besa.progress import Event, Tell
 from besa.pruning.config import PruneConfig

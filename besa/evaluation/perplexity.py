@@ -1,4 +1,4 @@
-"""Perplexity by the field's protocol, with its standard error, for checkpoints side by side.
+"""Perplexity by the field's protocol, with its standard error.
 
 The text is cut into windows that do not overlap; of each window the model predicts every token
 but the first, and sees nothing outside the window. With ℓ_i the mean negative log-likelihood of
@@ -7,35 +7,26 @@ window i (nats a token) and n windows,
     perplexity     = exp(ℓ̄),  ℓ̄ = Σ ℓ_i / n
     standard error = exp(ℓ̄) · s / √n,  s² = Σ (ℓ_i − ℓ̄)² / (n − 1)     (delta method)
 
-Two models that read the same windows are compared window by window (`paired`): how hard a window
-is falls out of the difference, so its standard error is far below that of either perplexity.
+Two models that read the same windows are compared window by window (`paired`). That a window is
+hard for both falls out of the difference, so its standard error is far below that of either
+perplexity.
 
-    from besa.evaluation.perplexity import EvalConfig, evaluate
-
-    for result in evaluate(["path/to/dense", "path/to/pruned"], EvalConfig(seqlen=512)):
-        print(result.model, result.perplexity.perplexity, result.perplexity.standard_error)
+    losses = window_losses(model, windows)
+    perplexity = Perplexity.of(losses, seqlen=windows.shape[1])
+    difference, standard_error = paired(losses, reference)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from besa.data.texts import documents_from, window_cap
-from besa.data.windows import evaluation_windows, token_stream
 from besa.errors import BesaError
-from besa.evaluation import tasks
-from besa.formats.module import SparseLinear
-from besa.model import loading
-from besa.model.files import model_directory
 
 # Logits turned into float32 at a time: 64 MiB of them.
 _LOGITS_AT_A_TIME = 1 << 24
@@ -137,160 +128,3 @@ def paired(losses: Tensor, reference: Tensor) -> tuple[float, float]:
 def _mean(values: Tensor) -> tuple[float, float]:
     error = values.std(correction=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), float(error)
-
-
-def sparsity(model: nn.Module) -> float:
-    """The share of zeros in the model's matrices, the embeddings and the head left out."""
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    left_out = {id(module.weight) for module in [*embeddings, head] if module is not None}
-    matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in left_out]
-    packed = [m.packed for m in model.modules() if isinstance(m, SparseLinear)]
-    nonzeros = sum(int(torch.count_nonzero(p)) for p in matrices)
-    nonzeros += sum(weight.values.numel() for weight in packed)
-    weights = sum(p.numel() for p in matrices) + sum(weight.shape.numel() for weight in packed)
-    return (weights - nonzeros) / max(1, weights)
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """The settings of `besa eval`.
-
-    Attributes:
-        texts: sources as `besa.data.texts` knows them, read at their `test` split.
-        seqlen: tokens in a window; None for 2048, or less where a model takes fewer.
-        batch_size: windows in one call of the model.
-        dtype: one of `besa.model.loading.DTYPES`.
-        device: None for the GPU if there is one, else the CPU.
-        limit: only the first so many windows of each text.
-        tasks: names of lm-evaluation-harness, globs allowed.
-        num_fewshot: examples before each question; None for each task's own default.
-        task_path: a directory with task definitions of one's own.
-    """
-
-    texts: tuple[str, ...] = ("builtin:test",)
-    seqlen: int | None = None
-    batch_size: int = 1
-    dtype: str = "auto"
-    device: str | None = None
-    limit: int | None = None
-    tasks: tuple[str, ...] = ()
-    num_fewshot: int | None = None
-    task_path: Path | None = None
-
-    def __post_init__(self) -> None:
-        if not self.texts:
-            raise BesaError("no text to evaluate on: name at least one")
-        for name, least in (("seqlen", 2), ("batch_size", 1), ("limit", 1), ("num_fewshot", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise BesaError(f"--{name.replace('_', '-')} is {value}: at least {least}")
-        if self.dtype not in loading.DTYPES:
-            raise BesaError(f"no dtype {self.dtype}: choose one of {', '.join(loading.DTYPES)}")
-        if not self.tasks and (self.num_fewshot is not None or self.task_path is not None):
-            raise BesaError("--num-fewshot and --task-path say how to run --tasks: name some")
-
-
-@dataclass(frozen=True)
-class Result:
-    """One model on one text.
-
-    Attributes:
-        difference: `paired` against the first model; None for that one, and where the two
-            tokenizers cut the text into different windows.
-        sparsity: the share of zeros in the weights, where the model has a `besa.json`.
-        tasks: {task: {metric: value}} where tasks were asked for; the same on each text.
-    """
-
-    model: str
-    text: str
-    perplexity: Perplexity
-    difference: tuple[float, float] | None
-    sparsity: float | None
-    dtype: str
-    device: str
-    tasks: dict[str, dict[str, float]] | None
-
-
-def evaluate(
-    models: Sequence[str],
-    config: EvalConfig,
-    progress: Callable[[str, str, int, int], None] | None = None,
-) -> list[Result]:
-    """Evaluates each model on each text; all that can be wrong is looked at before any work.
-
-    Args:
-        models: directories or hub ids; differences are against the first.
-        progress: called with model, text, windows done and windows in all.
-
-    Returns:
-        Results by model, then by text, in the order given.
-
-    Raises:
-        BesaError: one of the models, texts, tasks or the device is not what it should be.
-    """
-    device = loading.pick_device(config.device)
-    directories = [model_directory(model) for model in models]
-    seqlen = _common_seqlen(models, directories, config.seqlen)
-    manager = tasks.find(config.tasks, config.task_path) if config.tasks else None
-    tokenizers = [loading.load_tokenizer(directory) for directory in directories]
-    windows = [
-        [_windows(t, text, seqlen, config.limit) for text in config.texts] for t in tokenizers
-    ]
-
-    results: list[Result] = []
-    for name, directory, tokenizer, own in zip(
-        models, directories, tokenizers, windows, strict=True
-    ):
-        model = loading.load_model(directory, config.dtype, device)
-        measured = []
-        for text, batch in zip(config.texts, own, strict=True):
-            report = partial(progress, name, text) if progress else None
-            with loading.fitting_in_memory(name, "lower --batch-size or --seqlen"):
-                measured.append(window_losses(model, batch, config.batch_size, report))
-        scores = None
-        if manager is not None:
-            scores = tasks.run(
-                model, tokenizer, config.tasks, manager, config.num_fewshot, config.batch_size
-            )
-        zeros = sparsity(model) if (directory / "besa.json").is_file() else None
-        for index, (text, losses) in enumerate(zip(config.texts, measured, strict=True)):
-            # The first model's results lie at the front, in the order of the texts.
-            is_first = len(results) < len(config.texts)
-            same_windows = torch.equal(own[index], windows[0][index])
-            results.append(
-                Result(
-                    model=name,
-                    text=text,
-                    perplexity=Perplexity.of(losses, seqlen),
-                    difference=None
-                    if is_first or not same_windows
-                    else paired(losses, results[index].perplexity.losses),
-                    sparsity=zeros,
-                    dtype=str(model.dtype).removeprefix("torch."),
-                    device=str(device),
-                    tasks=scores,
-                )
-            )
-        del model
-    return results
-
-
-def _common_seqlen(models: Sequence[str], directories: list[Path], asked: int | None) -> int:
-    """One length for all, so that the perplexities can be compared."""
-    seqlen = asked or 2048
-    for name, directory in zip(models, directories, strict=True):
-        most = loading.max_positions(directory) or seqlen
-        if seqlen > most and asked:
-            raise BesaError(f"{name} takes {most} tokens at once: lower --seqlen from {asked}")
-        seqlen = min(seqlen, most)
-    return seqlen
-
-
-def _windows(tokenizer: Any, text: str, seqlen: int, limit: int | None) -> Tensor:
-    counts = [count for count in (limit, window_cap(text)) if count is not None]
-    tokens = min(counts) * seqlen if counts else None
-    try:
-        return evaluation_windows(token_stream(tokenizer, documents_from(text), tokens), seqlen)
-    except BesaError as error:
-        raise BesaError(str(error) if text in str(error) else f"{text}: {error}") from None

@@ -21,8 +21,6 @@ from transformers.utils import logging
 
 from besa.errors import BesaError, one_line
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 # The files that hold a tokenizer's vocabulary, in any of the formats that transformers reads.
 _VOCABULARIES = ("tokenizer.json", "*vocab*", "*.model", "*.tiktoken")
 
@@ -79,7 +77,7 @@ def load_model(directory: Path, dtype: str, device: torch.device | str) -> Any:
     """The model in evaluation mode; every weight comes from the checkpoint.
 
     Args:
-        dtype: one of `DTYPES`; `auto` keeps what the checkpoint says.
+        dtype: one of `besa.settings.DTYPES`; `auto` keeps what the checkpoint says.
 
     Raises:
         BesaError: transformers cannot load it, weights are missing, or it does not fit.

@@ -13,14 +13,9 @@ import torch.nn.functional as F
 
 import besa.evaluation.perplexity
 from besa.errors import BesaError
-from besa.evaluation.perplexity import (
-    EvalConfig,
-    Perplexity,
-    evaluate,
-    paired,
-    sparsity,
-    window_losses,
-)
+from besa.evaluation.config import EvalConfig
+from besa.evaluation.evaluate import evaluate, sparsity
+from besa.evaluation.perplexity import Perplexity, paired, window_losses
 from besa.model.files import model_directory
 from besa.model.loading import load_model, load_tokenizer
 

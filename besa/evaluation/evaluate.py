@@ -1,0 +1,149 @@
+"""Evaluates several models on the same texts, side by side.
+
+from besa.evaluation.config import EvalConfig
+from besa.evaluation.evaluate import evaluate
+
+for result in evaluate(["path/to/dense", "path/to/pruned"], EvalConfig(seqlen=512)):
+    print(result.model, result.perplexity.perplexity, result.perplexity.standard_error)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from besa.data.texts import documents_from, window_cap
+from besa.data.windows import evaluation_windows, token_stream
+from besa.errors import BesaError
+from besa.evaluation import tasks
+from besa.evaluation.config import EvalConfig
+from besa.evaluation.perplexity import Perplexity, paired, window_losses
+from besa.formats.module import SparseLinear
+from besa.model import loading
+from besa.model.files import model_directory
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model on one text.
+
+    Attributes:
+        difference: `paired` against the first model; None for that one, and where the two
+            tokenizers cut the text into different windows.
+        sparsity: the share of zeros in the weights, where the model has a `besa.json`.
+        tasks: {task: {metric: value}} where tasks were asked for; the same on each text.
+    """
+
+    model: str
+    text: str
+    perplexity: Perplexity
+    difference: tuple[float, float] | None
+    sparsity: float | None
+    dtype: str
+    device: str
+    tasks: dict[str, dict[str, float]] | None
+
+
+def evaluate(
+    models: Sequence[str],
+    config: EvalConfig,
+    progress: Callable[[str, str, int, int], None] | None = None,
+) -> list[Result]:
+    """Evaluates each model on each text; all that can be wrong is looked at before any work.
+
+    Args:
+        models: directories or hub ids; differences are against the first.
+        progress: called with model, text, windows done and windows in all.
+
+    Returns:
+        Results by model, then by text, in the order given.
+
+    Raises:
+        BesaError: one of the models, texts, tasks or the device is not what it should be.
+    """
+    device = loading.pick_device(config.device)
+    directories = [model_directory(model) for model in models]
+    seqlen = _common_seqlen(models, directories, config.seqlen)
+    manager = tasks.find(config.tasks, config.task_path) if config.tasks else None
+    tokenizers = [loading.load_tokenizer(directory) for directory in directories]
+    windows = [
+        [_windows(t, text, seqlen, config.limit) for text in config.texts] for t in tokenizers
+    ]
+
+    results: list[list[Result]] = []
+    for name, directory, tokenizer, own in zip(
+        models, directories, tokenizers, windows, strict=True
+    ):
+        model = loading.load_model(directory, config.dtype, device)
+        measured = []
+        for text, batch in zip(config.texts, own, strict=True):
+            report = partial(progress, name, text) if progress else None
+            with loading.fitting_in_memory(name, "lower --batch-size or --seqlen"):
+                losses = window_losses(model, batch, config.batch_size, report)
+            measured.append(Perplexity.of(losses, seqlen))
+        scores = None
+        if manager is not None:
+            scores = tasks.run(
+                model, tokenizer, config.tasks, manager, config.num_fewshot, config.batch_size
+            )
+        zeros = sparsity(model) if (directory / "besa.json").is_file() else None
+        of_model = []
+        for index, (text, perplexity) in enumerate(zip(config.texts, measured, strict=True)):
+            difference = None
+            if results and torch.equal(own[index], windows[0][index]):
+                difference = paired(perplexity.losses, results[0][index].perplexity.losses)
+            of_model.append(
+                Result(
+                    model=name,
+                    text=text,
+                    perplexity=perplexity,
+                    difference=difference,
+                    sparsity=zeros,
+                    dtype=str(model.dtype).removeprefix("torch."),
+                    device=str(device),
+                    tasks=scores,
+                )
+            )
+        results.append(of_model)
+        del model  # before the next one is loaded
+    return [result for of_model in results for result in of_model]
+
+
+def _common_seqlen(models: Sequence[str], directories: list[Path], asked: int | None) -> int:
+    """One length for all, so that the perplexities can be compared."""
+    seqlen = asked or 2048
+    for name, directory in zip(models, directories, strict=True):
+        most = loading.max_positions(directory) or seqlen
+        if seqlen > most and asked:
+            raise BesaError(f"{name} takes {most} tokens at once: lower --seqlen from {asked}")
+        seqlen = min(seqlen, most)
+    return seqlen
+
+
+def _windows(tokenizer: Any, text: str, seqlen: int, limit: int | None) -> Tensor:
+    counts = [count for count in (limit, window_cap(text)) if count is not None]
+    tokens = min(counts) * seqlen if counts else None
+    stream = token_stream(tokenizer, documents_from(text), tokens)
+    try:
+        return evaluation_windows(stream, seqlen)
+    except BesaError as error:
+        raise BesaError(f"{text}: {error}") from None
+
+
+def sparsity(model: nn.Module) -> float:
+    """The share of zeros in the model's matrices, the embeddings and the head left out."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    left_out = {id(module.weight) for module in [*embeddings, head] if module is not None}
+    matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in left_out]
+    packed = [m.packed for m in model.modules() if isinstance(m, SparseLinear)]
+    nonzeros = sum(int(torch.count_nonzero(p)) for p in matrices)
+    nonzeros += sum(weight.values.numel() for weight in packed)
+    weights = sum(p.numel() for p in matrices) + sum(weight.shape.numel() for weight in packed)
+    return (weights - nonzeros) / max(1, weights)
