@@ -98,6 +98,18 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def gain(ratio: Mapping[str, float]) -> str:
+    """A ratio paired by round, from `spread`: its median, and the interval that holds it.
+
+    The interval is from the smallest to the largest of n rounds, which holds the median with
+    confidence `besa.bench.statistics.coverage(n, 1)`.
+    """
+    span = f"({ratio['min']:.2f}–{ratio['max']:.2f})"
+    if ratio["min"] <= 1 <= ratio["max"]:
+        return f"no difference {span}"
+    return f"{ratio['median']:.2f}× {span}"
+
+
 def milliseconds(seconds: float) -> str:
     """Three digits or so."""
     value = seconds * 1e3

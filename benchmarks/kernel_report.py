@@ -1,8 +1,8 @@
-"""The picture and the README's table of what benchmarks/kernels.py measured.
+"""The picture and the table of what benchmarks/kernels.py measured.
 
     python benchmarks/kernel_report.py      # benchmarks/results/kernels.json -> kernels.svg
 
-The table goes into the README with all others: `python benchmarks/readme.py`.
+The table goes into docs/kernels.md: `python benchmarks/readme.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 import math
 from typing import Any
 
-from common import RESULTS
+from common import RESULTS, gain
 
+from besa.bench.statistics import coverage
 from besa.report.svg import line, linear, logarithmic, path, picture, tag, text
 
 SHAPE, THREADS = "4096x4096", 2
@@ -96,8 +97,8 @@ def plot(record: dict[str, Any]) -> str:
 
 
 def readme_table(record: dict[str, Any]) -> str:
-    """The README's section: a few rows of the whole."""
-    names = ["50%", "60%", "70%", "80%", "2:4"]
+    """The section of docs/kernels.md: a few rows of the whole."""
+    names = ["50%", "70%", "2:4"]
     lines = [
         f"| {SHAPE.replace('x', ' × ')}, {THREADS} threads | torch | besa, dense "
         f"| {' | '.join(names)} | of the read limit, 50% |",
@@ -108,12 +109,9 @@ def readme_table(record: dict[str, Any]) -> str:
             if row["tokens"] not in (1, 4, 16, 64, 256):
                 continue
             made = row["contenders"]
-            parts = [f"{made[n]['seconds']['median'] * 1e3:.2f} ms" for n in ("torch", "dense")]
-            for name in names:
-                one = made[name]
-                parts.append(
-                    f"{one['seconds']['median'] * 1e3:.2f} ({one['over_torch']['median']:.1f}×)"
-                )
+            times = {name: f"{one['seconds']['median'] * 1e3:.2f} ms" for name, one in made.items()}
+            parts = [times["torch"], times["dense"]]
+            parts += [f"{times[name]}, {gain(made[name]['over_torch'])}" for name in names]
             limit = f"{made['50%']['of_limit']:.0%}" if row["tokens"] == 1 else ""
             plural = "token" if row["tokens"] == 1 else "tokens"
             lines.append(f"| {dtype}, {row['tokens']} {plural} | {' | '.join(parts)} | {limit} |")
@@ -121,11 +119,12 @@ def readme_table(record: dict[str, Any]) -> str:
     best = max(r["read_bandwidth"]["best"] for r in record["results"])
     lines += [
         "",
-        f"Medians of {record['rounds']} interleaved rounds; in parentheses, times faster than "
-        "`F.linear` (for int8 `torch._int_mm`, without quantizing its input). "
+        f"Medians of {record['rounds']} interleaved rounds; times faster than `F.linear` (for int8 "
+        "`torch._int_mm`, without quantizing its input) in the same rounds, and the interval that "
+        f"holds the median with {coverage(record['rounds'], 1):.0%}. "
         f"{conditions['cpu']}, {conditions['cores']} cores, read bandwidth up to "
-        f"{best / 1e9:.0f} GB/s, torch {conditions['torch']}. All shapes, threads and tokens: "
-        "`benchmarks/results/kernels.json`, by `python benchmarks/kernels.py`.",
+        f"{best / 1e9:.0f} GB/s, torch {conditions['torch']}. All shapes, threads, sparsities and "
+        "tokens: `benchmarks/results/kernels.json`, by `python benchmarks/kernels.py`.",
     ]
     return "\n".join(lines)
 

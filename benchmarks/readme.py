@@ -1,7 +1,15 @@
-"""Writes the README's figures from the result files.
+"""Writes the figures of README.md and docs/ from the result files.
 
-python benchmarks/readme.py            # writes
-python benchmarks/readme.py --check    # exit code 1 if the README is behind the results
+    python benchmarks/readme.py            # writes
+    python benchmarks/readme.py --check    # exit code 1 if a page is behind the results
+
+A page marks the place of a section with two comments, and what is between them is replaced:
+
+    <!-- kernels:begin -->
+    <!-- kernels:end -->
+
+Every ratio is the median of ratios paired by round, with the interval that holds it
+(`besa.bench.statistics`).
 """
 
 from __future__ import annotations
@@ -13,12 +21,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import milliseconds
+from common import gain, milliseconds
 from kernel_report import readme_table
-from serving_report import engine_name, tables
+from serving_report import engine_name, speed, tables
+
+from besa.bench.statistics import coverage
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 NAMES = {
     ("magnitude", None): "Magnitude",
     ("wanda", None): "Wanda",
@@ -63,7 +74,7 @@ def table(record: dict[str, Any]) -> str:
 def cost(wallclock: dict[str, Any], memory: dict[str, Any], allocation: dict[str, Any]) -> str:
     """Time and memory, from benchmarks/wallclock.py, memory.py and allocation.py."""
     lines = [
-        "| whole run of `besa prune` | Wanda | BESA | ratio (rounds) |",
+        "| whole run of `besa prune` | Wanda | BESA | BESA's time over Wanda's |",
         "| --- |" + " --- |" * 3,
     ]
     for name, model in wallclock["models"].items():
@@ -71,7 +82,7 @@ def cost(wallclock: dict[str, Any], memory: dict[str, Any], allocation: dict[str
         lines.append(
             f"| {name}, {model['settings']['samples']} samples of {model['settings']['seqlen']} "
             f"tokens | {seconds['wanda']['median']:.1f} s | {seconds['besa']['median']:.1f} s "
-            f"| {ratio['of_medians']:.2f}× ({ratio['min']:.2f}–{ratio['max']:.2f}) |"
+            f"| {gain(ratio)} |"
         )
     few, many = memory["model"]["layers"]
     lines += ["", f"| peak resident memory | {few} blocks | {many} blocks | growth |"]
@@ -127,8 +138,7 @@ def engines(record: dict[str, Any]) -> str:
                 ratio = result["speedup"][question][name]
                 cell = f"{seconds[name]['median'] * 1e3:.0f} ms"
                 if name != "dense":
-                    ends = f"{ratio['min']:.2f}–{ratio['max']:.2f}"
-                    cell += f" ({ratio['median']:.2f}×, {ends})"
+                    cell += f", {gain(ratio)}"
                 cells.append(cell)
             batch = question.removeprefix("batch ")
             step = f"a step of {batch} sequence{'' if batch == '1' else 's'}"
@@ -148,11 +158,11 @@ def engines(record: dict[str, Any]) -> str:
     conditions = record["conditions"]
     lines += [
         "",
-        f"Medians of {record['rounds']} interleaved rounds, smallest and largest ratio; bfloat16 "
-        f"except for int8 values, {record['layers']} blocks, prompts of {record['prompt']} tokens "
-        f"before a step. {conditions['cpu']}, {conditions['threads']} threads, "
-        f"torch {conditions['torch']}, vLLM {conditions['vllm']}, transformers "
-        f"{conditions['transformers']}. `python benchmarks/engines.py --work DIR`.",
+        f"{rounds_of(record)} bfloat16 except for int8 values, {record['layers']} blocks, "
+        f"prompts of {record['prompt']} tokens before a step. {conditions['cpu']}, "
+        f"{conditions['threads']} threads, torch {conditions['torch']}, vLLM "
+        f"{conditions['vllm']}, transformers {conditions['transformers']}. "
+        "`python benchmarks/engines.py --work DIR`.",
     ]
     return "\n".join(lines)
 
@@ -170,9 +180,9 @@ def onnx(record: dict[str, Any]) -> str:
     tables = [onnx_table(titles[model], found) for model, found in record["models"].items()]
     conditions = record["conditions"]
     words = (
-        "In parentheses: sparse bf16 against fp32, sparse int8 against int8. Medians of "
-        f"{record['rounds']} interleaved rounds, smallest and largest ratio; MatMulNBits of "
-        f"accuracy level 4; prompts of {record['prompt']} tokens before a step. "
+        "Sparse bf16 is compared with fp32, sparse int8 with int8. "
+        f"{rounds_of(record)} MatMulNBits of accuracy level 4; prompts of {record['prompt']} "
+        "tokens before a step. "
         f"{conditions['cpu']}, {conditions['cores']} cores, ONNX Runtime "
         f"{conditions['onnxruntime']}, GenAI {conditions['onnxruntime-genai']}. "
         "`python benchmarks/onnx_runtime.py --work DIR`."
@@ -198,9 +208,7 @@ def onnx_table(title: str, found: dict[str, Any]) -> str:
         for name in names:
             cell = milliseconds(seconds[name]["median"])
             if name in ONNX_AGAINST:
-                gain = found["gain"][question][name]
-                ends = f"{gain['min']:.2f}–{gain['max']:.2f}"
-                cell += f" ({gain['median']:.2f}×, {ends})"
+                cell += f", {gain(found['gain'][question][name])}"
             cells.append(cell)
         lines.append(f"| {question} | {' | '.join(cells)} |")
     own = {name: memory["own"] for name, memory in found["memory_loaded"].items()}
@@ -216,9 +224,18 @@ def onnx_table(title: str, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rounds_of(record: dict[str, Any]) -> str:
+    """How many rounds there were, and how sure they make an interval."""
+    return (
+        f"Medians of {record['rounds']} interleaved rounds; a ratio's interval holds its median "
+        f"with {coverage(record['rounds'], 1):.0%}."
+    )
+
+
 MORE = ("vllm", "transformers", "demo")
 
 SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
+    "speed": (speed, ("serving/peers.json",)),
     "serving": (tables, ("serving/peers.json",)),
     "more": (tables, tuple(f"serving/{part}.json" for part in MORE)),
     "table": (table, ("table.json",)),
@@ -229,27 +246,45 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
 }
 
 
-def filled(text: str) -> str:
-    """The README with every marked section as the results say."""
-    for name, (render, files) in SECTIONS.items():
-        body = render(*(json.loads((RESULTS / file).read_text()) for file in files))
-        pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
-        text, count = re.subn(pattern, lambda m: m[1] + body + "\n" + m[2], text, flags=re.S)  # noqa: B023
-        if count != 1:
-            raise SystemExit(f"README.md has {count} sections marked {name}")
-    return text
+def section(name: str) -> str:
+    """A section as the results say."""
+    render, files = SECTIONS[name]
+    return render(*(json.loads((RESULTS / file).read_text()) for file in files))
+
+
+def filled(text: str) -> tuple[str, list[str]]:
+    """A page with every marked section filled in, and the names of these sections.
+
+    Raises:
+        SystemExit: the page marks a section that there is not.
+    """
+    names = re.findall(r"<!-- ([\w-]+):begin -->", text)
+    for name in names:
+        if name not in SECTIONS:
+            raise SystemExit(f"there is no section {name}: {', '.join(SECTIONS)}")
+        before, _, rest = text.partition(f"<!-- {name}:begin -->\n")
+        _, end, after = rest.partition(f"<!-- {name}:end -->")
+        if not end:
+            raise SystemExit(f"the section {name} has no end")
+        text = f"{before}<!-- {name}:begin -->\n{section(name)}\n{end}{after}"
+    return text, names
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    new = filled(text)
-    if args.check:
-        raise SystemExit("README.md is behind benchmarks/results" if new != text else 0)
-    readme.write_text(new, encoding="utf-8")
+    shown: set[str] = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new, names = filled(text)
+        shown.update(names)
+        if args.check and new != text:
+            raise SystemExit(f"{page.relative_to(ROOT)} is behind benchmarks/results")
+        if new != text:
+            page.write_text(new, encoding="utf-8")
+    if unused := SECTIONS.keys() - shown:
+        raise SystemExit(f"no page shows {', '.join(sorted(unused))}")
 
 
 if __name__ == "__main__":
