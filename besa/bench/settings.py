@@ -9,12 +9,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from besa.bench.load import Load
 from besa.errors import BesaError
+from besa.settings import described, setting
 
 SLO_NAMES = ("ttft", "itl", "e2e")
 
@@ -36,6 +38,29 @@ class Contender:
     random_weights: bool = False
 
 
+def parse_slo(words: str) -> dict[str, float]:
+    """Limits in seconds: `ttft=500ms,itl=50ms`.
+
+    Raises:
+        BesaError: it is not that.
+    """
+    found = {}
+    for part in words.split(","):
+        match = re.fullmatch(r"(\w+)=(\d+(?:\.\d*)?|\.\d+)(ms|s)", part.strip())
+        if not match or match[1] not in SLO_NAMES or float(match[2]) == 0:
+            names = ", ".join(SLO_NAMES)
+            raise BesaError(f"--slo {words!r} is not like ttft=500ms,itl=50ms (of {names})")
+        found[match[1]] = float(match[2]) / (1000 if match[3] == "ms" else 1)
+    return found
+
+
+def _flags(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise BesaError(f"--engine-args {text!r}: {error}") from None
+
+
 @dataclass(frozen=True)
 class BenchConfig:
     """A comparison of contenders under loads.
@@ -44,52 +69,77 @@ class BenchConfig:
         contenders: the first is what the others are compared with.
         loads: in this order; none with `auto_rates` only.
         auto_rates: also shares of the rate at which the fastest contender saturates.
-        slo: limits in seconds by name ("ttft", "itl", "e2e"): the highest rate within them is
-            searched for.
-        slo_share: the share of requests that has to be within each limit.
-        input_length, output_length: tokens.
-        prompts: a file of prompts instead of synthetic ones.
-        requests: in a measurement; at a concurrency at least four for each at a time.
-        rounds: measurements of each contender at each load, in turns.
-        warmup: requests before each of them that do not count.
-        seed: of prompts and arrivals.
-        engine: one of besa.serve's, for all contenders alike; ONNX graphs have their own.
-        engine_args: flags for it, for all alike.
-        generator: what makes the load; None for the best that is there.
-        tokenizer: directory to count tokens with, where no contender has one.
-        timeout: seconds that a measurement may take.
-        start_timeout: seconds that a server may take to start.
-        quality: whether to measure perplexity.
-        text: what perplexity is measured on, as `besa eval --text` takes it.
-        windows: how many windows of it at most.
-        out: directory of the results.
 
     Raises:
         BesaError: a value that cannot be.
     """
 
     contenders: tuple[Contender, ...]
-    out: Path = Path("besa-bench")
+    out: Path = setting(Path("besa-bench"), "(default: besa-bench-DATE-TIME)", metavar="DIR")
     loads: tuple[Load, ...] = (Load("concurrency", 1), Load("concurrency", 4))
     auto_rates: bool = False
-    slo: Mapping[str, float] = field(default_factory=dict)
-    slo_share: float = 0.9
-    input_length: int = 128
-    output_length: int = 64
-    prompts: Path | None = None
-    requests: int = 8
-    rounds: int = 5
-    warmup: int = 1
-    seed: int = 0
-    engine: str | None = None
-    engine_args: tuple[str, ...] = ()
-    generator: str | None = None
-    tokenizer: str | None = None
-    timeout: float = 600
-    start_timeout: float = 900
-    quality: bool = True
-    text: str = "builtin:test"
-    windows: int = 32
+    slo: Mapping[str, float] = field(
+        default_factory=dict,
+        metadata=described(
+            "search for the highest rate within ttft=500ms,itl=50ms",
+            metavar="LIMITS",
+            parse=parse_slo,
+        ),
+    )
+    slo_share: float = setting(
+        0.9,
+        "share of requests that have to be within the limits (default: %(default)s)",
+        metavar="S",
+    )
+    input_length: int = setting(
+        128, "tokens (default: %(default)s)", name="--input-len", metavar="N"
+    )
+    output_length: int = setting(
+        64, "tokens (default: %(default)s)", name="--output-len", metavar="N"
+    )
+    prompts: Path | None = setting(
+        None,
+        "prompts instead of synthetic ones: one a line, or .jsonl with a prompt or text",
+        metavar="FILE",
+    )
+    requests: int = setting(
+        8,
+        "in each measurement, and at least 4 for each at a time (default: %(default)s)",
+        metavar="N",
+    )
+    rounds: int = setting(5, "(default: %(default)s)", metavar="N")
+    warmup: int = setting(
+        1,
+        "requests before each measurement that do not count (default: %(default)s)",
+        metavar="N",
+    )
+    seed: int = setting(0, "of prompts and arrivals (default: %(default)s)")
+    engine: str | None = setting(None, "vllm or transformers (default: vllm where it is installed)")
+    engine_args: tuple[str, ...] = setting(
+        (),
+        "flags for the engine, of every contender alike: --engine-args='--max-model-len 2048'",
+        metavar="'FLAGS'",
+        parse=_flags,
+    )
+    generator: str | None = setting(
+        None, "vllm or guidellm (default: vllm's where it is installed)"
+    )
+    tokenizer: str | None = setting(
+        None, "to count --input-len with, where there are only URLs", metavar="DIR"
+    )
+    timeout: float = setting(
+        600,
+        "for one measurement; a contender that takes longer hangs (default: %(default)g)",
+        metavar="SECONDS",
+    )
+    start_timeout: float = setting(
+        900, "for a server to start (default: %(default)g)", metavar="SECONDS"
+    )
+    quality: bool = setting(True, "do not measure perplexity", name="--skip-quality")
+    text: str = setting("builtin:test", "what perplexity is measured on, as in `besa eval`")
+    windows: int = setting(
+        32, "windows of it, as `besa eval --limit` (default: %(default)s)", metavar="N"
+    )
 
     def __post_init__(self) -> None:
         names = [contender.name for contender in self.contenders]
@@ -137,22 +187,6 @@ def parse_url(words: str) -> Contender:
     if not equals or not name or not re.match(r"https?://[^/\s]+", url):
         raise BesaError(f"--url {words!r} is not NAME=URL, as old=http://127.0.0.1:8000")
     return Contender(name, model or None, url.rstrip("/").removesuffix("/v1"))
-
-
-def parse_slo(words: str) -> dict[str, float]:
-    """Limits in seconds: `ttft=500ms,itl=50ms`.
-
-    Raises:
-        BesaError: it is not that.
-    """
-    found = {}
-    for part in words.split(","):
-        match = re.fullmatch(r"(\w+)=(\d+(?:\.\d*)?|\.\d+)(ms|s)", part.strip())
-        if not match or match[1] not in SLO_NAMES or float(match[2]) == 0:
-            names = ", ".join(SLO_NAMES)
-            raise BesaError(f"--slo {words!r} is not like ttft=500ms,itl=50ms (of {names})")
-        found[match[1]] = float(match[2]) / (1000 if match[3] == "ms" else 1)
-    return found
 
 
 def parse_loads(words: str | None, kind: str) -> tuple[Load, ...]:

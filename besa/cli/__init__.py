@@ -45,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args, unknown = build_parser().parse_known_args(argv)
-    if unknown and hasattr(args, "engine_args"):  # `besa serve` hands on what it does not know
-        args.engine_args = unknown
+    if "engine_flags" in args:  # `besa serve` hands on what it does not know
+        args.engine_flags = unknown
     elif unknown:
         words = f"unrecognized arguments: {' '.join(unknown)} (see `besa {args.command} --help`)"
         print(f"besa {args.command}: {words}", file=sys.stderr)

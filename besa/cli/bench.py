@@ -15,7 +15,6 @@ paired round by round. --out gets results.json, results.csv and report.html.
 from __future__ import annotations
 
 import argparse
-import shlex
 import signal
 import sys
 import time
@@ -24,6 +23,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from besa.bench.settings import BenchConfig, parse_contender, parse_loads, parse_url
+from besa.settings import add_flags, given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words", nargs="*", metavar="SPARSE", help="directory or hub id of a model, or NAME=it"
     )
-    add = parser.add_argument_group("contenders").add_argument
+    contenders = parser.add_argument_group("contenders")
+    add = contenders.add_argument
     add(
         "--against",
         action="append",
@@ -52,14 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a server that runs already; with #MODEL after the URL if it has several. Its key is "
         "taken from OPENAI_API_KEY",
     )
-    add("--engine", help="vllm or transformers (default: vllm where it is installed)")
-    add(
-        "--engine-args",
-        dest="engine_flags",
-        default="",
-        metavar="'FLAGS'",
-        help="flags for the engine, of every contender alike: --engine-args='--max-model-len 2048'",
-    )
+    add_flags(contenders, BenchConfig, "engine", "engine_args")
     add("--shape", help="tinyllama, llama-3.2-1b, llama-2-7b or a config.json: random weights")
     add("--sparsity", type=float, default=0.5, help="of --shape (default: %(default)s)")
     add(
@@ -74,57 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keeps the models of --shape there for next time (default: they are removed)",
     )
-    add = parser.add_argument_group("load").add_argument
+    load = parser.add_argument_group("load")
+    add = load.add_argument
     add("--concurrency", metavar="N,N", help="requests at a time (default: 1,4 without --rate)")
     add("--rate", metavar="R,R", help="requests per second; auto for a sweep up to saturation")
-    add("--slo", metavar="LIMITS", help="search for the highest rate within ttft=500ms,itl=50ms")
-    add(
-        "--slo-share",
-        type=float,
-        default=0.9,
-        metavar="S",
-        help="share of requests that have to be within the limits (default: %(default)s)",
-    )
-    add("--input-len", type=int, default=128, metavar="N", help="tokens (default: %(default)s)")
-    add("--output-len", type=int, default=64, metavar="N", help="tokens (default: %(default)s)")
-    add(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="prompts instead of synthetic ones: one a line, or .jsonl with a prompt or text",
-    )
-    add(
-        "--requests",
-        type=int,
-        default=8,
-        metavar="N",
-        help="in each measurement, and at least 4 for each at a time (default: %(default)s)",
-    )
-    add("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")
-    add(
-        "--warmup",
-        type=int,
-        default=1,
-        metavar="N",
-        help="requests before each measurement that do not count (default: %(default)s)",
-    )
-    add("--seed", type=int, default=0, help="of prompts and arrivals (default: %(default)s)")
-    add("--generator", help="vllm or guidellm (default: vllm's where it is installed)")
-    add("--tokenizer", metavar="DIR", help="to count --input-len with, where there are only URLs")
-    add(
-        "--timeout",
-        type=float,
-        default=600,
-        metavar="SECONDS",
-        help="for one measurement; a contender that takes longer hangs (default: %(default)g)",
-    )
-    add(
-        "--start-timeout",
-        type=float,
-        default=900,
-        metavar="SECONDS",
-        help="for a server to start (default: %(default)g)",
-    )
+    add_flags(load, BenchConfig, "slo", "slo_share", "input_length", "output_length", "prompts")
+    add_flags(load, BenchConfig, "requests", "rounds", "warmup", "seed", "generator", "tokenizer")
+    add_flags(load, BenchConfig, "timeout", "start_timeout")
     add = parser.add_argument_group("without HTTP").add_argument
     add(
         "--offline",
@@ -132,18 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure inside the engines: every one that is installed, or --engine's",
     )
     add("--batch", default="1,4", metavar="N,N", help="batch sizes (default: %(default)s)")
-    add = parser.add_argument_group("results").add_argument
-    add("--skip-quality", action="store_true", help="do not measure perplexity")
-    add("--text", default="builtin:test", help="what perplexity is measured on, as in `besa eval`")
-    add(
-        "--windows",
-        type=int,
-        default=32,
-        metavar="N",
-        help="windows of it, as `besa eval --limit` (default: %(default)s)",
-    )
-    add("--out", type=Path, metavar="DIR", help="(default: besa-bench-DATE-TIME)")
-    add(
+    results = parser.add_argument_group("results")
+    add_flags(results, BenchConfig, "quality", "text", "windows", "out")
+    results.add_argument(
         "--threshold",
         type=float,
         default=0.05,
@@ -154,7 +97,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.words[:1] == ["compare"]:
         return _compare(args)
-    from besa.bench.settings import BenchConfig, parse_contender, parse_loads, parse_slo, parse_url
     from besa.errors import BesaError
     from besa.model.workspace import check_free
 
@@ -162,8 +104,8 @@ def run(args: argparse.Namespace) -> int:
         raise BesaError(f"one model at a time, and --against others: what is {args.words[1]!r}?")
     if args.against and not args.words and not args.shape:
         raise BesaError("--against needs a model before it: besa bench SPARSE --against DENSE")
-    out = args.out or Path(time.strftime("besa-bench-%Y%m%d-%H%M%S"))
-    check_free(out, overwrite=False)
+    asked = {"out": Path(time.strftime("besa-bench-%Y%m%d-%H%M%S")), **given(BenchConfig, args)}
+    check_free(asked["out"], overwrite=False)
     auto = args.rate == "auto"
     concurrency = parse_loads(args.concurrency, "concurrency")
     rates = () if auto else parse_loads(args.rate, "rate")
@@ -177,36 +119,19 @@ def run(args: argparse.Namespace) -> int:
     ):
         config = BenchConfig(
             contenders=(*made, *contenders, *map(parse_url, args.url)),
-            out=out,
             loads=(*concurrency, *rates),
             auto_rates=auto,
-            slo=parse_slo(args.slo) if args.slo else {},
-            slo_share=args.slo_share,
-            input_length=args.input_len,
-            output_length=args.output_len,
-            prompts=args.prompts,
-            requests=args.requests,
-            rounds=args.rounds,
-            warmup=args.warmup,
-            seed=args.seed,
-            engine=args.engine,
-            engine_args=tuple(shlex.split(args.engine_flags)),
-            generator=args.generator,
-            tokenizer=args.tokenizer,
-            timeout=args.timeout,
-            start_timeout=args.start_timeout,
-            quality=not args.skip_quality,
-            text=args.text,
-            windows=args.windows,
+            **asked,
         )
         results = _measure(config, args, tell)
-    return _finish(results, out)
+    return _finish(results, config.out)
 
 
-def _measure(config: Any, args: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
+def _measure(
+    config: BenchConfig, args: argparse.Namespace, tell: Callable[[str], None]
+) -> dict[str, Any]:
     if args.offline:
         from besa.bench.offline import bench_offline
-        from besa.bench.settings import parse_loads
 
         batches = [int(load.value) for load in parse_loads(args.batch, "concurrency")]
         return bench_offline(config, batches, tell)

@@ -23,7 +23,7 @@ from besa.settings import add_flags, given
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.allow_abbrev = False  # an engine's flag may be the beginning of one of these
-    parser.set_defaults(engine_args=())
+    parser.set_defaults(engine_flags=[])
     parser.add_argument("model", metavar="SPARSE", help="model directory or hub id")
     add_flags(parser, ServeConfig)
     parser.add_argument(
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from besa.serve.launch import dry_run, serve
 
     asked = {"api_key": key_from_environment(), **given(ServeConfig, args)}
-    config = ServeConfig(args.model, engine_args=tuple(args.engine_args), **asked)
+    config = ServeConfig(args.model, engine_args=tuple(args.engine_flags), **asked)
     if args.dry_run:
         print(dry_run(config))
         return 0

@@ -6,15 +6,14 @@ config = PruneConfig(out="pruned", method="besa", sparsity=0.6)
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from besa.errors import BesaError
+from besa.settings import DTYPES, check_choices, described, setting
 
 METHODS = ("besa", "wanda", "sparsegpt", "magnitude")
 GRANULARITIES = ("row", "layer")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -56,51 +55,52 @@ class PruneConfig:
     """The settings of a run, checked when they are made.
 
     Attributes:
-        out: the output directory; it must not exist, be empty, or be overwritten.
-        method: "besa", "wanda", "sparsegpt" or "magnitude".
-        sparsity: the fraction of weights to prune; 0.5 unless the pattern fixes it.
-        pattern: a `Pattern`, or its text, which is parsed: "unstructured", or "N:M": N of every
-            M neighbours are kept.
-        granularity: BESA learns a rate per "row" or per "layer" (linear).
-        calibration: a .txt, .jsonl or .parquet file, a data set's id, or "builtin".
-        samples: calibration samples.
-        seqlen: tokens in a sample; by default 2048, or what the model can take.
-        epochs: BESA's passes over the samples.
-        seed: chooses and orders the samples.
-        device: "cpu", "cuda", "cuda:1"; by default the GPU if there is one.
-        dtype: of the computation: "float32", "bfloat16", "float16", or "auto": float32 on a CPU,
-            the weights' own on a GPU. Weights are stored as they came.
-        include: prune only linears whose full name this regular expression finds.
-        exclude: leave linears dense whose full name this regular expression finds.
-        activations: keep the calibration stream in "host" memory or on "disk".
-        overwrite: replace what is at `out`.
+        pattern: may be given as its text, too: "2:4".
+        dtype: weights are stored as they came, whatever they are computed in.
 
     Raises:
         BesaError: a setting that cannot be, by name.
     """
 
-    out: str | Path
-    method: str = "besa"
-    sparsity: float | None = None
-    pattern: Pattern = Pattern()
-    granularity: str = "row"
-    calibration: str = "builtin"
-    samples: int = 128
-    seqlen: int | None = None
-    epochs: int = 1
-    seed: int = 0
-    device: str | None = None
-    dtype: str = "auto"
-    include: str | None = None
-    exclude: str | None = None
-    activations: str = "host"
-    overwrite: bool = False
+    out: str | Path = field(metadata=described("output directory", metavar="DIR"))
+    method: str = setting("besa", "%(choices)s (default: %(default)s)", choices=METHODS)
+    sparsity: float | None = setting(None, "fraction of weights to prune (default: 0.5)")
+    pattern: Pattern = setting(
+        Pattern(),
+        "unstructured, or N:M: N of every M weights are kept (default: %(default)s)",
+        parse=Pattern.parse,
+    )
+    granularity: str = setting(
+        "row",
+        "BESA learns a rate per row or per layer (default: %(default)s)",
+        choices=GRANULARITIES,
+    )
+    calibration: str = setting(
+        "builtin",
+        ".txt, .jsonl or .parquet file, data set id, or builtin (default: %(default)s)",
+        metavar="TEXT",
+    )
+    samples: int = setting(128, "calibration samples (default: %(default)s)")
+    seqlen: int | None = setting(None, "tokens in a sample (default: 2048, or the model's most)")
+    epochs: int = setting(1, "BESA's passes over the samples (default: %(default)s)")
+    seed: int = setting(0, "(default: %(default)s)")
+    device: str | None = setting(None, "cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    dtype: str = setting(
+        "auto",
+        f"of the computation: {', '.join(DTYPES)} (default: %(default)s)",
+        choices=DTYPES,
+    )
+    include: str | None = setting(None, "prune only linears so named", metavar="REGEX")
+    exclude: str | None = setting(None, "leave linears so named dense", metavar="REGEX")
+    activations: str = setting(
+        "host",
+        "keep the calibration stream in host memory or on disk (default: %(default)s)",
+        choices=("host", "disk"),
+    )
+    overwrite: bool = setting(False, "replace what is at --out")
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("granularity", self.granularity, GRANULARITIES)
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("activations", self.activations, ("host", "disk"))
+        check_choices(self)
         if isinstance(self.pattern, str):
             object.__setattr__(self, "pattern", Pattern.parse(self.pattern))
         fixed = self.pattern.sparsity
@@ -128,8 +128,3 @@ class PruneConfig:
         if fixed is not None:
             return fixed
         return 0.5 if self.sparsity is None else self.sparsity
-
-
-def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise BesaError(f"{name} {value!r}: choose one of {', '.join(choices)}")
