@@ -25,6 +25,7 @@ from common import gain, milliseconds
 from kernel_report import readme_table
 from serving_report import engine_name, speed, tables
 
+from besa.bench.results import read_results
 from besa.bench.statistics import coverage
 
 ROOT = Path(__file__).parent.parent
@@ -249,7 +250,13 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
 def section(name: str) -> str:
     """A section as the results say."""
     render, files = SECTIONS[name]
-    return render(*(json.loads((RESULTS / file).read_text()) for file in files))
+    return render(*map(read, files))
+
+
+def read(file: str) -> Any:
+    """A result file: a run of `besa bench` as its type, other scripts' records as they are."""
+    path = RESULTS / file
+    return read_results(path) if file.startswith("serving/") else json.loads(path.read_text())
 
 
 def filled(text: str) -> tuple[str, list[str]]:

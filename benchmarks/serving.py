@@ -39,6 +39,7 @@ from rich.console import Console
 
 from besa.bench.load import Load
 from besa.bench.offline import bench_offline
+from besa.bench.results import Results, results_json
 from besa.bench.run import bench
 from besa.bench.settings import BenchConfig, Contender
 from besa.bench.shapes import shape_contenders
@@ -161,7 +162,7 @@ def version_of(package: str, python: str) -> str:
 # --------------------------------------------------------------------------- parts
 
 
-def run_part(part: Part, work: Path, rounds: int, python: str | None) -> dict[str, Any]:
+def run_part(part: Part, work: Path, rounds: int, python: str | None) -> Results:
     """The results of a part with a random-weight shape."""
     models = shapes(work)
     contenders = [models[name] for name in part.models]
@@ -170,7 +171,7 @@ def run_part(part: Part, work: Path, rounds: int, python: str | None) -> dict[st
     with ExitStack() as stack:
         if part.peers:
             contenders += graphs(work, models)
-        servers: dict[str, dict[str, Any]] = {}  # of those that run already, what they are
+        servers: dict[str, dict[str, Any]] = {}  # what is known of those that run already
         if part.peers and not part.batches and python is not None:
             for name, file in gguf(work, python, dense).items():
                 url = stack.enter_context(llama_server(python, file))
@@ -185,12 +186,11 @@ def run_part(part: Part, work: Path, rounds: int, python: str | None) -> dict[st
         if part.batches:
             return bench_offline(config, part.batches, tell)
         results = bench(config, tell)
-    for one in results["contenders"]:
-        one |= servers.get(one["name"], {})
-    return results
+    contenders_there = (replace(x, **servers.get(x.name, {})) for x in results.contenders)
+    return replace(results, contenders=tuple(contenders_there))
 
 
-def run_demo(work: Path, rounds: int) -> dict[str, Any]:
+def run_demo(work: Path, rounds: int) -> Results:
     """The embedded model, from pruning to serving."""
     pruned, packed = work / "demo-pruned", work / "demo-50"
     if not packed.exists():
@@ -235,7 +235,7 @@ def main() -> None:
         else:
             results = run_part(PARTS[name], args.work, args.rounds, args.llama)
         print_results(results, Console(width=160, highlight=False))
-        write_json(args.out / f"{name}.json", results)
+        write_json(args.out / f"{name}.json", results_json(results))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from besa.bench.words import seconds
+from besa.bench.formatting import seconds
 from besa.report.svg import (
     Scale,
     catcher,
@@ -41,7 +41,13 @@ class Curve:
 
 
 def series(index: int) -> str:
+    """The class of a contender's marks."""
     return f"s{index % SERIES}"
+
+
+def shortened(name: str, letters: int) -> str:
+    """A name that fits into so many letters."""
+    return name if len(name) <= letters else name[: letters - 1] + "…"
 
 
 def legend(names: Sequence[str], width: float, numbers: Sequence[int] = ()) -> tuple[str, float]:
@@ -52,13 +58,13 @@ def legend(names: Sequence[str], width: float, numbers: Sequence[int] = ()) -> t
     """
     body, x, y = "", 0.0, 12.0
     for index, name in zip(numbers or range(len(names)), names, strict=True):
-        words = name if len(name) <= 28 else name[:27] + "…"
-        room = 30 + _LETTER * len(words) + 18
+        shown = shortened(name, 28)
+        room = 30 + _LETTER * len(shown) + 18
         if x and x + room > width:
             x, y = 0.0, y + 20
         body += line(x, y - 4, x + 22, y - 4, f"line {series(index)}")
         body += tag("circle", cx=x + 11, cy=y - 4, r=3.6, class_=f"dot {series(index)}")
-        body += text(x + 29, y, words, "label")
+        body += text(x + 29, y, shown, "label")
         x += room
     return body, y + 12
 
@@ -148,8 +154,7 @@ def ranges(groups: Mapping[str, Sequence[Range]], *, title: str, width: float) -
         for one in members:
             p5, p25, p50, p75, p95, p99 = one.marks
             middle, class_ = y + pitch / 2, series(one.series)
-            name = one.name if len(one.name) <= letters else one.name[: letters - 1] + "…"
-            body += text(left - 10, middle + 4, name, "label end")
+            body += text(left - 10, middle + 4, shortened(one.name, letters), "label end")
             body += line(x(p5), middle, x(p95), middle, f"thin {class_}")
             wide = max(x(p75) - x(p25), 1.0)
             body += tag(
@@ -175,10 +180,10 @@ def bars(
     groups: Mapping[str, Sequence[tuple[str, int, float]]],
     *,
     title: str,
-    words: Callable[[float], str],
+    show: Callable[[float], str],
     width: float,
 ) -> str:
-    """Bars from zero: by group, (name, series, value)."""
+    """Bars from zero: by group, (name, series, value); `show` writes the value beside its bar."""
     everything = [value for members in groups.values() for _, _, value in members]
     longest = max(len(name) for members in groups.values() for name, _, _ in members)
     left = min(_LETTER * longest + 14, width * 0.32)
@@ -189,8 +194,7 @@ def bars(
         body += line(0, y + 2, width, y + 2, "axis") + text(0, y + 18, group, "label strong")
         y += 26
         for name, index, value in members:
-            shown = name if len(name) <= letters else name[: letters - 1] + "…"
-            body += text(left - 10, y + 14, shown, "label end")
+            body += text(left - 10, y + 14, shortened(name, letters), "label end")
             body += tag(
                 "rect",
                 x=left,
@@ -199,11 +203,11 @@ def bars(
                 height=13.0,
                 class_=f"fill {series(index)}",
             )
-            body += text(x(value) + 7, y + 15, words(value), "small")
+            body += text(x(value) + 7, y + 15, show(value), "small")
             y += pitch
         y += 8
     description = " ".join(
-        f"{group}: " + ", ".join(f"{name} {words(value)}" for name, _, value in members) + "."
+        f"{group}: " + ", ".join(f"{name} {show(value)}" for name, _, value in members) + "."
         for group, members in groups.items()
     )
     return picture(width, y, title, description, body)

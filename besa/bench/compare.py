@@ -10,22 +10,31 @@ broken or missing in B has regressed, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from besa.bench.figures import FIGURES
-from besa.bench.offline_figures import OFFLINE_FIGURES
+from besa.bench.figures import OFFLINE, SERVING
+from besa.bench.formatting import amount
 from besa.bench.results import Results, read_results
-from besa.bench.words import amount
+from besa.bench.statistics import Spread
+from besa.bench.typed_json import to_json
 from besa.errors import BesaError
 from besa.report.figures import size
 
-_BETTER = {name: higher for name, (_, _, higher) in {**FIGURES, **OFFLINE_FIGURES}.items()}
+_HIGHER_IS_BETTER = {**SERVING, **OFFLINE}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A line about what differs between two runs, and whether it is for the worse."""
+
+    line: str
+    worse: bool = False
 
 
 def compare_files(a: Path, b: Path, threshold: float) -> tuple[list[str], list[str]]:
-    """What to say, line by line, and the lines of it that are regressions.
+    """What to say, line by line, and those of the lines that are regressions.
 
     Raises:
         BesaError: a file that is no results.json, or two that have nothing in common.
@@ -36,81 +45,81 @@ def compare_files(a: Path, b: Path, threshold: float) -> tuple[list[str], list[s
     found = list(changes(before, after, threshold))
     if not found:
         raise BesaError(f"{a} and {b} have no contender and load in common")
-    regressions = [line for line, regressed in found if regressed]
-    lines = [*_conditions(before, after), *(line for line, _ in found)]
+    regressions = [change.line for change in found if change.worse]
     count = len(regressions)
-    lines.append(
+    verdict = (
         f"{count} regression{'s' if count != 1 else ''} of more than {threshold:.1%}"
         if count
         else f"no regression of more than {threshold:.1%}"
     )
-    return lines, regressions
+    return [*_conditions(before, after), *(change.line for change in found), verdict], regressions
 
 
-def changes(before: Results, after: Results, threshold: float) -> Iterator[tuple[str, bool]]:
-    """A line for each change beyond the threshold, and whether it is for the worse."""
-    broken = {one["name"]: one["broken"] for one in after["contenders"]}
-    for one in before["contenders"]:
-        name = one["name"]
-        if one["broken"] is None and broken.get(name) is not None:
-            yield f"WORSE   {name} is broken now: {broken[name]}", True
-    new = {(m["contender"], m["load"]): m["summary"] for m in after["measurements"]}
-    for m in before["measurements"]:
-        key = (m["contender"], m["load"])
-        if key not in new:
-            if m["contender"] not in broken:
-                yield f"WORSE   {m['contender']} is not there any more", True
+def changes(before: Results, after: Results, threshold: float) -> Iterator[Change]:
+    """What differs by more than the threshold, and how many figures do not."""
+    now = {contender.name: contender for contender in after.contenders}
+    for contender in before.sound:
+        name = contender.name
+        if name in now and now[name].broken is not None:
+            yield Change(f"WORSE   {name} is broken now: {now[name].broken}", worse=True)
+    summaries = {(m.contender, m.load): m.summary for m in after.measurements}
+    for m in before.measurements:
+        summary = summaries.get((m.contender, m.load))
+        if summary is None:
+            if m.contender not in now:
+                yield Change(f"WORSE   {m.contender} is not there any more", worse=True)
             continue
-        unchanged = 0
-        for figure, old in m["summary"].items():
-            if figure not in new[key] or figure not in _BETTER:
-                continue
-            line, worse = _change(figure, old, new[key][figure], threshold)
-            if line is None:
-                unchanged += 1
-            else:
-                yield f"{line.format(where=', '.join(key))}", worse
-        yield f"same    {', '.join(key)}: {unchanged} figures", False
-    yield from _sizes(before, after, threshold)
+        where, unchanged = f"{m.contender}, {m.load}", 0
+        for figure, old in m.summary.items():
+            if figure in summary and figure in _HIGHER_IS_BETTER:
+                change = _figure_change(where, figure, old, summary[figure], threshold)
+                if change is None:
+                    unchanged += 1
+                else:
+                    yield change
+        yield Change(f"same    {where}: {unchanged} figures")
+    yield from _size_changes(before, after, threshold)
 
 
-def _change(
-    figure: str, old: Mapping[str, Any], new: Mapping[str, Any], threshold: float
-) -> tuple[str | None, bool]:
-    if not old["median"] or not new["median"]:
-        return None, False
-    ratio = new["median"] / old["median"]
-    gain = ratio if _BETTER[figure] else 1 / ratio
-    overlap = old["low"] <= new["high"] and new["low"] <= old["high"]
-    single = old["rounds"] < 2 or new["rounds"] < 2
-    if abs(ratio - 1) <= threshold or (overlap and not single):
-        return None, False
-    word = "WORSE " if gain < 1 else "better"
+def _figure_change(
+    where: str, figure: str, old: Spread, new: Spread, threshold: float
+) -> Change | None:
+    """None if a figure did not change, as far as that can be told."""
+    if not old.median > 0 or not new.median > 0:  # NaN, too
+        return None
+    ratio = new.median / old.median
+    overlap = old.low <= new.high and new.low <= old.high
+    one_round = old.rounds < 2 or new.rounds < 2
+    if abs(ratio - 1) <= threshold or (overlap and not one_round):
+        return None
     values = f"{amount(figure, old)} → {amount(figure, new)} ({ratio - 1:+.1%})"
-    return f"{word}  {{where}}: {figure} {values}", gain < 1
+    return _change(f"{where}: {figure} {values}", (ratio < 1) == _HIGHER_IS_BETTER[figure])
 
 
-def _sizes(before: Results, after: Results, threshold: float) -> Iterator[tuple[str, bool]]:
+def _size_changes(before: Results, after: Results, threshold: float) -> Iterator[Change]:
     """Bytes on disk and in memory, which have no spread."""
-    new = {one["name"]: one for one in after["contenders"]}
-    for one in before["contenders"]:
-        other = new.get(one["name"])
-        if other is None or one["broken"] or other["broken"]:
+    new = {contender.name: contender for contender in after.sound}
+    for one in before.sound:
+        other = new.get(one.name)
+        if other is None:
             continue
         for what, a, b in (
-            ("bytes on disk", one["disk_bytes"], other["disk_bytes"]),
-            ("memory at rest", one["memory"]["steady"], other["memory"]["steady"]),
+            ("bytes on disk", one.disk_bytes, other.disk_bytes),
+            ("memory at rest", one.memory.steady, other.memory.steady),
         ):
             if a and b and abs(b / a - 1) > threshold:
-                word = "WORSE " if b > a else "better"
-                line = f"{word}  {one['name']}: {what} {size(a)} → {size(b)} ({b / a - 1:+.1%})"
-                yield line, b > a
+                values = f"{size(a)} → {size(b)} ({b / a - 1:+.1%})"
+                yield _change(f"{one.name}: {what} {values}", b > a)
+
+
+def _change(what: str, worse: bool) -> Change:
+    return Change(f"{'WORSE ' if worse else 'better'}  {what}", worse)
 
 
 def _conditions(before: Results, after: Results) -> Iterator[str]:
     """What differs between the runs besides the result."""
     for part in ("machine", "settings", "versions"):
-        a, b = before[part], after[part]
+        a, b = to_json(getattr(before, part)), to_json(getattr(after, part))
         for key in dict.fromkeys([*a, *b]):
             if a.get(key) != b.get(key) and (part, key) != ("machine", "system"):
                 yield f"note    {part}: {key} was {a.get(key)}, is {b.get(key)}"

@@ -25,7 +25,7 @@ from typing import Any
 
 from besa.bench.generator import Target
 from besa.bench.processes import cpu_seconds, family, listener, memory_of
-from besa.bench.results import weight_bytes
+from besa.bench.results import Memory, Packing
 from besa.bench.settings import BenchConfig, Contender
 from besa.errors import BesaError
 from besa.model.files import is_onnx, model_directory, record_of
@@ -65,9 +65,9 @@ class Server:
         self._second: list[str] = []
         self.pid: int | None = None
         self.idle_cpu = 0.0
-        self.memory: dict[str, int | None] = {"steady": None, "peak": None, "gpu": None}
+        self.memory = Memory()
         self.directory: Path | None = None
-        self.packing: dict[str, str] | None = None
+        self.packing: Packing | None = None
         if contender.url is None:
             assert contender.model is not None
             self.directory = model_directory(contender.model)
@@ -250,17 +250,25 @@ class Server:
         """Notes its memory: the last steady value, the highest peak."""
         if self.pid is None:
             return
-        now = memory_of(family(self.pid))
-        peak = max((x for x in (now["peak"], self.memory["peak"]) if x is not None), default=None)
-        gpu = max((x for x in (now["gpu"], self.memory["gpu"]) if x is not None), default=None)
-        self.memory = {"steady": now["steady"], "peak": peak, "gpu": gpu}
+        now = Memory(**memory_of(family(self.pid)))
+        peak = max((x for x in (now.peak, self.memory.peak) if x is not None), default=None)
+        gpu = max((x for x in (now.gpu, self.memory.gpu) if x is not None), default=None)
+        self.memory = Memory(now.steady, peak, gpu)
 
     def disk_bytes(self) -> int | None:
         """Bytes of the checkpoint's weights."""
         return None if self.directory is None else weight_bytes(self.directory)
 
 
-def packing(directory: Path) -> dict[str, str] | None:
+def weight_bytes(directory: Path) -> int | None:
+    """Bytes of a checkpoint's weights; None where there are none."""
+    for kinds in (("*.safetensors",), ("*.onnx", "*.onnx.data", "*.onnx_data")):
+        if found := sum(p.stat().st_size for kind in kinds for p in directory.glob(kind)):
+            return found
+    return None
+
+
+def packing(directory: Path) -> Packing | None:
     """The values' type and the pattern of a packed model, for whichever engine; None if it is not.
 
     Raises:
@@ -268,11 +276,11 @@ def packing(directory: Path) -> dict[str, str] | None:
     """
     if not is_onnx(directory):
         config = packing_of(directory)
-        return None if config is None else {"values": config.values, "pattern": config.pattern}
+        return None if config is None else Packing(config.values, config.pattern)
     record = record_of(directory) or {}
     if not record.get("sparse"):
         return None
-    return {"values": record["precision"], "pattern": record["pattern"]}
+    return Packing(record["precision"], record["pattern"])
 
 
 def _short(words: str) -> str:

@@ -1,6 +1,9 @@
 """What a load generator saw of its requests, and the figures that follow from it.
 
-figures(requests, duration)["ttft_p50"]     # seconds
+>>> one = Request(ttft=0.2, gaps=(0.1, 0.3), latency=0.6, output_tokens=3)
+>>> found = figures([one], duration=0.6)
+>>> found["ttft_p50"], found["itl_p50"], found["output_tps"]
+(0.2, 0.2, 5.0)
 """
 
 from __future__ import annotations
@@ -35,15 +38,23 @@ class Request:
     text: str = ""
 
 
-# Every figure: what it is called, its unit, and whether more of it is better.
-FIGURES: dict[str, tuple[str, str, bool]] = {
-    **{f"ttft_{p}": (f"time to first token, {p}", "s", False) for p in SHARES},
-    **{f"itl_{p}": (f"inter-token latency, {p}", "s", False) for p in SHARES},
-    **{f"e2e_{p}": (f"end-to-end latency, {p}", "s", False) for p in SHARES},
-    "tpot": ("time per output token, mean", "s", False),
-    "output_tps": ("output tokens per second", "tokens/s", True),
-    "rps": ("requests per second", "requests/s", True),
+# The figures of a load over HTTP, and whether more of each is better. Times are in seconds.
+SERVING: dict[str, bool] = {
+    **{f"ttft_{p}": False for p in SHARES},  # time to first token
+    **{f"itl_{p}": False for p in SHARES},  # inter-token latency
+    **{f"e2e_{p}": False for p in SHARES},  # end-to-end latency
+    "tpot": False,  # time per output token, mean over the requests
+    "output_tps": True,  # output tokens per second
+    "rps": True,  # requests per second
 }
+# The same of a batch inside an engine.
+OFFLINE: dict[str, bool] = {
+    "prefill": False,  # time for the prompts of the whole batch
+    "step": False,  # time for one token of every sequence
+    "decode_tps": True,  # output tokens per second while decoding
+}
+# What a load at a rate leaves to the server, which can do no more than it is asked to.
+THROUGHPUT = ("output_tps", "rps")
 
 
 def figures(requests: Sequence[Request], duration: float) -> dict[str, float]:
@@ -54,7 +65,7 @@ def figures(requests: Sequence[Request], duration: float) -> dict[str, float]:
         duration: seconds from the first request's start to the last one's end.
 
     Returns:
-        A value for each of `FIGURES`; those between tokens only where an answer has two.
+        A value for each of `SERVING`; those between tokens only where an answer has two.
     """
     found: dict[str, float] = {}
     gaps = [gap for request in requests for gap in request.gaps]

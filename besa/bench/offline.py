@@ -13,26 +13,26 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from besa.bench.assemble import settings_of
 from besa.bench.child import Child, ChildError
-from besa.bench.contenders import packing
-from besa.bench.offline_figures import OFFLINE_FIGURES
+from besa.bench.conditions import machine, now, versions
+from besa.bench.contenders import packing, weight_bytes
+from besa.bench.figures import OFFLINE
 from besa.bench.processes import family, memory_of
 from besa.bench.results import (
-    SCHEMA_VERSION,
+    ContenderRecord,
+    LoadRecord,
+    Measurement,
+    Memory,
     Results,
-    finite,
-    gains,
-    machine,
-    stamp,
-    summary,
-    versions,
-    weight_bytes,
+    broken_note,
 )
-from besa.bench.run import settings_of
 from besa.bench.settings import BenchConfig, Contender
+from besa.bench.summary import comparisons, summary
 from besa.errors import BesaError
 from besa.model.files import is_onnx, model_directory
 from besa.serve.command import vllm_version
@@ -96,7 +96,7 @@ class _Inside:
         self.child: EngineProcess | None = None
         self.broken: str | None = None
         self.start_seconds: float | None = None
-        self.memory: dict[str, int | None] = {"steady": None, "peak": None, "gpu": None}
+        self.memory = Memory()
         self.said: list[int] | None = None
 
     def start(self, config: BenchConfig, batches: Sequence[int], stack: ExitStack) -> None:
@@ -127,7 +127,7 @@ class _Inside:
 
     def weigh(self) -> None:
         assert self.child is not None
-        self.memory = memory_of(family(self.child.process.pid))
+        self.memory = Memory(**memory_of(family(self.child.process.pid)))
 
     def fail(self, error: ChildError) -> None:
         self.broken = str(error)
@@ -176,7 +176,7 @@ def bench_offline(
         for inside in insides:
             if inside.broken is None:
                 inside.weigh()
-    return finite(_results(config, insides, loads, rounds))
+    return _results(config, insides, loads, rounds)
 
 
 def _engines(asked: str | None) -> list[str]:
@@ -196,68 +196,49 @@ def _results(
     rounds: dict[tuple[str, str], list[dict[str, float]]],
 ) -> Results:
     whole = {inside.name: inside for inside in insides if inside.broken is None}
-    measurements = [
-        {"contender": name, "load": load, "rounds": own, "summary": summary(own)}
+    measurements = tuple(
+        Measurement(name, load, tuple(own), summary(own))
         for (name, load), own in rounds.items()
         if name in whole
-    ]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "offline",
-        "date": stamp(),
-        "settings": {**settings_of(config), "loads": list(loads.values())},
-        "machine": machine(),
-        "versions": versions(),
-        "reference": next(iter(whole), None),
-        "contenders": [_contender(inside) for inside in insides],
-        "loads": [{"name": name, "kind": "batch", "value": b} for b, name in loads.items()],
-        "measurements": measurements,
-        "comparisons": _comparisons(measurements, whole),
-        "slo": None,
-        "quality": {"skipped": "offline"},
-        "notes": [
-            *(
-                f"{inside.name} is broken and not in any figure: {inside.broken}."
-                for inside in insides
-                if inside.broken is not None
-            ),
-            *(
-                ["Random weights: the figures are about speed and memory only."]
-                if any(inside.contender.random_weights for inside in insides)
-                else []
-            ),
-        ],
-    }
-
-
-def _comparisons(measurements: list[dict[str, Any]], whole: dict[str, _Inside]) -> dict[str, Any]:
-    """Each model's gains over the first model in the same engine."""
-    rounds = {(m["contender"], m["load"]): m["rounds"] for m in measurements}
+    )
+    # A model is compared with the first model in the same engine.
     first: dict[str, str] = {}
     for name, inside in whole.items():
         first.setdefault(inside.engine, name)
-    better = {name: higher for name, (_, _, higher) in OFFLINE_FIGURES.items()}
-    found: dict[str, Any] = {}
-    for (name, load), own in rounds.items():
-        reference = first[whole[name].engine]
-        if name != reference and (reference, load) in rounds:
-            found.setdefault(name, {})[load] = gains(own, rounds[reference, load], better)
-    return found
+    references = {name: first[inside.engine] for name, inside in whole.items()}
+    return Results(
+        kind="offline",
+        date=now(),
+        settings=replace(settings_of(config), loads=tuple(loads.values())),
+        machine=machine(),
+        versions=versions(),
+        reference=next(iter(whole), None),
+        contenders=tuple(_contender(inside) for inside in insides),
+        loads=tuple(LoadRecord(name, "batch", batch) for batch, name in loads.items()),
+        measurements=measurements,
+        comparisons=comparisons(measurements, references, OFFLINE),
+        quality={"skipped": "offline"},
+        notes=tuple(_notes(insides)),
+    )
 
 
-def _contender(inside: _Inside) -> dict[str, Any]:
-    return {
-        "name": inside.name,
-        "model": inside.directory.name,
-        "url": None,
-        "engine": inside.engine,
-        "engine_version": None,
-        "flags": None,
-        "packing": packing(inside.directory),
-        "random_weights": inside.contender.random_weights,
-        "broken": inside.broken,
-        "start_seconds": inside.start_seconds,
-        "disk_bytes": weight_bytes(inside.directory),
-        "memory": inside.memory,
-        "perplexity": None,
-    }
+def _notes(insides: Sequence[_Inside]) -> list[str]:
+    notes = [broken_note(one.name, one.broken) for one in insides if one.broken is not None]
+    if any(one.contender.random_weights for one in insides):
+        notes.append("Random weights: the figures are about speed and memory only.")
+    return notes
+
+
+def _contender(inside: _Inside) -> ContenderRecord:
+    return ContenderRecord(
+        name=inside.name,
+        model=inside.directory.name,
+        url=None,
+        engine=inside.engine,
+        packing=packing(inside.directory),
+        random_weights=inside.contender.random_weights,
+        broken=inside.broken,
+        start_seconds=inside.start_seconds,
+        disk_bytes=weight_bytes(inside.directory),
+        memory=inside.memory,
+    )

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from besa.bench.page import render
-from besa.bench.results import Results, to_csv
+from besa.bench.results import Results, results_csv, results_json
 from besa.model.files import write_text, writing
 
 
@@ -21,8 +21,8 @@ def write_results(results: Results, out: Path) -> None:
     with writing(out):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_text(json.dumps(results, indent=1) + "\n", partial / "results.json")
-        write_text(to_csv(results), partial / "results.csv")
+        write_text(json.dumps(results_json(results), indent=1) + "\n", partial / "results.json")
+        write_text(results_csv(results), partial / "results.csv")
         write_text(render(results), partial / "report.html")
         if out.is_dir():
             out.rmdir()

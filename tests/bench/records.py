@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from besa.bench.figures import FIGURES, Request, figures
-from besa.bench.offline_figures import OFFLINE_FIGURES
-from besa.bench.results import SCHEMA_VERSION, finite, gains, quantiles, summary
-from besa.bench.run import comparisons
+from besa.bench.assemble import measurement
+from besa.bench.figures import OFFLINE, SERVING, Request
+from besa.bench.load import Load
+from besa.bench.results import (
+    ContenderRecord,
+    HeldRate,
+    LoadGenerator,
+    LoadRecord,
+    Machine,
+    Measurement,
+    Memory,
+    Objective,
+    Packing,
+    Perplexity,
+    Results,
+    Settings,
+)
+from besa.bench.summary import comparisons, summary
+from besa.bench.turns import Measured
 
 MIB = 1 << 20
 
@@ -25,41 +41,29 @@ def requests(source: random.Random, ttft: float, gap: float, count: int = 8) -> 
     return found
 
 
-def contender(name: str, **other: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "model": "model",
-        "url": None,
-        "engine": "vllm",
-        "engine_version": "0.32.0+cpu",
-        "flags": [],
-        "packing": None,
-        "random_weights": False,
-        "broken": None,
-        "start_seconds": 31.4,
-        "disk_bytes": 2200 * MIB,
-        "memory": {"steady": 3400 * MIB, "peak": 3900 * MIB, "gpu": None},
-        "idle_cores": 0.0,
-        "same_answers": None,
-        "perplexity": {
-            "text": "builtin:test",
-            "perplexity": 11.76,
-            "standard_error": 0.1,
-            "tokens": 8192,
-            "seqlen": 256,
-        },
-        **other,
-    }
+def contender(name: str, **other: Any) -> ContenderRecord:
+    usual = ContenderRecord(
+        name=name,
+        model="model",
+        url=None,
+        engine="vllm",
+        engine_version="0.32.0+cpu",
+        flags=(),
+        start_seconds=31.4,
+        disk_bytes=2200 * MIB,
+        memory=Memory(steady=3400 * MIB, peak=3900 * MIB),
+        idle_cores=0.0,
+        perplexity=Perplexity("builtin:test", 11.76, 0.1, tokens=8192, seqlen=256),
+    )
+    return replace(usual, **other)
 
 
 def serving(
     speeds: dict[str, float],
     loads: Sequence[tuple[str, float]] = (("concurrency", 1.0),),
     **other: Any,
-) -> dict[str, Any]:
+) -> Results:
     """A run over HTTP: contenders by how many times faster than the first they are."""
-    from besa.bench.load import Load
-
     source = random.Random(0)
     chosen = [Load(kind, value) for kind, value in loads]
     measurements = []
@@ -67,109 +71,95 @@ def serving(
         for name, speed in speeds.items():
             slower = 1 + load.value / 10
             made = [requests(source, 0.4 * slower / speed, 0.1 * slower / speed) for _ in range(5)]
-            rounds = [figures(one, one[0].latency * 8 / load.value) for one in made]
-            flat = [request for one in made for request in one]
-            measurements.append(
-                {
-                    "contender": name,
-                    "load": load.name,
-                    "rounds": rounds,
-                    "summary": summary(rounds),
-                    "requests": len(flat),
-                    "input_tokens": [64, 64],
-                    "output_tokens": [16, 16],
-                    "quantiles": {
-                        "ttft": quantiles([one.ttft for one in flat]),
-                        "itl": quantiles([gap for one in flat for gap in one.gaps]),
-                        "e2e": quantiles([one.latency for one in flat]),
-                    },
-                }
-            )
+            rounds = [Measured(tuple(one), one[0].latency * 8 / load.value) for one in made]
+            measurements.append(measurement(name, load.name, rounds))
     first = next(iter(speeds))
-    return {
+    results = Results(
         **_frame("serving", first),
-        "generator": {"name": "vllm bench serve", "version": "0.32.0+cpu"},
-        "contenders": [contender(name) for name in speeds],
-        "loads": [{"name": x.name, "kind": x.kind, "value": x.value} for x in chosen],
-        "measurements": measurements,
-        "comparisons": comparisons(measurements, first, FIGURES),
-        **other,
-    }
+        generator=LoadGenerator("vllm bench serve", "0.32.0+cpu"),
+        contenders=tuple(contender(name) for name in speeds),
+        loads=tuple(LoadRecord(x.name, x.kind, x.value) for x in chosen),
+        measurements=tuple(measurements),
+        comparisons=comparisons(measurements, dict.fromkeys(speeds, first), SERVING),
+    )
+    return replace(results, **other)
 
 
-def offline() -> dict[str, Any]:
+def offline() -> Results:
     """A run inside the engines."""
-    better = {name: higher for name, (_, _, higher) in OFFLINE_FIGURES.items()}
     rounds = {
-        name: [
+        name: tuple(
             {"prefill": 0.5 / speed, "step": 0.1 / speed + i / 1e4, "decode_tps": 10.0 * speed}
             for i in range(5)
-        ]
+        )
         for name, speed in (("dense", 1.0), ("50%", 1.5))
     }
-    return {
+    measurements = tuple(Measurement(n, "batch 1", own, summary(own)) for n, own in rounds.items())
+    return Results(
         **_frame("offline", "dense"),
-        "contenders": [contender(name, perplexity=None, random_weights=True) for name in rounds],
-        "loads": [{"name": "batch 1", "kind": "batch", "value": 1}],
-        "measurements": [
-            {"contender": name, "load": "batch 1", "rounds": own, "summary": summary(own)}
-            for name, own in rounds.items()
-        ],
-        "comparisons": {"50%": {"batch 1": gains(rounds["50%"], rounds["dense"], better)}},
-    }
+        contenders=tuple(
+            contender(name, perplexity=None, random_weights=True, idle_cores=None)
+            for name in rounds
+        ),
+        loads=(LoadRecord("batch 1", "batch", 1),),
+        measurements=measurements,
+        comparisons=comparisons(measurements, dict.fromkeys(rounds, "dense"), OFFLINE),
+    )
 
 
 def _frame(kind: str, reference: str | None) -> dict[str, Any]:
+    settings = Settings(
+        loads=("1 at a time",),
+        auto_rates=False,
+        slo={},
+        slo_share=0.9,
+        input_length=64,
+        output_length=16,
+        prompts="synthetic",
+        requests=8,
+        rounds=5,
+        warmup=1,
+        seed=0,
+        engine=None,
+        engine_args=(),
+        timeout=600,
+        text="builtin:test",
+    )
+    machine = Machine("A Processor", 2, None, ("avx2",), 24 << 30, (), "Linux 6.18", None)
     return {
-        "schema_version": SCHEMA_VERSION,
         "kind": kind,
         "date": "2026-11-25T11:00:00Z",
-        "settings": {
-            "loads": ["1 at a time"],
-            "input_length": 64,
-            "output_length": 16,
-            "prompts": "synthetic",
-            "rounds": 5,
-            "engine_args": [],
-            "slo": {},
-        },
-        "machine": {"cpu": "A Processor", "cores": 2, "memory": 24 << 30, "gpus": []},
+        "settings": settings,
+        "machine": machine,
         "versions": {"besa": "0.1", "python": "3.11.7"},
         "reference": reference,
-        "slo": None,
-        "quality": {},
-        "notes": [],
     }
 
 
 HOSTILE = "</title><script>alert(1)</script>\"'&<img src=x>\x00" + "x" * 120
 
 
-def everything() -> dict[str, dict[str, Any]]:
+def everything() -> dict[str, Results]:
     """A run of every kind, by name."""
     rates = [("concurrency", 1.0), ("concurrency", 4.0), ("concurrency", 16.0), ("rate", 0.5)]
     two = serving({"dense": 1.0, "50%": 1.45}, [*rates, ("rate", 1.5)])
-    two["slo"] = {
-        "limits": {"ttft": 0.5, "itl": 0.05},
-        "share": 0.9,
-        "rates": {
-            "dense": {"rate": 0.5, "above": 0.55},
-            "50%": {
-                "rate": 0.8,
-                "above": 0.85,
-                "gain": two["comparisons"]["50%"]["1 at a time"]["rps"],
-            },
-        },
+    held = {
+        "dense": HeldRate(0.5, 0.55),
+        "50%": HeldRate(0.8, 0.85, two.comparisons["50%"]["1 at a time"]["rps"]),
     }
-    two["contenders"][1] |= {
-        "disk_bytes": 1300 * MIB,
-        "packing": {"values": "bfloat16", "pattern": "unstructured"},
-        "perplexity": {**two["contenders"][0]["perplexity"], "perplexity": 13.29},
-        "same_answers": 0.25,
-    }
-    two["notes"] = [
-        "Other programs used 0.7 cores meanwhile: on an idle machine they would be others."
-    ]
+    packed = contender(
+        "50%",
+        disk_bytes=1300 * MIB,
+        packing=Packing("bfloat16", "unstructured"),
+        perplexity=Perplexity("builtin:test", 13.29, 0.1, tokens=8192, seqlen=256),
+        same_answers=0.25,
+    )
+    two = replace(
+        two,
+        contenders=(two.contenders[0], packed),
+        slo=Objective({"ttft": 0.5, "itl": 0.05}, 0.9, held),
+        notes=("Other programs used 0.7 cores: on an idle machine the figures would be others.",),
+    )
     names = (
         "dense",
         "50%",
@@ -181,13 +171,26 @@ def everything() -> dict[str, dict[str, Any]]:
     )
     many = serving({name: 1 + i / 4 for i, name in enumerate(names)}, rates[:3])
     one = serving({"only": 1.0})
+    unknown = {"disk_bytes": None, "perplexity": None, "engine": None, "engine_version": None}
+    unknown |= {"memory": Memory(), "start_seconds": None}
     bare = serving({"dense": 1.0, HOSTILE: 1.01})
-    for each in bare["contenders"]:
-        each |= {"disk_bytes": None, "perplexity": None, "engine": None, "engine_version": None}
-        each |= {"memory": {"steady": None, "peak": None, "gpu": None}, "start_seconds": None}
+    bare = replace(bare, contenders=tuple(replace(x, **unknown) for x in bare.contenders))
     broken = serving({"dense": 1.0, "50%": 1.4})
-    broken["contenders"].append(contender("dying", broken="its server ended: out of memory"))
-    none = {**serving({"dense": 1.0}), "measurements": [], "comparisons": {}, "reference": None}
-    none["contenders"] = [contender("dense", broken="cannot be reached: Connection refused")]
-    found = {"two": two, "many": many, "one": one, "hostile": bare, "broken": broken, "none": none}
-    return {name: finite(each) for name, each in {**found, "offline": offline()}.items()}
+    dying = contender("dying", broken="its server ended: out of memory")
+    broken = replace(broken, contenders=(*broken.contenders, dying))
+    none = replace(
+        serving({"dense": 1.0}),
+        measurements=(),
+        comparisons={},
+        reference=None,
+        contenders=(contender("dense", broken="cannot be reached: Connection refused"),),
+    )
+    return {
+        "two": two,
+        "many": many,
+        "one": one,
+        "hostile": bare,
+        "broken": broken,
+        "none": none,
+        "offline": offline(),
+    }

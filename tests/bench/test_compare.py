@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from besa.bench.results import Results, results_json
 from besa.cli import main
 from tests.bench.records import contender, serving
 
 
-def files(tmp_path: Path, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def files(tmp_path: Path, before: Results, after: Results) -> list[str]:
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path, results in zip(paths, (before, after), strict=True):
-        path.write_text(json.dumps(results))
+        path.write_text(json.dumps(results_json(results)))
     return list(map(str, paths))
 
 
@@ -48,11 +49,18 @@ def test_the_threshold_decides(tmp_path: Path) -> None:
 
 def test_noise_is_no_regression(tmp_path: Path) -> None:
     """Medians differ by 10%, but the rounds of either run differ by more."""
-    before, after = serving({"dense": 1.0}), serving({"dense": 1.0})
-    for results, median in ((before, 1.0), (after, 1.1)):
-        for figure in results["measurements"][0]["summary"].values():
-            figure |= {"median": median, "low": median - 0.3, "high": median + 0.3}
+    before, after = (
+        with_medians(serving({"dense": 1.0}), median, interval=0.3) for median in (1.0, 1.1)
+    )
     assert main(["bench", "compare", *files(tmp_path, before, after)]) == 0
+
+
+def with_medians(results: Results, median: float, interval: float) -> Results:
+    """The same run, but every figure's median and interval are these."""
+    (measurement,) = results.measurements
+    ends = {"low": median - interval, "high": median + interval}
+    summary = {k: replace(v, median=median, **ends) for k, v in measurement.summary.items()}
+    return replace(results, measurements=(replace(measurement, summary=summary),))
 
 
 def test_what_is_broken_or_gone_is_a_regression(
@@ -62,21 +70,24 @@ def test_what_is_broken_or_gone_is_a_regression(
     after = serving({"dense": 1.0})
     assert main(["bench", "compare", *files(tmp_path, before, after)]) == 1
     assert "50% is not there any more" in capsys.readouterr().out
-    after["contenders"].append(contender("50%", broken="its server ended"))
+    broken = contender("50%", broken="its server ended")
+    after = replace(after, contenders=(*after.contenders, broken))
     assert main(["bench", "compare", *files(tmp_path, before, after)]) == 1
     assert "50% is broken now: its server ended" in capsys.readouterr().out
 
 
 def test_more_bytes_are_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = serving({"dense": 1.0}), serving({"dense": 1.0})
-    after["contenders"][0]["disk_bytes"] *= 2
+    (dense,) = after.contenders
+    assert dense.disk_bytes is not None
+    after = replace(after, contenders=(replace(dense, disk_bytes=2 * dense.disk_bytes),))
     assert main(["bench", "compare", *files(tmp_path, before, after)]) == 1
     assert "bytes on disk" in capsys.readouterr().out
 
 
 def test_what_else_differs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = serving({"dense": 1.0}), serving({"dense": 1.0})
-    after["machine"]["cpu"] = "Another Processor"
+    after = replace(after, machine=replace(after.machine, cpu="Another Processor"))
     assert main(["bench", "compare", *files(tmp_path, before, after)]) == 0
     assert "cpu was A Processor, is Another Processor" in capsys.readouterr().out
 
@@ -86,6 +97,7 @@ def test_what_else_differs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         ("{", "is no JSON"),
         ("[]", "is no results.json"),
+        ('{"schema_version": 1, "kind": "serving"}', "is damaged: date is missing"),
         ('{"schema_version": 2}', "has schema version 2, this besa reads 1"),
     ],
 )

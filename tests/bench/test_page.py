@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+from besa.bench.formatting import amount, change
 from besa.bench.page import render
-from besa.bench.words import amount, change
 from tests.bench.records import HOSTILE, everything
 from tests.report.browser import BROWSER, WIDTHS, check, visit
 from tests.report.test_report import Page, words
@@ -39,40 +39,41 @@ def test_page_loads_nothing_and_is_well_formed(name: str) -> None:
 def test_page_quotes_the_results(name: str) -> None:
     results = RUNS[name]
     text = words(render(results))
-    for one in results["measurements"]:
-        for figure, spread in one["summary"].items():
+    for one in results.measurements:
+        for figure, spread in one.summary.items():
             assert amount(figure, spread) in text
-    for loads in results["comparisons"].values():
+    for loads in results.comparisons.values():
         for gains in loads.values():
             for gain in gains.values():
                 assert change(gain) in text
-    for one in results["contenders"]:
-        assert one["name"] in text
-        assert one["broken"] is None or one["broken"] in text
-    for note in results["notes"]:
+    for contender in results.contenders:
+        assert contender.name in text
+        assert contender.broken is None or contender.broken in text
+    for note in results.notes:
         assert note in text
-    assert ("random weights" in text) is any(x["random_weights"] for x in results["contenders"])
+    assert ("random weights" in text) is any(x.random_weights for x in results.contenders)
 
 
 def test_gains_are_over_what_runs_in_the_same_engine() -> None:
-    results = deepcopy(RUNS["offline"])
+    results = RUNS["offline"]
     assert "Against dense." in words(render(results))
     assert "gains over dense," in words(render(results))
-    results["contenders"][1]["engine"] = "onnx"
+    first, second = results.contenders
+    results = replace(results, contenders=(first, replace(second, engine="onnx")))
     assert "Against the first in the same engine." in words(render(results))
     assert "gains over the first in the same engine," in words(render(results))
 
 
 def test_the_lead_says_at_how_many_loads() -> None:
-    results = deepcopy(RUNS["offline"])
+    results = RUNS["offline"]
     assert "50%: 1.50× the tokens per second." in words(render(results))
-    gain = results["comparisons"]["50%"]["batch 1"]
-    worse = {"decode_tps": {**gain["decode_tps"], "median": 0.5, "verdict": "worse"}}
-    results["comparisons"]["50%"] = {"batch 1": gain, "batch 4": worse}
+    gain = results.comparisons["50%"]["batch 1"]
+    worse = {"decode_tps": replace(gain["decode_tps"], median=0.5, verdict="worse")}
+    mixed = replace(results, comparisons={"50%": {"batch 1": gain, "batch 4": worse}})
     lead = "1.50× the tokens per second at 1 of the 2 loads, fewer tokens per second at 1 of the 2"
-    assert f"50%: {lead} loads." in words(render(results))
-    results["comparisons"]["50%"] = {"batch 1": worse, "batch 4": worse}
-    assert "50%: fewer tokens per second at each of the 2 loads." in words(render(results))
+    assert f"50%: {lead} loads." in words(render(mixed))
+    slower = replace(results, comparisons={"50%": {"batch 1": worse, "batch 4": worse}})
+    assert "50%: fewer tokens per second at each of the 2 loads." in words(render(slower))
 
 
 def test_hostile_name_stays_text() -> None:

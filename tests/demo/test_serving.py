@@ -17,12 +17,13 @@ def test_the_demo_serves_what_it_pruned(tmp_path: Path) -> None:
     prune(MODEL, PruneConfig(out=pruned, method="magnitude", samples=4, seqlen=SEQLEN))
     told: list[str] = []
     results = serve_and_measure(pruned, tmp_path, told.append)
-    assert [one["name"] for one in results["contenders"]] == ["dense", "packed 50%"]
-    dense, packed = results["contenders"]
-    assert dense["broken"] is None
-    assert packed["broken"] is None
-    assert packed["packing"]["pattern"] == "unstructured"
-    assert packed["disk_bytes"] < 0.75 * dense["disk_bytes"]
-    assert {m["contender"] for m in results["measurements"]} == {"dense", "packed 50%"}
+    assert [contender.name for contender in results.sound] == ["dense", "packed 50%"]
+    dense, packed = results.contenders
+    assert packed.packing is not None
+    assert packed.packing.pattern == "unstructured"
+    assert dense.disk_bytes is not None
+    assert packed.disk_bytes is not None
+    assert packed.disk_bytes < 0.75 * dense.disk_bytes
+    assert {m.contender for m in results.measurements} == {"dense", "packed 50%"}
     assert (tmp_path / "bench" / "report.html").exists()
     assert any("round 5 of 5" in words for words in told)

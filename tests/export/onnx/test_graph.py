@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from besa.bench.contenders import packing
+from besa.bench.results import Packing
 from besa.errors import BesaError
 from besa.export import ExportConfig, export
 from besa.export.onnx.check import check_graph
@@ -102,7 +103,7 @@ def test_besa_bench_knows_what_is_packed(
 ) -> None:
     for (sparse, precision), directory in graphs.items():
         found = packing(directory)
-        assert found == ({"values": precision, "pattern": "unstructured"} if sparse else None)
+        assert found == (Packing(precision, "unstructured") if sparse else None)
     assert packing(pruned) is None
 
 

@@ -1,0 +1,99 @@
+"""Dataclasses as JSON, and back: the file's keys are the fields' names, in their order.
+
+JSON has no infinity and no NaN: both are written as null, and null is read as NaN where a float has
+to be. A field with the metadata `ABSENT_IF_NONE` leaves its key out instead of writing null.
+
+>>> from dataclasses import dataclass, field
+>>> @dataclass(frozen=True)
+... class Point:
+...     x: float
+...     labels: tuple[str, ...] = ()
+...     note: str | None = field(default=None, metadata=ABSENT_IF_NONE)
+>>> to_json(Point(1.5, ("a",)))
+{'x': 1.5, 'labels': ['a']}
+>>> from_json(Point, {"x": 2, "labels": []})
+Point(x=2, labels=(), note=None)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+ABSENT_IF_NONE = {"absent_if_none": True}
+
+
+class ShapeError(ValueError):
+    """JSON that does not fit the dataclass; the message names the place."""
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass, or what its fields hold, as `json.dump` takes it."""
+    if is_dataclass(value):
+        return {
+            each.name: to_json(found)
+            for each in fields(value)
+            if (found := getattr(value, each.name)) is not None or each.metadata != ABSENT_IF_NONE
+        }
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: to_json(each) for key, each in value.items()}
+    return [to_json(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def from_json(kind: type[T], value: Any) -> T:
+    """The dataclass that the JSON stands for; keys that it has no field for are left out.
+
+    Raises:
+        ShapeError: a key without which it cannot be, or a value of another type.
+    """
+    found: T = _decode(kind, value, "")
+    return found
+
+
+def _decode(kind: Any, value: Any, place: str) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in inner:
+            return None
+        return _decode_one_of([each for each in inner if each is not NoneType], value, place)
+    if is_dataclass(kind):
+        return _decode_dataclass(kind, value, place)
+    if origin is dict and isinstance(value, dict):
+        return {key: _decode(inner[1], each, f"{place}.{key}") for key, each in value.items()}
+    if origin is tuple and isinstance(value, list):
+        return tuple(_decode(inner[0], each, f"{place}[{i}]") for i, each in enumerate(value))
+    if kind is float and value is None:
+        return math.nan
+    allowed = (int, float) if kind is float else origin or kind
+    if isinstance(value, allowed) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ShapeError(f"{place} is {value!r}, not {getattr(kind, '__name__', kind)}")
+
+
+def _decode_one_of(kinds: list[Any], value: Any, place: str) -> Any:
+    """The first of the kinds that the value fits."""
+    for kind in kinds[:-1]:
+        with suppress(ShapeError):
+            return _decode(kind, value, place)
+    return _decode(kinds[-1], value, place)
+
+
+def _decode_dataclass(kind: Any, value: Any, place: str) -> Any:
+    if not isinstance(value, dict):
+        raise ShapeError(f"{place or 'the file'} is {value!r}, not {kind.__name__}")
+    hints, found = get_type_hints(kind), {}
+    for each in fields(kind):
+        where = f"{place}.{each.name}".removeprefix(".")
+        if each.name in value:
+            found[each.name] = _decode(hints[each.name], value[each.name], where)
+        elif each.default is MISSING and each.default_factory is MISSING:
+            raise ShapeError(f"{where} is missing")
+    return kind(**found)
