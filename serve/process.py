@@ -1,6 +1,6 @@
-"""An engine as a process group: started, watched, asked for its health, stopped, and gone.
+"""An engine that runs: started, watched, asked for its health, stopped, and gone.
 
-with Engine(command, config) as engine:
+with RunningEngine(command, config) as engine:
     engine.wait_until_ready()
     engine.wait()
                               # here nothing of it runs any more
@@ -11,29 +11,44 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import signal
 import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from contextlib import suppress
 
 from besa.errors import BesaError
+from besa.processes.child import ChildProcess
 from besa.serve.command import KEY_VARIABLES, EngineCommand
-from besa.serve.engine import TEARDOWN_SECONDS
 from besa.serve.log import reason_of
 from besa.serve.settings import ServeConfig
 
 _KEPT_LINES = 2000
 _POLL_SECONDS = 0.2
+# Beyond --shutdown-timeout, for the engine to take itself apart.
+_TEARDOWN_SECONDS = 20
 
 
-class Engine:
-    """A running engine.
+class EngineError(BesaError):
+    """An engine did not start.
 
-    Whoever leaves the `with` block, by whatever way, leaves nothing behind.
+    Attributes:
+        engine: its name.
+        reason: why, in the engine's words.
+    """
+
+    def __init__(self, engine: str, reason: str) -> None:
+        super().__init__(f"{engine} did not start: {reason}")
+        self.engine, self.reason = engine, reason
+
+
+class RunningEngine(ChildProcess):
+    """An engine's process; leaving the `with` block, in whatever way, leaves nothing of it behind.
+
+    Attributes:
+        log: the last lines that it wrote.
+        shown: whether what it writes is shown.
     """
 
     def __init__(self, command: EngineCommand, config: ServeConfig) -> None:
@@ -47,30 +62,23 @@ class Engine:
             environment.pop(variable, None)
         if config.api_key is not None:
             environment[KEY_VARIABLES[command.engine]] = config.api_key
-        self.process = subprocess.Popen(
+        super().__init__(
             command.arguments,
-            env=environment,
-            # It closes when besa ends, however: see besa.serve.engine.
-            stdin=subprocess.PIPE,
+            environment=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
+            patience=config.shutdown_timeout + _TEARDOWN_SECONDS,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
             self.log.append(line.rstrip("\n"))
             if self.shown:
                 sys.stderr.write(line)
                 sys.stderr.flush()
-
-    def __enter__(self) -> Engine:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.shown = self.config.verbose
@@ -80,10 +88,10 @@ class Engine:
         """Waits for the engine to answer a request; from then on its log is shown.
 
         Raises:
-            BesaError: it ended, or cannot compute. Says why, in the engine's words.
+            EngineError: it ended, or cannot compute.
         """
         while not self._answers("GET", "/health"):
-            if self.process.poll() is not None:
+            if self.popen.poll() is not None:
                 raise self._failure()
             time.sleep(_POLL_SECONDS)
         # Healthy is not yet able: kernels that lack a shape say so when they are first called.
@@ -92,11 +100,9 @@ class Engine:
             raise self._failure()
         self.shown = True
 
-    def _failure(self) -> BesaError:
+    def _failure(self) -> EngineError:
         self._let_log_end()
-        reason = self.reason() or "its log does not say why"
-        hint = "" if self.config.verbose else " (--verbose shows its log)"
-        return BesaError(f"{self.command.engine} did not start: {reason}{hint}")
+        return EngineError(self.command.engine, self.reason() or "its log does not say why")
 
     def _let_log_end(self) -> None:
         """What a process wrote last may still be on its way."""
@@ -108,25 +114,23 @@ class Engine:
 
     def wait(self) -> int:
         """The engine's exit code, once it has ended."""
-        code = self.process.wait()
+        code = self.popen.wait()
         self._let_log_end()
         return code
 
     def stop(self) -> bool:
         """Has the engine finish what it does and end; False if it took too long and was killed."""
         self.shown = self.config.verbose
-        self.process.terminate()
+        self.popen.terminate()
         try:
-            self.process.wait(self.config.shutdown_timeout + TEARDOWN_SECONDS)
+            self.popen.wait(self.config.shutdown_timeout + _TEARDOWN_SECONDS)
         except subprocess.TimeoutExpired:
             return False
         return True
 
     def kill(self) -> None:
-        """Ends whatever of the process group is left."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """Ends the engine and all that it started, at once."""
+        super().kill()
         self._let_log_end()
 
     def _answers(self, method: str, path: str) -> bool:

@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from besa.bench.generator import Target
-from besa.bench.processes import cpu_seconds, family, listener, memory_of
 from besa.bench.results import Memory, Packing
 from besa.bench.settings import BenchConfig, Contender
-from besa.errors import BesaError
 from besa.model.files import is_onnx, model_directory, record_of
+from besa.processes.usage import cpu_seconds, family, listener, memory_of
 from besa.serve.command import EngineCommand, command_for
 from besa.serve.launch import free_port, packing_of
-from besa.serve.process import Engine
+from besa.serve.process import EngineError, RunningEngine
 from besa.serve.settings import ServeConfig
 
 # Shorter than a block of any engine's cache, so that a second answer is computed like the first.
@@ -58,7 +57,7 @@ class Server:
         self.contender, self.config = contender, config
         self.broken: str | None = None
         self.start_seconds: float | None = None
-        self.engine: Engine | None = None
+        self.engine: RunningEngine | None = None
         self.command: EngineCommand | None = None
         self.target: Target | None = None
         self.answers: list[str] = []
@@ -146,19 +145,18 @@ class Server:
             environment[_CACHE] = shared.setdefault(_CACHE, str(max(1, int(found) // count)))
         self.command = replace(command, environment=environment)
         started = time.perf_counter()
-        self.engine = Engine(self.command, served)
-        self.pid = self.engine.process.pid
+        self.engine = RunningEngine(self.command, served)
+        self.pid = self.engine.popen.pid
         late = threading.Timer(self.config.start_timeout, self.engine.kill)
         late.daemon = True
         late.start()
         try:
             self.engine.wait_until_ready()
-        except BesaError as error:
+        except EngineError as error:
             if not late.is_alive():
                 seconds = f"{self.config.start_timeout:g} s"
                 raise BrokenError(f"did not start within {seconds}") from None
-            reason = str(error).removesuffix(" (--verbose shows its log)")  # not here
-            raise BrokenError(reason) from None
+            raise BrokenError(str(error)) from None
         finally:
             late.cancel()
             self.engine.shown = False
@@ -184,8 +182,8 @@ class Server:
         if self.engine is None:
             return what
         with suppress(Exception):  # a moment for an end to be seen
-            self.engine.process.wait(timeout=1)
-        if self.engine.process.poll() is None:
+            self.engine.popen.wait(timeout=1)
+        if self.engine.popen.poll() is None:
             return what
         reason = self.engine.reason()
         return f"its server ended{': ' + reason if reason else ''}"

@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from besa.bench import guidellm_client, vllm_client
-from besa.bench.child import Child, ChildError
+from besa.bench.child import AnsweringChild
 from besa.bench.figures import Request
 from besa.bench.load import Load
-from besa.bench.processes import cpu_seconds, family
 from besa.errors import BesaError
+from besa.processes.child import ChildError
+from besa.processes.usage import cpu_seconds, family
 from besa.serve.command import vllm_version
 
 # Each one's client, and what it is called; the better one first.
@@ -75,7 +76,7 @@ class Generator:
     def __init__(self, which: str) -> None:
         self._client, self.name = CLIENTS[which]
         self.version = version("guidellm") if which == "guidellm" else vllm_version() or ""
-        self._child: Child | None = None
+        self._child: AnsweringChild | None = None
         # Whoever is killed does not clean up.
         self._folder = tempfile.TemporaryDirectory(prefix="besa-bench-", ignore_cleanup_errors=True)
 
@@ -85,17 +86,18 @@ class Generator:
 
     def __exit__(self, *_: object) -> None:
         if self._child is not None:
-            self._child.end()
+            self._child.kill()
         self._folder.cleanup()
 
     def cpu(self) -> float:
         """Seconds that it has computed."""
-        return 0.0 if self._child is None else cpu_seconds(family(self._child.process.pid))
+        return 0.0 if self._child is None else cpu_seconds(family(self._child.popen.pid))
 
-    def _loaded(self) -> Child:
+    def _loaded(self) -> AnsweringChild:
         if self._child is None:
             command = [sys.executable, "-P", "-m", self._client.__name__]
-            self._child = Child(command, {**self._client.ENVIRONMENT, "TMPDIR": self._folder.name})
+            environment = {**self._client.ENVIRONMENT, "TMPDIR": self._folder.name}
+            self._child = AnsweringChild(command, environment)
             try:
                 self._child.answer(limit=300)
             except ChildError as error:
@@ -135,7 +137,7 @@ class Generator:
         try:
             found = child.ask(question, limit)
         except ChildError:
-            child.end()
+            child.kill()
             self._child = None
             raise
         requests = [Request(**{**one, "gaps": tuple(one["gaps"])}) for one in found["requests"]]

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from besa.bench.child import answer_questions, start_child
+from besa.bench.child import answer_questions, redirect_output
 from besa.bench.figures import Request
 
 Updates = Callable[[Any], AsyncIterator[Any]]  # of a group's requests
@@ -33,10 +33,10 @@ ENVIRONMENT = {
 
 
 def main() -> None:
-    start_child()
+    redirect_output()
     # guidellm starts a process for every measurement, which needs all of guidellm, too: it is
     # forked off one that has it (see `ENVIRONMENT`).
-    multiprocessing.set_forkserver_preload(["besa.bench.mortal", "guidellm.benchmark"])
+    multiprocessing.set_forkserver_preload(["guidellm.benchmark"])
     from guidellm.entrypoints import benchmark_generative_text
     from guidellm.scheduler import WorkerProcessGroup
     from guidellm.scheduler.strategies import AsyncPoissonStrategy, ThroughputStrategy

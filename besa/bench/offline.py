@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from besa.bench.assemble import settings_of
-from besa.bench.child import Child, ChildError
+from besa.bench.child import AnsweringChild
 from besa.bench.conditions import machine, now, versions
 from besa.bench.contenders import packing, weight_bytes
 from besa.bench.figures import OFFLINE
-from besa.bench.processes import family, memory_of
 from besa.bench.results import (
     ContenderRecord,
     LoadRecord,
@@ -35,13 +34,15 @@ from besa.bench.settings import BenchConfig, Contender
 from besa.bench.summary import comparisons, summary
 from besa.errors import BesaError
 from besa.model.files import is_onnx, model_directory
+from besa.processes.child import ChildError
+from besa.processes.usage import family, memory_of
 from besa.serve.command import vllm_version
 from besa.serve.cpu import thread_binding
 
 _CHECK = {"batch": 1, "prompt": 8, "steps": 8, "seed": "check"}
 
 
-class EngineProcess(Child):
+class EngineProcess(AnsweringChild):
     """An engine with a model, which runs only while it is asked: its threads spin for nobody.
 
     Args:
@@ -73,14 +74,14 @@ class EngineProcess(Child):
         try:
             self.start_seconds: float = self.answer(limit)["start"]
         except BaseException:
-            self.end()
+            self.kill()
             raise
-        self.process.send_signal(signal.SIGSTOP)
+        self.popen.send_signal(signal.SIGSTOP)
 
     def ask(self, question: Mapping[str, Any], limit: float) -> dict[str, Any]:
-        self.process.send_signal(signal.SIGCONT)
+        self.popen.send_signal(signal.SIGCONT)
         answer = super().ask(question, limit)
-        self.process.send_signal(signal.SIGSTOP)
+        self.popen.send_signal(signal.SIGSTOP)
         return answer
 
 
@@ -127,12 +128,12 @@ class _Inside:
 
     def weigh(self) -> None:
         assert self.child is not None
-        self.memory = Memory(**memory_of(family(self.child.process.pid)))
+        self.memory = Memory(**memory_of(family(self.child.popen.pid)))
 
     def fail(self, error: ChildError) -> None:
         self.broken = str(error)
         if self.child is not None:
-            self.child.end()
+            self.child.kill()
 
 
 def bench_offline(

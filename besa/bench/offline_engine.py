@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from besa.bench.child import answer_questions, start_child
+from besa.bench.child import answer_questions, redirect_output
 
 Steps = Callable[[list[list[int]], int], tuple[float, list[float], list[int]]]
 
@@ -122,7 +122,7 @@ ENGINES = {"vllm": in_vllm, "transformers": in_transformers, "onnx": in_onnx}
 
 
 def main(engine: str, directory: str, most: int, longest: int) -> None:
-    start_child()
+    redirect_output()
     started = time.perf_counter()
     steps, vocabulary = ENGINES[engine](directory, most, longest)
 

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from besa.bench.child import ChildError, run_to_end
 from besa.bench.results import Perplexity
 from besa.bench.typed_json import from_json
 from besa.errors import BesaError
+from besa.processes.child import ChildError, run_to_end
 
 
 def title_of(text: str) -> str:
@@ -34,9 +34,7 @@ def perplexities(
     """
     command = [sys.executable, "-P", "-m", "besa", "eval", *map(str, models.values())]
     try:
-        answer = run_to_end(
-            [*command, "--text", text, "--limit", str(windows), "--json"], limit, {}
-        )
+        answer = run_to_end([*command, "--text", text, "--limit", str(windows), "--json"], limit)
     except ChildError as error:
         raise BesaError(f"perplexity: {error}") from None
     results = json.loads(answer)["results"]

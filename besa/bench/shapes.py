@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from besa.bench.child import ChildError, run_to_end
 from besa.bench.settings import Contender
 from besa.errors import BesaError, one_line
 from besa.model.files import INDEX, write_tensors, write_text
+from besa.processes.child import ChildError, run_to_end
 
 _LLAMA = {
     "model_type": "llama",
@@ -169,7 +169,7 @@ def _make_sparse(
         if quantize:
             command += ["--quantize", quantize]
         try:
-            run_to_end(command, 24 * 3600, {})
+            run_to_end(command, 24 * 3600)
         except ChildError as error:
             raise BesaError(f"packing {out.name}: {error}") from None
     finally:

@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from besa.bench.child import ChildError
 from besa.bench.contenders import BrokenError, Server
 from besa.bench.figures import Request, figures
 from besa.bench.generator import Generator
 from besa.bench.load import Load, Prompts
 from besa.bench.settings import BenchConfig
 from besa.machine import busy_seconds
+from besa.processes.child import ChildError
 
 Tell = Callable[[str], None]
 

@@ -15,7 +15,7 @@ import uuid
 from dataclasses import asdict
 from typing import Any
 
-from besa.bench.child import answer_questions, start_child
+from besa.bench.child import answer_questions, redirect_output
 from besa.bench.figures import Request
 
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -34,7 +34,7 @@ class _Plain:
 
 
 def main() -> None:
-    start_child()
+    redirect_output()
     from vllm.benchmarks import serve
     from vllm.benchmarks.datasets import SampleRequest
 

@@ -24,7 +24,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def engine(*_: object) -> None:
         raise BesaError("it would be started now")
 
-    monkeypatch.setattr(besa.serve.launch, "Engine", engine)
+    monkeypatch.setattr(besa.serve.launch, "RunningEngine", engine)
     monkeypatch.setattr(besa.serve.command, "vllm_version", lambda: "0.32.0+cpu")
 
 

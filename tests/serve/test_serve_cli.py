@@ -276,7 +276,8 @@ def test_an_engine_that_dies(sparse: Path, tmp_path: Path):
     served = serving.start("transformers", sparse, tmp_path)
     try:
         serving.ready(served)
-        [engine] = psutil.Process(served.process.pid).children()
+        children = psutil.Process(served.process.pid).children()
+        [engine] = [child for child in children if "besa.serve.engine" in child.cmdline()]
         engine.kill()
         assert served.end(10) == 1
         assert served.errors.splitlines()[-1] == (
