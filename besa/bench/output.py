@@ -8,7 +8,7 @@ from pathlib import Path
 
 from besa.bench.page import render
 from besa.bench.results import Results, results_csv, results_json
-from besa.model.files import write_text, writing
+from besa.writing import write_text, writing
 
 
 def write_results(results: Results, out: Path) -> None:

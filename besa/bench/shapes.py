@@ -26,8 +26,9 @@ from torch import Tensor
 
 from besa.bench.settings import Contender
 from besa.errors import BesaError, one_line
-from besa.model.files import INDEX, write_tensors, write_text
+from besa.model.files import INDEX, write_tensors
 from besa.processes.child import ChildError, run_to_end
+from besa.writing import write_text
 
 _LLAMA = {
     "model_type": "llama",

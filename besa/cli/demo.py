@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> int:
     from besa.demo import MODEL, SEQLEN
     from besa.demo.compare import CONTENDERS, SETTINGS, compare
     from besa.errors import BesaError
-    from besa.model.files import write_text
     from besa.progress import steps_for
     from besa.report import render_comparison
+    from besa.writing import write_text
 
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -39,16 +39,9 @@ from transformers.utils import logging as transformers_logging
 
 from besa.errors import BesaError, one_line
 from besa.model.blocks import find_blocks
-from besa.model.files import (
-    COMPANIONS,
-    INDEX,
-    open_tensors,
-    resolve,
-    stored_dtype,
-    weight_files,
-    writing,
-)
+from besa.model.files import COMPANIONS, INDEX, open_tensors, resolve, stored_dtype, weight_files
 from besa.model.finite import check_finite
+from besa.writing import writing
 
 
 @contextmanager

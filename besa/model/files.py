@@ -1,4 +1,4 @@
-"""The files of a checkpoint: found, checked, opened lazily, and written whole or not at all.
+"""The files of a checkpoint: found, checked, opened lazily, and written.
 
 files = weight_files(Path("path/to/model"))
 with open_tensors(files, ["model.norm.weight"]) as tensors:
@@ -8,9 +8,8 @@ with open_tensors(files, ["model.norm.weight"]) as tensors:
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import os
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from besa.errors import BesaError, one_line
+from besa.writing import atomic
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -168,49 +168,11 @@ def stored_bytes(files: Mapping[str, Path]) -> dict[str, int]:
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes a safetensors file atomically: it is there whole, or not at all."""
     with atomic(path) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
-
-
-def write_text(text: str, path: Path) -> None:
-    """Writes a text file atomically."""
-    with atomic(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` once all of it is on the disk.
-
-    Raises:
-        BesaError: it could not be written. Nothing is left of the file.
-    """
-    partial = path.with_name(path.name + ".writing")
-    try:
-        with writing(path):
-            yield partial
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while `path` is written, a full disk above all, into one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error):
-            raise BesaError(
-                f"the disk is full: could not write {path}; make room and run the same command "
-                "again, it goes on from the last finished block"
-            ) from None
-        raise BesaError(f"could not write {path}: {error}") from None
-
-
-def sha256(path: Path) -> str:
-    """The hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            save_file(tensors, partial, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # It holds no error number; whether there was room for the file, the disk knows.
+            needed = sum(tensor.nbytes for tensor in tensors.values())
+            if shutil.disk_usage(path.parent).free < needed:
+                raise OSError(errno.ENOSPC, str(error)) from None
+            raise OSError(str(error)) from None

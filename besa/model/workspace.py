@@ -24,7 +24,8 @@ from typing import IO, Any
 from torch import Tensor
 
 from besa.errors import BesaError, interruptible
-from besa.model.files import INDEX, sha256, write_tensors, write_text, writing
+from besa.model.files import INDEX, write_tensors
+from besa.writing import sha256, write_text, writing
 
 
 @dataclass

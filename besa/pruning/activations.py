@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from besa.model.files import writing
+from besa.writing import writing
 
 
 class Activations(Sequence[Tensor]):

@@ -31,7 +31,6 @@ from besa.errors import BesaError
 from besa.machine import give_memory_back
 from besa.model.blocks import Linear, expert_count, find_linears
 from besa.model.checkpoint import Checkpoint
-from besa.model.files import write_text
 from besa.model.finite import check_finite
 from besa.model.loading import load_tokenizer, max_positions, pick_device
 from besa.model.observe import observe
@@ -51,6 +50,7 @@ from besa.pruning.methods import (
 from besa.pruning.record import block_record, linear_record, run_record, settings_of
 from besa.pruning.scores import Hessians, InputNorms, wanda
 from besa.report import model_card, render
+from besa.writing import write_text
 
 # Tokens that go through a block at once: enough to keep the cores busy, few enough to fit.
 _BATCH_TOKENS = 512

@@ -36,11 +36,12 @@ from besa.export.plan import survey
 from besa.export.record import peak_memory, versions
 from besa.machine import give_memory_back, memory
 from besa.model.checkpoint import Checkpoint
-from besa.model.files import GENAI_CONFIG, record_of, resolve, sha256, write_text
+from besa.model.files import GENAI_CONFIG, record_of, resolve
 from besa.model.loading import load_model
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
 from besa.version import __version__
+from besa.writing import sha256, write_text
 
 _VALUES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "int8"}
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

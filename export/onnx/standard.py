@@ -26,8 +26,8 @@ from transformers import AutoTokenizer, DynamicCache
 
 from besa.errors import BesaError, one_line
 from besa.export.onnx.builder import DATA, MODEL
-from besa.model.files import write_text
 from besa.model.loading import load_model
+from besa.writing import write_text
 
 OPSET = 23
 

@@ -34,10 +34,11 @@ from besa.formats import (
 )
 from besa.machine import give_memory_back
 from besa.model.checkpoint import Checkpoint
-from besa.model.files import open_tensors, resolve, write_text
+from besa.model.files import open_tensors, resolve
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
 from besa.version import __version__
+from besa.writing import write_text
 
 
 def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportResult:

@@ -27,18 +27,11 @@ from besa.formats import FormatError, PackedConfig, packed_of
 from besa.formats.checkpoint import SUFFIXES
 from besa.machine import give_memory_back
 from besa.model.checkpoint import Checkpoint
-from besa.model.files import (
-    record_of,
-    resolve,
-    sha256,
-    stored_bytes,
-    stored_dtype,
-    weight_files,
-    write_text,
-)
+from besa.model.files import record_of, resolve, stored_bytes, stored_dtype, weight_files
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
 from besa.version import __version__
+from besa.writing import sha256, write_text
 
 
 @dataclass(frozen=True)
