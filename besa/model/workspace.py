@@ -164,7 +164,8 @@ class Workspace:
 
     def publish(self) -> None:
         """Turns the workspace into the output."""
-        for pattern in ("*.finished.json", "*.activations", "*.writing"):
+        # A run that was killed may have left what safetensors was writing, as `.tmpXXXXXX`.
+        for pattern in ("*.finished.json", "*.activations", "*.writing", ".tmp*"):
             for path in self.path.glob(pattern):
                 path.unlink()
         (self.path / "settings.json").unlink()
