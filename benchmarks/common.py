@@ -130,7 +130,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def write_json(path: Path, result: Mapping[str, Any], quiet: bool = False) -> None:
-    """Writes a result where the README's figures are taken from."""
+    """Writes a result where the figures of README.md and docs/ are taken from."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if not quiet:

@@ -4,7 +4,7 @@
 
 Perplexity on the built-in corpus's test split, with the shipped defaults; choices were made on its
 validation split (`--text builtin:validation`). The record goes to benchmarks/results/table.json
-and from there into the README (benchmarks/readme.py).
+and from there into README.md and docs/results.md (benchmarks/readme.py).
 """
 
 from __future__ import annotations
