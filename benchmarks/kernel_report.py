@@ -17,24 +17,35 @@ from besa.bench.statistics import coverage
 from besa.report.svg import line, linear, logarithmic, path, picture, tag, text
 
 SHAPE, THREADS = "4096x4096", 2
-SHOWN = {"dense": "dense, besa", "50%": "50%", "70%": "70%", "2:4": "2:4"}
-PANELS = {"bfloat16": "bfloat16", "float32": "float32", "int8": "int8"}
+SHOWN = {"dense": "besa, dense", "50%": "50%", "70%": "70%", "2:4": "2:4"}
+PANELS = ("bfloat16", "float32", "int8")
 AGAINST = {"bfloat16": "F.linear", "float32": "F.linear", "int8": "torch._int_mm"}
 
+# Drawn as narrow as a phone, so that the letters stay readable there, and with a background: an
+# image knows whether the reader's system is dark, but not the page around it.
+WIDTH = 460.0
 STYLE = """
-svg { font: 12px system-ui, sans-serif; --ink: #1b1e23; --soft: #646a73; --grid: #e4e1da;
-      --a: #1d5a9e; --b: #b8520f; --c: #3d7a4f; --d: #8b857a; }
-@media (prefers-color-scheme: dark) { svg { --ink: #e8e6e1; --soft: #9aa0aa; --grid: #353941;
-      --a: #7db8f5; --b: #ee9150; --c: #86c79a; --d: #a49d90; } }
-text { fill: var(--ink); } .small { fill: var(--soft); font-size: 11px; }
+svg { font: 14px system-ui, sans-serif; --page: #fff; --ink: #1b1e23; --soft: #646a73;
+      --grid: #e4e1da; --a: #1d5a9e; --b: #b8520f; --c: #3d7a4f; --d: #8b857a; }
+@media (prefers-color-scheme: dark) { svg { --page: #16181d; --ink: #e8e6e1; --soft: #9aa0aa;
+      --grid: #353941; --a: #7db8f5; --b: #ee9150; --c: #86c79a; --d: #a49d90; } }
+.page { fill: var(--page); } text { fill: var(--ink); }
+.small { fill: var(--soft); font-size: 12px; }
 .strong { font-weight: 600; } .mid { text-anchor: middle; } .end { text-anchor: end; }
 .grid { stroke: var(--grid); } .one { stroke: var(--ink); stroke-dasharray: 3 3; }
+.span { stroke: var(--ink); stroke-width: 1.5; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .s0 { stroke: var(--d); stroke-dasharray: 5 3; } .s1 { stroke: var(--a); }
 .s2 { stroke: var(--b); } .s3 { stroke: var(--c); }
 .dot { stroke: none; } .f0 { fill: var(--d); } .f1 { fill: var(--a); } .f2 { fill: var(--b); }
 .f3 { fill: var(--c); }
 """
+
+
+def page(height: float, title: str, description: str, body: str) -> str:
+    """A picture of that height, with style and background."""
+    ground = tag("rect", x=0.0, y=0.0, width=WIDTH, height=height, rx=8, class_="page")
+    return picture(WIDTH, height, title, description, tag("style", STYLE) + ground + body)
 
 
 def cells(record: dict[str, Any], shape: str, dtype: str, threads: int) -> list[dict[str, Any]]:
@@ -48,7 +59,7 @@ def cells(record: dict[str, Any], shape: str, dtype: str, threads: int) -> list[
 
 def plot(record: dict[str, Any]) -> str:
     """Times faster than torch, by tokens: a panel for each type."""
-    width, height, gap, left, top = 250.0, 210.0, 44.0, 34.0, 54.0
+    height, left, right = 150.0, 52.0, WIDTH - 20
     by_type = {dtype: cells(record, SHAPE, dtype, THREADS) for dtype in PANELS}
     values = [
         row["contenders"][name]["over_torch"]["median"]
@@ -59,18 +70,19 @@ def plot(record: dict[str, Any]) -> str:
     high = 2.0 ** math.ceil(math.log2(max(values)))
     low = 2.0 ** math.floor(math.log2(min(0.9, *values)))
     tokens = [row["tokens"] for row in next(iter(by_type.values()))]
-    y = logarithmic(low, high, top + height, top)
-    body = tag("style", STYLE)
-    for i, (dtype, rows) in enumerate(by_type.items()):
-        start = left + i * (width + gap)
-        x = linear(0, len(tokens) - 1, start + 8, start + width - 8)
-        body += text(start, top - 34, PANELS[dtype], "strong")
-        body += text(start, top - 18, f"times faster than {AGAINST[dtype]}", "small")
+    x = linear(0, len(tokens) - 1, left + 10, right - 10)
+    body, at = text(16, 28, "Times faster than torch, by tokens", "strong"), 16.0
+    for s, name in enumerate(SHOWN.values()):
+        body += line(at, 48, at + 20, 48, f"line s{s}") + text(at + 26, 52, name)
+        at += 52 + 7 * len(name)
+    top = 92.0
+    for dtype, rows in by_type.items():
+        y = logarithmic(low, high, top + height, top)
+        body += text(16, top - 14, f"{dtype}, against {AGAINST[dtype]}", "small")
         mark = low
         while mark <= high * 1.001:
-            kind = "one" if mark == 1 else "grid"
-            body += line(start, y(mark), start + width, y(mark), kind)
-            body += text(start - 5, y(mark) + 4, f"{mark:g}×", "small end")
+            body += line(left, y(mark), right, y(mark), "one" if mark == 1 else "grid")
+            body += text(left - 7, y(mark) + 4, f"{mark:g}×", "small end")
             mark *= 2
         for k, count in enumerate(tokens):
             body += text(x(k), top + height + 16, str(count), "small mid")
@@ -82,18 +94,13 @@ def plot(record: dict[str, Any]) -> str:
             body += path(points, f"line s{s}")
             for a, b in points:
                 body += tag("circle", cx=a, cy=b, r=2.6, class_=f"dot f{s}")
-    foot = top + height + 38
-    body += text(left, foot, "tokens", "small")
-    at = left + 70
-    for s, words in enumerate(SHOWN.values()):
-        body += line(at, foot - 4, at + 22, foot - 4, f"line s{s}") + text(at + 28, foot, words)
-        at += 58 + 7 * len(words)
+        top += height + 56
     conditions = record["conditions"]
     description = (
         f"A product of {SHAPE.replace('x', ' by ')}, {THREADS} threads, {conditions['cpu']}, "
         f"torch {conditions['torch']}."
     )
-    return picture(left + 3 * width + 2 * gap + 10, foot + 12, "Packed products", description, body)
+    return page(top - 28, "Packed products", description, body)
 
 
 def readme_table(record: dict[str, Any]) -> str:

@@ -8,13 +8,13 @@ The sentence goes into README.md and the tables into docs/: `python benchmarks/r
 from __future__ import annotations
 
 from common import RESULTS
-from kernel_report import STYLE
+from kernel_report import WIDTH, page
 
 from besa.bench.formatting import FIGURE_NAMES, amount, change
 from besa.bench.results import ContenderRecord, Results, read_results
 from besa.bench.statistics import Spread
 from besa.report.figures import size
-from besa.report.svg import line, linear, picture, tag, text
+from besa.report.svg import line, linear, tag, text
 
 SHOWN = ("output_tps", "itl_p50", "ttft_p50")
 # Those that do not go by the name of their flag.
@@ -100,21 +100,8 @@ def speed(results: Results) -> str:
     )
 
 
-# Drawn as narrow as a phone, so that its letters stay readable there.
-WIDTH = 460.0
-PICTURE_STYLE = """
-svg { font-size: 14px; } .small { font-size: 12px; }
-.page { fill: #ffffff; } .f0 { opacity: .75; } .span { stroke: var(--ink); stroke-width: 1.5; }
-@media (prefers-color-scheme: dark) { .page { fill: #16181d; } }
-"""
-
-
 def plot(results: Results) -> str:
-    """Tokens a second, one request at a time: a bar for each contender, by engine.
-
-    It brings a background of its own: an image knows whether the reader's system is dark, but not
-    the page around it.
-    """
+    """Tokens a second, one request at a time: a bar for each contender, by engine."""
     by_name = {contender.name: contender for contender in results.contenders}
     measured = [(by_name[m.contender], m.summary["output_tps"]) for m, _ in results.by_load()]
     by_engine: dict[str, list[tuple[ContenderRecord, Spread]]] = {}
@@ -144,9 +131,7 @@ def plot(results: Results) -> str:
         f"A model of TinyLlama's shape with random weights, {settings.input_length} tokens in, "
         f"{settings.output_length} out, {machine.cpu}, {machine.cores} cores."
     )
-    page = tag("rect", x=0.0, y=0.0, width=WIDTH, height=height, rx=8, class_="page")
-    body = tag("style", STYLE + PICTURE_STYLE) + page + body
-    return picture(WIDTH, height, "Serving on two cores", description, body)
+    return page(height, "Serving on two cores", description, body)
 
 
 def main() -> None:
