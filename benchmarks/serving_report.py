@@ -13,7 +13,7 @@ from kernel_report import WIDTH, page
 from besa.bench.formatting import FIGURE_NAMES, amount, change
 from besa.bench.results import ContenderRecord, Results, read_results
 from besa.bench.statistics import Spread
-from besa.report.figures import size
+from besa.report.formatting import size
 from besa.report.svg import line, linear, tag, text
 
 SHOWN = ("output_tps", "itl_p50", "ttft_p50")

@@ -10,7 +10,6 @@ and from there into README.md and docs/results.md (benchmarks/readme.py).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from besa.demo import MODEL, SEQLEN
 from besa.demo.compare import CONTENDERS, SETTINGS, compare
 from besa.progress import steps_for
 from besa.report import render_comparison
+from besa.report.comparison import to_text
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,13 +34,13 @@ def main() -> None:
     contenders = [*CONTENDERS, ("besa", "layer")]
     args.work.mkdir(parents=True, exist_ok=True)
     with steps_for(sys.stderr) as tell:
-        record = compare(
+        comparison = compare(
             MODEL, args.work, settings, contenders, seqlen=SEQLEN, text=args.text, tell=tell
         )
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(record, indent=1) + "\n")
-    (args.work / "report.html").write_text(render_comparison(record), encoding="utf-8")
-    print_comparison(record)
+    args.results.write_text(to_text(comparison) + "\n", encoding="utf-8")
+    (args.work / "report.html").write_text(render_comparison(comparison), encoding="utf-8")
+    print_comparison(comparison)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import ctypes
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -120,6 +121,11 @@ def memory() -> dict[str, int | None]:
         "limit": limit,
         "swap_used": known.get("SwapTotal", 0) - known.get("SwapFree", 0),
     }
+
+
+def peak_memory() -> int:
+    """The most memory that this process had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def openmp_runtimes() -> list[str]:

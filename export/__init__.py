@@ -3,7 +3,7 @@
 from besa.export import ExportConfig, export
 
 result = export("pruned", ExportConfig(out="sparse"))
-print(result.record["sizes"])
+print(result.record.sizes)
 export("sparse", ExportConfig(out="dense", format="dense"))
 """
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from besa.errors import BesaError
+from besa.model.record import ExportRecord
 from besa.settings import check_choices, described, either, setting
 
 FORMATS = ("vllm", "dense", "onnx")
@@ -88,7 +88,10 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A finished export: where it is, and what besa.json there says."""
+    """A finished export: where it is, and what besa.json there says.
+
+    `record` is a `PackedRecord`, an `UnpackedRecord` or an `OnnxRecord`, by the format.
+    """
 
     out: Path
-    record: dict[str, Any]
+    record: ExportRecord

@@ -1,7 +1,7 @@
-"""What there is to pack: every linear of a decoder's blocks, its zeros, and what packing gains.
+"""What a packed checkpoint will hold: which linears are packed, which stay dense, and why.
 
-    plan = survey(Checkpoint.open("pruned"), ExportConfig(out="sparse"))
-    plan.packed[0].density, plan.packed[0].bytes, plan.dense[0].reason, plan.pattern
+    plan = plan_packing(Checkpoint.open("pruned"), ExportConfig(out="sparse"))
+    plan.packed[0].density, plan.dense[0].reason, plan.pattern
 
 The weights are read once for it, block by block, before anything is written. So a model that is
 not pruned, a disk that is too small and the config of the result are known at the start.
@@ -10,9 +10,8 @@ not pruned, a disk that is too small and the config of the result are known at t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +19,13 @@ from transformers.pytorch_utils import Conv1D
 
 from besa.errors import BesaError
 from besa.export.config import ExportConfig
-from besa.kernels.packing import pack_mask
-from besa.model.blocks import expert_count, find_linears
+from besa.export.weights import PATTERNS, WORTH, nonzeros_and_patterns
+from besa.model.blocks import Linear, expert_count, find_linears
 from besa.model.checkpoint import Checkpoint
 from besa.model.files import open_tensors
 from besa.model.finite import check_finite
+from besa.model.record import DenseLinear
 from besa.progress import Event, Tell
-
-# Packed bytes over dense bytes from which on a linear stays dense (0.84 of bfloat16 weights kept).
-# Below, the product's time follows the bytes: 0.82 of the time for 0.81 of them at batch 1.
-WORTH = 0.9
-
-# The N:M patterns that hardware and kernels know, the stricter one first.
-PATTERNS = ((2, 4), (4, 8))
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -43,9 +36,9 @@ class PackedLinear:
 
     Attributes:
         key: the stored name of its weight ("model.layers.0.mlp.up_proj.weight").
-        kind: its name within a block, the last part if that is enough ("up_proj").
+        kind: its name within a block ("mlp.up_proj").
         block: the block's index.
-        rows, cols: outputs and inputs.
+        rows, cols: its outputs and inputs.
         transposed: whether the weight is stored [inputs, outputs].
         dtype: of the stored weight.
         nonzeros: weights that are not zero.
@@ -88,19 +81,15 @@ class PackedLinear:
 
 
 @dataclass(frozen=True)
-class DenseLinear:
-    """A linear of a block that stays as it is, and why; `density` where it was counted."""
+class PackingPlan:
+    """What becomes of a model's linears.
 
-    name: str
-    kind: str
-    bytes: int
-    reason: str
-    density: float | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What becomes of a model's linears."""
+    Attributes:
+        packed: in the model's order; all of one dtype, which is `dtype`.
+        dense: the other linears of the blocks.
+        ignore: all linears of the model that stay dense, under each of their names.
+        pattern: "unstructured", or the N:M that all packed linears keep to.
+    """
 
     packed: tuple[PackedLinear, ...]
     dense: tuple[DenseLinear, ...]
@@ -109,14 +98,15 @@ class Plan:
     dtype: torch.dtype
 
     def of_block(self, index: int) -> list[PackedLinear]:
+        """The packed linears of a block."""
         return [linear for linear in self.packed if linear.block == index]
 
 
-def survey(
+def plan_packing(
     checkpoint: Checkpoint,
     config: ExportConfig,
     tell: Tell = lambda event: None,
-) -> Plan:
+) -> PackingPlan:
     """Reads every linear of the blocks and decides which are packed.
 
     Raises:
@@ -126,118 +116,125 @@ def survey(
     candidates: list[PackedLinear] = []
     dense: list[DenseLinear] = []
     for index in range(len(checkpoint.blocks)):
-        found, left = _linears_of(checkpoint, index)
-        candidates += found
-        dense += left
+        packable, rest = _read_block(checkpoint, index)
+        candidates += packable
+        dense += rest
         what = f"{checkpoint.blocks_name}.{index}"
         tell(Event("reading", what=what, done=index + 1, total=len(checkpoint.blocks)))
     _check_pruned(checkpoint, candidates, dense)
     dtype, _ = Counter(linear.dtype for linear in candidates).most_common(1)[0]
     packed = []
     for linear in candidates:
-        share = linear.packed_bytes(config.quantize, config.group_size) / linear.dense_bytes
-        if linear.dtype != dtype:
-            reason = f"stored as {_short(linear.dtype)}, most others as {_short(dtype)}"
-        elif share >= WORTH:
-            reason = "too few zeros to gain by"
-        else:
+        reason = _reason_to_stay_dense(linear, dtype, config)
+        if reason is None:
             packed.append(linear)
-            continue
-        size = linear.dense_bytes
-        dense.append(DenseLinear(linear.name, linear.kind, size, reason, linear.density))
-    kept = [name for name in _names(PATTERNS) if all(name in x.patterns for x in packed)]
-    return Plan(
+        else:
+            dense.append(
+                DenseLinear(
+                    name=linear.name,
+                    kind=linear.kind,
+                    bytes=linear.dense_bytes,
+                    reason=reason,
+                    density=linear.density,
+                )
+            )
+    common = [name for name in PATTERNS if all(name in linear.patterns for linear in packed)]
+    return PackingPlan(
         packed=tuple(packed),
         dense=tuple(dense),
         ignore=_ignored(checkpoint, {linear.key for linear in packed}),
-        pattern=kept[0] if kept else "unstructured",
+        pattern=common[0] if common else "unstructured",
         dtype=dtype,
     )
 
 
-def _linears_of(checkpoint: Checkpoint, index: int) -> tuple[list[PackedLinear], list[DenseLinear]]:
+def _reason_to_stay_dense(
+    linear: PackedLinear, dtype: torch.dtype, config: ExportConfig
+) -> str | None:
+    """Why a linear that could be packed is not; None if it is."""
+    if linear.dtype != dtype:
+        return f"stored as {_short(linear.dtype)}, most others as {_short(dtype)}"
+    packed_bytes = linear.packed_bytes(config.quantize, config.group_size)
+    if packed_bytes >= WORTH * linear.dense_bytes:
+        return "too few zeros to gain by"
+    return None
+
+
+def _read_block(checkpoint: Checkpoint, index: int) -> tuple[list[PackedLinear], list[DenseLinear]]:
     """The linears of a block: those that can be packed, and those that cannot."""
     block, block_name = checkpoint.blocks[index], f"{checkpoint.blocks_name}.{index}"
     experts = expert_count(checkpoint.config)
     # What besa cannot prune stays as it is, whoever pruned the rest.
     linears = find_linears(block, block_name, experts, strict=False)
-    keys, made = _stored(checkpoint, checkpoint.block_keys[index])
+    keys, converted = _stored(checkpoint, checkpoint.block_keys[index])
     routed = expert_lists(block, experts)
-    found: list[PackedLinear] = []
-    left: list[DenseLinear] = []
+    packable: list[PackedLinear] = []
+    dense: list[DenseLinear] = []
     with open_tensors(checkpoint.files, checkpoint.block_keys[index]) as slices:
         for linear in linears:
             parameter = f"{block_name}.{linear.parameter}"
             key = keys.get(parameter)
-            reason = None
+            reason = _obstacle(key)
             if linear.groups > 1 or linear.name.startswith(routed):
                 reason = "experts are not packed yet"
-            elif key is None:
-                if _owner(parameter) not in made:
-                    raise BesaError(f"{checkpoint.directory} lacks the weight {parameter}")
-                reason = "its file holds it in another form, cut up or fused"
-            elif not key.endswith(".weight"):
-                reason = f"its file calls it {key}, not ….weight"
-            if reason is None and key is not None:
+            elif key is None and _owner(parameter) not in converted:
+                raise BesaError(f"{checkpoint.directory} lacks the weight {parameter}")
+            if key is not None and reason is None:
                 weight = slices[key][...]
                 if weight.shape != block.get_parameter(linear.parameter).shape:
                     raise BesaError(
                         f"{checkpoint.directory}: {key} has another shape than config.json says"
                     )
                 if weight.dtype in _FLOATS:
-                    check_finite(weight, key, "mend the checkpoint")
-                    matrix = weight.mT if linear.transposed else weight
-                    nonzeros, patterns = zeros_of(matrix)
-                    found.append(
-                        PackedLinear(
-                            key=key,
-                            kind=linear.name,
-                            block=index,
-                            rows=linear.rows,
-                            cols=linear.cols,
-                            transposed=linear.transposed,
-                            dtype=weight.dtype,
-                            nonzeros=nonzeros,
-                            patterns=patterns,
-                        )
-                    )
+                    packable.append(_packable(linear, key, index, weight))
                     continue
                 reason = f"stored as {_short(weight.dtype)}"
             name = f"{block_name}.{linear.name}" if key is None else key.removesuffix(".weight")
             size = linear.size * checkpoint.dtype.itemsize
-            left.append(DenseLinear(name, linear.name, size, reason or ""))
-    return found, left
+            dense.append(DenseLinear(name=name, kind=linear.name, bytes=size, reason=reason or ""))
+    return packable, dense
+
+
+def _obstacle(key: str | None) -> str | None:
+    """Why a weight that is stored as `key` cannot be packed; None if nothing speaks against it."""
+    if key is None:
+        return "its file holds it in another form, cut up or fused"
+    if not key.endswith(".weight"):
+        return f"its file calls it {key}, not ….weight"
+    return None
+
+
+def _packable(linear: Linear, key: str, block: int, weight: Tensor) -> PackedLinear:
+    check_finite(weight, key, "mend the checkpoint")
+    nonzeros, patterns = nonzeros_and_patterns(weight.mT if linear.transposed else weight)
+    return PackedLinear(
+        key=key,
+        kind=linear.name,
+        block=block,
+        rows=linear.rows,
+        cols=linear.cols,
+        transposed=linear.transposed,
+        dtype=weight.dtype,
+        nonzeros=nonzeros,
+        patterns=patterns,
+    )
 
 
 def _stored(checkpoint: Checkpoint, keys: Iterable[str]) -> tuple[dict[str, str], set[str]]:
     """The stored tensor that each parameter is, and the modules that are made of others' parts."""
-    own, made = {}, set()
+    own, converted = {}, set()
     for key in keys:
         target = checkpoint.targets[key]
         if key in checkpoint.converted:
-            made.add(_owner(target))
+            converted.add(_owner(target))
         else:
             own[target] = key
-    return own, made
+    return own, converted
 
 
 def _owner(parameter: str) -> str:
     """The module around a linear: of "self_attn.q_proj.weight", "self_attn"."""
     return parameter.rsplit(".", 2)[0]
-
-
-def zeros_of(matrix: Tensor) -> tuple[int, tuple[str, ...]]:
-    """The nonzeros of a matrix [out, in] and those of `PATTERNS` that its rows keep to."""
-    bits, row_ptr = pack_mask(matrix)
-    pairs = bits - ((bits >> 1) & 0x55)
-    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)  # in each half of a byte, how many of 4
-    low, high = nibbles & 0x0F, nibbles >> 4
-    fits = {
-        (2, 4): bool((low <= 2).all() and (high <= 2).all()),
-        (4, 8): bool((low + high <= 4).all()),
-    }
-    kept = [pattern for pattern in PATTERNS if fits[pattern]]
-    return int(row_ptr[-1]), tuple(_names(kept))
 
 
 def expert_lists(block: nn.Module, experts: int | None) -> tuple[str, ...]:
@@ -263,7 +260,7 @@ def _check_pruned(
         )
 
 
-def _ignored(checkpoint: Checkpoint, packed: set[str]) -> tuple[str, ...]:
+def _ignored(checkpoint: Checkpoint, packed: Collection[str]) -> tuple[str, ...]:
     """All linears that stay dense, in the blocks and elsewhere, under each of their names."""
     model = checkpoint.model
     experts = expert_count(checkpoint.config)
@@ -279,10 +276,6 @@ def _ignored(checkpoint: Checkpoint, packed: set[str]) -> tuple[str, ...]:
                 names[key.removesuffix(".weight")] = None
                 names[name] = None
     return tuple(names)
-
-
-def _names(patterns: Any) -> list[str]:
-    return [f"{n}:{m}" for n, m in patterns]
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -17,7 +17,10 @@ FOLDERS = {"besa": ROOT / "besa", "besa.export": ROOT / "export", "besa.serve": 
 
 # From the ground up. A room may import from its own floor and from those below.
 FLOORS = (
-    {"errors", "machine", "processes", "progress", "settings", "version", "writing"},
+    {
+        *("errors", "machine", "processes", "progress", "records", "settings", "version"),
+        "writing",
+    },
     {"kernels"},
     {"formats", "model", "data", "report"},
     {"evaluation", "doctor"},

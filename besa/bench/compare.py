@@ -20,7 +20,7 @@ from besa.bench.results import Results, read_results
 from besa.bench.statistics import Spread
 from besa.bench.typed_json import to_json
 from besa.errors import BesaError
-from besa.report.figures import size
+from besa.report.formatting import size
 
 _HIGHER_IS_BETTER = {**SERVING, **OFFLINE}
 

@@ -26,7 +26,8 @@ from typing import Any
 from besa.bench.generator import Target
 from besa.bench.results import Memory, Packing
 from besa.bench.settings import BenchConfig, Contender
-from besa.model.files import is_onnx, model_directory, record_of
+from besa.model.files import is_onnx, model_directory
+from besa.model.record import OnnxRecord, read_record
 from besa.processes.usage import cpu_seconds, family, listener, memory_of
 from besa.serve.command import EngineCommand, command_for
 from besa.serve.launch import free_port, packing_of
@@ -275,10 +276,10 @@ def packing(directory: Path) -> Packing | None:
     if not is_onnx(directory):
         config = packing_of(directory)
         return None if config is None else Packing(config.values, config.pattern)
-    record = record_of(directory) or {}
-    if not record.get("sparse"):
+    record = read_record(directory)
+    if not isinstance(record, OnnxRecord) or not record.sparse:
         return None
-    return Packing(record["precision"], record["pattern"])
+    return Packing(record.precision, str(record.pattern))
 
 
 def _short(words: str) -> str:

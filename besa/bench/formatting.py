@@ -13,7 +13,7 @@ import math
 
 from besa.bench.results import Results
 from besa.bench.statistics import NO_DIFFERENCE, Gain, Spread
-from besa.report.figures import NONE
+from besa.report.formatting import NONE
 
 FIGURE_NAMES = {
     "ttft_p50": "first token",

@@ -17,8 +17,8 @@ from besa.bench.pictures import curves, distributions, quality, sizes
 from besa.bench.results import ContenderRecord, Objective, Results
 from besa.bench.statistics import NO_DIFFERENCE
 from besa.bench.typed_json import to_json
-from besa.report.figures import NONE, size
-from besa.report.layout import fill
+from besa.report.formatting import NONE, size
+from besa.report.layout import Headline, render_page
 
 Values = dict[str, Any]  # what a part of the template takes
 
@@ -51,7 +51,7 @@ def render(results: Results) -> str:
         "machine": _pairs({**to_json(results.machine), "date": results.date}),
         "versions": list(results.versions.items()),
     }
-    return fill("bench.html.j2", values, {"versions": results.versions})
+    return render_page("bench.html.j2", values, results.versions["besa"])
 
 
 def _title(names: list[str]) -> str:
@@ -111,9 +111,9 @@ def _at_loads(what: str, count: int, loads: int) -> str:
     return f"{what} at {'each' if count == loads else count} of the {loads} loads"
 
 
-def _headlines(results: Results) -> list[Values]:
+def _headlines(results: Results) -> list[Headline]:
     """The first contenders' gains at the first load, and what their weights take on disk."""
-    found: list[Values] = []
+    found: list[Headline] = []
     disk = {contender.name: contender.disk_bytes for contender in results.contenders}
     for name, loads in list(results.comparisons.items())[:_HEADLINED]:
         load, gains = next(iter(loads.items()))
@@ -122,21 +122,21 @@ def _headlines(results: Results) -> list[Values]:
                 gain = gains[figure]
                 same = gain.verdict == NO_DIFFERENCE
                 found.append(
-                    {
-                        "label": f"{name}: {FIGURE_NAMES[figure]}",
-                        "value": NO_DIFFERENCE if same else f"{gain.median:.2f}×",
-                        "more": f"{load}; {gain.low:.2f}–{gain.high:.2f} times better",
-                        "key": gain.verdict == "better",
-                    }
+                    Headline(
+                        f"{name}: {FIGURE_NAMES[figure]}",
+                        NO_DIFFERENCE if same else f"{gain.median:.2f}×",
+                        f"{load}; {gain.low:.2f}–{gain.high:.2f} times better",
+                        key=gain.verdict == "better",
+                    )
                 )
         assert results.reference is not None
         if disk[name] and disk[results.reference]:
             found.append(
-                {
-                    "label": f"{name}: weights on disk",
-                    "value": size(disk[name]),
-                    "more": f"{results.reference} {size(disk[results.reference])}",
-                }
+                Headline(
+                    f"{name}: weights on disk",
+                    size(disk[name]),
+                    f"{results.reference} {size(disk[results.reference])}",
+                )
             )
     return found
 

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
 from besa.bench import charts
 from besa.bench.formatting import FIGURE_NAMES
 from besa.bench.results import QUANTILES, Measurement, Results
-from besa.report.figures import size
-from besa.report.layout import both
+from besa.report.formatting import size
+from besa.report.layout import Chart
 
 _MARKS = [QUANTILES.index(share) for share in (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)]
 _LATENCIES = {"ttft": "Time to first token", "itl": "Between tokens", "e2e": "End to end"}
 _KINDS = {"concurrency": "Requests at a time", "rate": "Requests that come at a rate"}
-
-Chart = dict[str, Markup | None]  # for a wide window and a narrow one
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ def curves(results: Results) -> list[Picture]:
 
 
 def _curves(lines: list[charts.Curve], up: str) -> Chart:
-    return both(lambda width: charts.curves(lines, width=width, up=up))
+    return Chart.drawn(lambda width: charts.curves(lines, width=width, up=up))
 
 
 def _points(
@@ -83,7 +79,7 @@ def distributions(results: Results) -> list[Picture]:
 
 
 def _ranges(groups: dict[str, list[charts.Range]], title: str) -> Chart:
-    return both(lambda width: charts.ranges(groups, title=title, width=width))
+    return Chart.drawn(lambda width: charts.ranges(groups, title=title, width=width))
 
 
 def sizes(results: Results) -> Chart | None:
@@ -100,7 +96,7 @@ def sizes(results: Results) -> Chart | None:
                 groups.setdefault(group, []).append((one.name, index, float(value)))
     if not groups:
         return None
-    return both(lambda w: charts.bars(groups, title="Memory and size", show=size, width=w))
+    return Chart.drawn(lambda w: charts.bars(groups, title="Memory and size", show=size, width=w))
 
 
 def quality(results: Results) -> Picture | None:
@@ -125,7 +121,7 @@ def quality(results: Results) -> Picture | None:
         return None
     _, first = measured[0]
     return Picture(
-        both(lambda w: charts.quality(points, across=f"output tokens/s, {load}", width=w)),
+        Chart.drawn(lambda w: charts.quality(points, across=f"output tokens/s, {load}", width=w)),
         text=f"{first.text}, {first.tokens:,} tokens in windows of {first.seqlen:,}",
     )
 

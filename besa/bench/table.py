@@ -10,7 +10,7 @@ from rich.table import Table
 from besa.bench.formatting import FIGURE_NAMES, amount, change, conditions
 from besa.bench.results import Objective, Results
 from besa.bench.statistics import NO_DIFFERENCE, Gain
-from besa.report.figures import NONE, size
+from besa.report.formatting import NONE, size
 
 SERVING = ("ttft_p50", "itl_p50", "e2e_p50", "e2e_p99", "output_tps")
 OFFLINE = ("prefill", "step", "decode_tps")

@@ -8,7 +8,6 @@ network and no GPU needed; a few minutes on two cores.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from besa.errors import BesaError
     from besa.progress import steps_for
     from besa.report import render_comparison
+    from besa.report.comparison import to_text
     from besa.writing import write_text
 
     try:
@@ -44,12 +44,12 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise BesaError(f"cannot write to {args.out}: {error.strerror}") from None
     with steps_for(sys.stderr) as tell:
-        record = compare(
+        comparison = compare(
             MODEL, args.out, SETTINGS, CONTENDERS, seqlen=SEQLEN, limit=_WINDOWS, tell=tell
         )
-    write_text(json.dumps(record, indent=1), args.out / "comparison.json")
-    write_text(render_comparison(record), args.out / "report.html")
-    print_comparison(record)
+    write_text(to_text(comparison), args.out / "comparison.json")
+    write_text(render_comparison(comparison), args.out / "report.html")
+    print_comparison(comparison)
     results = _bench(args.out)
     print(f"The pictures: {args.out}/report.html. Each model has a page of its own beside it.")
     print(f"Served and measured: {args.out}/bench/report.html.")

@@ -57,7 +57,7 @@ def _print(record: dict[str, Any], console: Console) -> None:
 
 def _lines(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Each thing and what there is to say about it."""
-    from besa.report.figures import size
+    from besa.report.formatting import size
 
     system, memory = record["system"], record["system"]["memory"]
     features = record["cpu_features"]
@@ -94,7 +94,7 @@ def _lines(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _gpu_lines(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    from besa.report.figures import size
+    from besa.report.formatting import size
 
     for index, gpu in enumerate(record["gpus"]):
         words = f"{gpu['name']}, {size(gpu['memory'])}, compute capability "

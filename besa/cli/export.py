@@ -30,16 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = ExportConfig(**given(ExportConfig, args))
 
-    from besa.cli.packing import print_graph, print_packed, print_unpacked
+    from besa.cli.packing import print_export
     from besa.export import export
     from besa.progress import steps_for
 
     with steps_for(sys.stderr) as tell:
         result = export(args.model, config, tell)
-    if config.format == "dense":
-        print_unpacked(result.out, result.record)
-    elif config.format == "onnx":
-        print_graph(result.out, result.record)
-    else:
-        print_packed(result.out, result.record, args.verbose)
+    print_export(result.out, result.record, args.verbose)
     return 0

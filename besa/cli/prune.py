@@ -32,10 +32,10 @@ def run(args: argparse.Namespace) -> int:
         result = prune(args.model, config, tell)
     record = result.record
     print(
-        f"{result.out}: {record['sparsity']['zeros']:,} of {record['sparsity']['weights']:,} "
-        f"weights pruned ({result.sparsity:.4%}) in {duration(record['seconds'])}; "
+        f"{result.out}: {record.sparsity.zeros:,} of {record.sparsity.weights:,} "
+        f"weights pruned ({result.sparsity:.4%}) in {duration(record.seconds)}; "
         f"see {result.out}/report.html"
     )
-    for note in record["notes"]:
+    for note in record.notes:
         print(note)
     return 0

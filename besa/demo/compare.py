@@ -1,13 +1,14 @@
 """Prunes one model by several methods at several settings and compares what is left.
 
-record = compare(MODEL, Path("demo"), SETTINGS, CONTENDERS, seqlen=256)
-Path("demo/report.html").write_text(render_comparison(record))
+comparison = compare(MODEL, Path("demo"), SETTINGS, CONTENDERS, seqlen=256)
+Path("demo/report.html").write_text(render_comparison(comparison), encoding="utf-8")
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from besa.machine import machine
 from besa.progress import Event, Tell
 from besa.pruning.config import PruneConfig
 from besa.pruning.pipeline import prune
+from besa.report.comparison import ComparedRun, Comparison, DensePerplexity
 from besa.version import __version__
 
 # The name of a setting and the options of `PruneConfig` that make it.
@@ -40,6 +42,8 @@ CONTENDERS: Contenders = (
     ("besa", "row"),
 )
 
+Run = tuple[str, str, str | None]  # setting, method, granularity
+
 
 def compare(
     model: Path,
@@ -51,19 +55,16 @@ def compare(
     text: str = "builtin:test",
     limit: int | None = None,
     tell: Tell = lambda event: None,
-) -> dict[str, Any]:
+) -> Comparison:
     """Prunes `model` into directories in `out` and measures perplexity on `text`.
-
-    `limit` bounds the windows of the text that are read.
 
     Every contender sees the same calibration samples and the same windows of the text.
 
-    Returns:
-        A record for `besa.report.render_comparison`: the dense model, and a row for each
-        contender at each setting. `recovered` is the share of Wanda's loss of perplexity over the
-        dense model that is closed, `recovered_nats` the same of the mean loss in nats; `margin`
-        is by how many nats a token the contender beats Wanda on the same windows, with its paired
-        standard error.
+    Args:
+        settings: what to prune to; a directory and a row for each contender at each of them.
+        seqlen: tokens in a sample, and in a window of the text.
+        limit: the most windows of the text to read; None for all.
+        tell: is given every step's event (phase, what, done, total) for display.
     """
     runs = [(setting, *contender) for setting in settings for contender in contenders]
     seconds = {}
@@ -77,7 +78,7 @@ def compare(
             out=out / name, method=method, seqlen=seqlen, overwrite=True, **options
         )
         tell(Event("prune", what=name, done=number, total=len(runs)))
-        seconds[setting, method, granularity] = prune(model, config).record["seconds"]
+        seconds[setting, method, granularity] = prune(model, config).record.seconds
         directories[setting, method, granularity] = str(out / name)
 
     asked = EvalConfig(texts=(text,), seqlen=seqlen, batch_size=8, dtype="float32", limit=limit)
@@ -96,51 +97,53 @@ def compare(
     )
     dense, *pruned = results
     by_run = dict(zip(directories, pruned, strict=True))
-    return {
-        "model": "the embedded model" if model == MODEL else str(model),
-        "text": text,
-        "seqlen": seqlen,
-        "tokens": dense.perplexity.tokens,
-        "dense": {
-            "perplexity": dense.perplexity.perplexity,
-            "standard_error": dense.perplexity.standard_error,
-        },
-        "rows": [
-            {
-                "method": method,
-                "granularity": granularity,
-                "setting": setting,
-                **_figures(by_run[run], by_run.get((setting, "wanda", None)), dense),
-                "seconds": seconds[run],
-            }
-            for run in runs
-            for setting, method, granularity in [run]
-        ],
-        "versions": {
+    rows = [
+        _row(run, by_run[run], by_run.get((run[0], "wanda", None)), dense, seconds[run])
+        for run in runs
+    ]
+    return Comparison(
+        model="the embedded model" if model == MODEL else str(model),
+        text=text,
+        seqlen=seqlen,
+        tokens=dense.perplexity.tokens,
+        dense=DensePerplexity(
+            perplexity=dense.perplexity.perplexity,
+            standard_error=dense.perplexity.standard_error,
+        ),
+        rows=tuple(rows),
+        versions={
             "besa": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "machine": machine(),
-    }
+        machine=machine(),
+    )
 
 
-def _figures(result: Result, wanda: Result | None, dense: Result) -> dict[str, Any]:
+def _row(
+    run: Run, result: Result, wanda: Result | None, dense: Result, seconds: float
+) -> ComparedRun:
+    """What one run came to, beside the dense model and, if it ran, Wanda at the same setting."""
+    setting, method, granularity = run
     own = result.perplexity
-    figures: dict[str, Any] = {
-        "perplexity": own.perplexity,
-        "standard_error": own.standard_error,
-        "sparsity": result.sparsity,
-        "recovered": None,
-        "recovered_nats": None,
-        "margin": None,
-        "margin_se": None,
-    }
-    if wanda is not None and wanda is not result:
-        lost = wanda.perplexity.perplexity - dense.perplexity.perplexity
-        margin, error = paired(wanda.perplexity.losses, own.losses)
-        lost_nats, _ = paired(wanda.perplexity.losses, dense.perplexity.losses)
-        figures["recovered"] = (wanda.perplexity.perplexity - own.perplexity) / lost
-        figures["recovered_nats"] = margin / lost_nats
-        figures["margin"], figures["margin_se"] = margin, error
-    return figures
+    row = ComparedRun(
+        method=method,
+        granularity=granularity,
+        setting=setting,
+        perplexity=own.perplexity,
+        standard_error=own.standard_error,
+        sparsity=result.sparsity,
+        seconds=seconds,
+    )
+    if wanda is None or wanda is result:
+        return row
+    lost = wanda.perplexity.perplexity - dense.perplexity.perplexity
+    lost_nats, _ = paired(wanda.perplexity.losses, dense.perplexity.losses)
+    margin, margin_se = paired(wanda.perplexity.losses, own.losses)
+    return replace(
+        row,
+        recovered=(wanda.perplexity.perplexity - own.perplexity) / lost,
+        recovered_nats=margin / lost_nats,
+        margin=margin,
+        margin_se=margin_se,
+    )

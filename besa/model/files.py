@@ -82,15 +82,6 @@ def is_onnx(directory: Path) -> bool:
     return (directory / GENAI_CONFIG).is_file()
 
 
-def record_of(directory: Path) -> dict[str, Any] | None:
-    """The besa.json of a model, if it has one that can be read."""
-    try:
-        record = json.loads((directory / "besa.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
 def weight_files(directory: Path) -> dict[str, Path]:
     """The safetensors file that holds each stored tensor, from the index and the file headers.
 

@@ -3,7 +3,7 @@
     from besa import PruneConfig, prune
 
     result = prune("path/to/model", PruneConfig(out="pruned", sparsity=0.5))
-    print(result.sparsity, result.record["blocks"][0]["error"])
+    print(result.sparsity, result.record.blocks[0].error)
 
 For each block: load it, run it dense on the calibration stream, score its weights, choose the
 masks, write the block out, run it pruned, and hand its output to the next block. The stream has
@@ -14,7 +14,6 @@ that same stream.
 from __future__ import annotations
 
 import copy
-import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +33,7 @@ from besa.model.checkpoint import Checkpoint
 from besa.model.finite import check_finite
 from besa.model.loading import load_tokenizer, max_positions, pick_device
 from besa.model.observe import observe
+from besa.model.record import PruneRecord, write_record
 from besa.model.replay import Call, capture
 from besa.model.workspace import Workspace, check_free
 from besa.progress import REPLAY, WRITTEN, Event, Tell
@@ -70,12 +70,12 @@ class PruneResult:
     """A finished run: where it is, and what besa.json there says."""
 
     out: Path
-    record: dict[str, Any]
+    record: PruneRecord
 
     @property
     def sparsity(self) -> float:
         """The achieved fraction of zeros over all pruned linears."""
-        return float(self.record["sparsity"]["achieved"])
+        return self.record.sparsity.achieved
 
 
 def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: None) -> PruneResult:
@@ -103,12 +103,10 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
         run = _Run(checkpoint, config, plan, workspace, device, dtype, tell)
         with workspace.interruptible():
             shards = run.all_blocks(windows)
-        blocks = [shard["record"] for shard in shards if "record" in shard]
-        seconds = time.monotonic() - started
-        record = run_record(checkpoint, settings, blocks, shards, seconds, device)
+        record = run_record(checkpoint, settings, shards, time.monotonic() - started, device)
         workspace.write_index(shards)
         checkpoint.copy_companions(workspace.path)
-        write_text(json.dumps(record, indent=1), workspace.path / "besa.json")
+        write_record(record, workspace.path)
         write_text(model_card(record), workspace.path / "README.md")
         write_text(render(record), workspace.path / "report.html")
         workspace.publish()

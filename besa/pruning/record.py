@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import platform
-import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from besa.machine import peak_memory
 from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
+from besa.model.record import BlockRecord, PruneRecord, Sparsity
 from besa.pruning.config import PruneConfig
-from besa.version import __version__
+from besa.records import from_json
+from besa.version import __version__, versions
 
 
 def settings_of(
@@ -92,50 +93,45 @@ def block_record(
 def run_record(
     checkpoint: Checkpoint,
     settings: Mapping[str, Any],
-    blocks: list[dict[str, Any]],
-    shards: list[dict[str, Any]],
+    shards: Sequence[Mapping[str, Any]],
     seconds: float,
     device: torch.device,
-) -> dict[str, Any]:
-    """What besa.json says."""
-    import safetensors
-    import transformers
+) -> PruneRecord:
+    """The record of a whole run.
 
-    zeros, weights = (sum(block[key] for block in blocks) for key in ("zeros", "weights"))
+    Args:
+        shards: what was written, each with its digest and, of a block, its record.
+    """
+    blocks = [from_json(BlockRecord, shard["record"]) for shard in shards if "record" in shard]
+    zeros = sum(block.zeros for block in blocks)
+    weights = sum(block.weights for block in blocks)
     on_gpu = device.type == "cuda"
-    notes = [
-        f"{block['name']}.{linear['name']}: no calibration token reached experts "
-        f"{', '.join(map(str, linear['unrouted_experts']))}; they were pruned by magnitude"
+    return PruneRecord(
+        besa_version=__version__,
+        model=settings["model"],
+        architecture=type(checkpoint.model).__name__,
+        settings=dict(settings),
+        versions=versions(),
+        seconds=round(seconds, 3),
+        peak_memory_bytes=peak_memory(),
+        digests={shard["file"]: shard["sha256"] for shard in shards},
+        device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        dtype=settings["dtype"],
+        threads=settings["threads"],
+        sparsity=Sparsity(
+            target=settings["sparsity"], achieved=zeros / weights, zeros=zeros, weights=weights
+        ),
+        blocks=tuple(blocks),
+        peak_device_memory_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
+        notes=tuple(_unrouted_notes(blocks)),
+    )
+
+
+def _unrouted_notes(blocks: Sequence[BlockRecord]) -> list[str]:
+    return [
+        f"{block.name}.{linear.name}: no calibration token reached experts "
+        f"{', '.join(map(str, linear.unrouted_experts))}; they were pruned by magnitude"
         for block in blocks
-        for linear in block["linears"]
-        if linear.get("unrouted_experts")
+        for linear in block.linears
+        if linear.unrouted_experts
     ]
-    return {
-        "besa_version": __version__,
-        "format": 1,
-        "model": settings["model"],
-        "architecture": type(checkpoint.model).__name__,
-        "settings": dict(settings),
-        "versions": {
-            "besa": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-        },
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        "dtype": settings["dtype"],
-        "threads": settings["threads"],
-        "sparsity": {
-            "target": settings["sparsity"],
-            "achieved": zeros / weights,
-            "zeros": zeros,
-            "weights": weights,
-        },
-        "blocks": blocks,
-        "seconds": round(seconds, 3),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
-        "digests": {shard["file"]: shard["sha256"] for shard in shards},
-        "notes": notes,
-    }

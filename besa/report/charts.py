@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from besa.report.figures import percent, rate, signed, small
+from besa.report.formatting import percent, rate, signed, significant
 from besa.report.svg import (
     NARROW,
     block_axis,
@@ -83,13 +83,15 @@ def errors(
         end = top + height + 118
         body += _changes(both, centre, step, (top + height + 30, end), (left, width - 8))
     for index, block in enumerate(blocks):
-        tip = f"block {block}\n{method} {small(own[index])}"
+        tip = f"block {block}\n{method} {significant(own[index])}"
         change = both[index]
         if change is not None:
-            tip += f"\nWanda {small(wanda[index])}: {signed(change)}"
+            tip += f"\nWanda {significant(wanda[index])}: {signed(change)}"
         body += catcher(left + index * step, top, step, end - top, tip)
     body += block_axis(blocks, left, step, end + 14)
-    description = f"Errors from {small(min(values))} to {small(max(values))}." if values else ""
+    description = (
+        f"Errors from {significant(min(values))} to {significant(max(values))}." if values else ""
+    )
     if compared:
         fewer = sum(change < 0 for change in compared)
         description += f" {method}'s is the lower one in {fewer} of {len(compared)} blocks."
@@ -149,7 +151,7 @@ def curves(losses: Mapping[str, Sequence[float]], *, width: float) -> str:
     body = rules([(y(m), rate(round(m, 6))) for m in ticks(low, high, 5)], left, width - 8)
     for block, values in relative.items():
         points = [(x(k), y(v)) for k, v in enumerate(values)]
-        tip = f"block {block}: {small(losses[block][0])} → {small(losses[block][-1])}"
+        tip = f"block {block}: {significant(losses[block][0])} → {significant(losses[block][-1])}"
         d = "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in points)
         body += tag("path", d=d, class_="line faint", data_tip=tip)
     middle = []

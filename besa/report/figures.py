@@ -1,7 +1,9 @@
-"""The figures that a page and a card quote, worked out from a run's record; and how they read.
+"""The figures that a page and a card quote of a pruning run, worked out from its record.
 
->>> percent(0.4999), signed(0.186), duration(123.4), size(3 * 2**30), short_name("/a/b/Llama-7b/")
-('50.0%', '+18.6%', '2 min 03 s', '3.0 GiB', 'Llama-7b')
+summary = summarise(record)
+summary.achieved, summary.change                # 0.5, -0.12: the error is 12% below Wanda's
+for name, cells in grid(record.blocks).items():
+    merge(cells).sparsity                       # of all linears of that name
 """
 
 from __future__ import annotations
@@ -10,14 +12,12 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-Record = dict[str, Any]
+from besa.model.record import BlockRecord, LinearRecord, PruneRecord
+from besa.report.names import method_name, short_name
 
-NAMES = {"besa": "BESA", "wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "Magnitude"}
-NONE = "\N{EN DASH}"  # what stands where there is no figure
 FLAGS = (  # of `besa prune`: what of the settings a user can type
     "method",
     "sparsity",
@@ -39,8 +39,14 @@ MANY_LINEARS = 24  # more names than this, and an expert's index no longer gets 
 
 @dataclass(frozen=True)
 class Summary:
-    """`error` and `error_wanda` are means over the blocks that have them; `change` is their
-    ratio minus one, over the blocks that have both; `better` counts those where `error` is lower.
+    """The run in a few figures.
+
+    Attributes:
+        method: its name for people.
+        target, achieved: fractions of `weights` that were to be, and are, zero.
+        error, error_wanda: means over the blocks that have them.
+        change: the ratio of the two minus one, over the blocks that have both.
+        better: of the `compared` blocks that have both, those where `error` is lower.
     """
 
     method: str
@@ -57,31 +63,36 @@ class Summary:
 
 @dataclass(frozen=True)
 class Cell:
-    """All linears of one name in one block (one linear, or a block's experts)."""
+    """All linears of one name in one block (one linear, or a block's experts).
+
+    Attributes:
+        low, high: the rows' lowest and highest fraction of zeros.
+        histogram: rows in each of equal bins over [0, 1]; empty if it was not recorded.
+    """
 
     sparsity: float
     weights: int
-    low: float  # the rows' lowest and highest rates
+    low: float
     high: float
-    histogram: tuple[int, ...]  # rows per bin, equal bins over [0, 1]; empty if not recorded
+    histogram: tuple[int, ...]
 
     @property
     def rows(self) -> int:
         return sum(self.histogram)
 
 
-def summarise(record: Record) -> Summary:
-    errors = [finite(block.get("error")) for block in record["blocks"]]
-    wandas = [finite(block.get("error_wanda")) for block in record["blocks"]]
+def summarise(record: PruneRecord) -> Summary:
+    errors = [finite(block.error) for block in record.blocks]
+    wandas = [finite(block.error_wanda) for block in record.blocks]
     pairs = [(e, w) for e, w in zip(errors, wandas, strict=True) if e is not None and w is not None]
     own, other = mean([e for e, _ in pairs]), mean([w for _, w in pairs])
-    sparsity = record["sparsity"]
+    sparsity = record.sparsity
     return Summary(
-        method=method_name(record["settings"].get("method")),
-        target=float(sparsity["target"]),
-        achieved=float(sparsity["achieved"]),
-        zeros=int(sparsity["zeros"]),
-        weights=int(sparsity["weights"]),
+        method=method_name(record.settings.get("method")),
+        target=sparsity.achieved if sparsity.target is None else sparsity.target,
+        achieved=sparsity.achieved,
+        zeros=sparsity.zeros,
+        weights=sparsity.weights,
         error=own if pairs else mean([e for e in errors if e is not None]),
         error_wanda=other,
         change=own / other - 1 if own is not None and other else None,
@@ -90,40 +101,55 @@ def summarise(record: Record) -> Summary:
     )
 
 
-def finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+def sparsity_in_words(record: PruneRecord) -> str:
+    """`unstructured, with a learned rate for each row`, `2:4 pattern`."""
+    settings = record.settings
+    pattern = str(settings.get("pattern", "unstructured"))
+    if ":" in pattern:
+        return f"{pattern} pattern"
+    granularity = settings.get("granularity")
+    if settings.get("method") != "besa" or not granularity:
+        return pattern
+    each = "linear" if granularity == "layer" else granularity
+    return f"{pattern}, with a learned rate for each {each}"
+
+
+def finite(value: float | None) -> float | None:
+    """None for what is no number to draw or to print."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def grid(blocks: list[Record]) -> dict[str, list[Cell | None]]:
+def grid(blocks: Sequence[BlockRecord]) -> dict[str, list[Cell | None]]:
     """name → one cell per block, None where a block has no such linear. Model order is kept."""
-    names = {linear["name"]: linear["name"] for block in blocks for linear in block["linears"]}
+    names = {linear.name: linear.name for block in blocks for linear in block.linears}
     if len(names) > MANY_LINEARS:
         names = {name: re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}
     table: dict[str, list[Cell | None]] = {group: [] for group in names.values()}
     for block in blocks:
-        members: dict[str, list[Record]] = {}
-        for linear in block["linears"]:
-            members.setdefault(names[linear["name"]], []).append(linear)
+        members: dict[str, list[LinearRecord]] = {}
+        for linear in block.linears:
+            members.setdefault(names[linear.name], []).append(linear)
         for group, cells in table.items():
             cells.append(cell(members[group]) if group in members else None)
     return table
 
 
-def cell(linears: list[Record]) -> Cell:
-    sizes = [math.prod(linear["shape"]) for linear in linears]
+def cell(linears: Sequence[LinearRecord]) -> Cell:
+    """Linears of one block put together, each weighted by its size."""
+    sizes = [math.prod(linear.shape) for linear in linears]
     total = sum(sizes)
-    rate = sum(n * linear["sparsity"] for n, linear in zip(sizes, linears, strict=True)) / total
-    rows = [linear["rows"] for linear in linears if linear.get("rows")]
+    rate = sum(n * linear.sparsity for n, linear in zip(sizes, linears, strict=True)) / total
+    rows = [linear.rows for linear in linears if linear.rows is not None]
     return Cell(
         sparsity=rate,
         weights=total,
-        low=min((r["min"] for r in rows), default=rate),
-        high=max((r["max"] for r in rows), default=rate),
-        histogram=tuple(map(sum, zip(*(r["histogram"] for r in rows), strict=True))),
+        low=min((r.min for r in rows), default=rate),
+        high=max((r.max for r in rows), default=rate),
+        histogram=_add([r.histogram for r in rows]),
     )
 
 
@@ -137,8 +163,12 @@ def merge(cells: Sequence[Cell | None]) -> Cell:
         weights=weights,
         low=min(c.low for c in present),
         high=max(c.high for c in present),
-        histogram=tuple(map(sum, zip(*(c.histogram for c in present if c.rows), strict=True))),
+        histogram=_add([c.histogram for c in present if c.rows]),
     )
+
+
+def _add(histograms: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*histograms, strict=True)))
 
 
 def quantile(cell: Cell, share: float) -> float:
@@ -152,100 +182,37 @@ def quantile(cell: Cell, share: float) -> float:
     return cell.high
 
 
-def unrouted(blocks: list[Record]) -> list[str]:
-    """One line per linear that has experts which saw no calibration token."""
+def unrouted(blocks: Sequence[BlockRecord]) -> list[tuple[str, str]]:
+    """Each linear with experts that saw no calibration token, and which experts those are."""
     return [
-        f"Block {block['index']}, {linear['name']}: "
-        + f"expert{'s' if len(linear['unrouted_experts']) > 1 else ''} "
-        + ", ".join(map(str, linear["unrouted_experts"]))
+        (
+            f"Block {block.index}, {linear.name}",
+            f"expert{'s' if len(linear.unrouted_experts) > 1 else ''} "
+            + ", ".join(map(str, linear.unrouted_experts)),
+        )
         for block in blocks
-        for linear in block["linears"]
-        if linear.get("unrouted_experts")
+        for linear in block.linears
+        if linear.unrouted_experts
     ]
 
 
-def short_names(names: Sequence[str]) -> list[str]:
-    """`self_attn.q_proj` → `q_proj`, if that leaves every name its own."""
-    last = [name.rsplit(".", 1)[-1] for name in names]
-    return last if len(set(last)) == len(names) and "*" not in last else list(names)
-
-
-def method_name(method: Any) -> str:
-    return NAMES.get(str(method), str(method))
-
-
-def hub_id(model: str) -> str | None:
-    """The Hugging Face id that a model argument or a cache folder stands for, if it is one."""
-    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", model)
-    if cached:
-        return f"{cached[1]}/{cached[2]}"
-    return model if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model) else None
-
-
-def short_name(model: str) -> str:
-    """A model's name without the folders before it."""
-    return hub_id(model) or re.split(r"[/\\]", model.rstrip("/\\"))[-1] or model
-
-
-def public(record: Record) -> Record:
+def public(record: PruneRecord) -> PruneRecord:
     """The record with nothing of this machine's folders in its settings: names instead of paths."""
     settings = {
         key: Path(value).name if isinstance(value, str) and re.match(r"[/~.]", value) else value
-        for key, value in record["settings"].items()
+        for key, value in record.settings.items()
     }
-    model = short_name(str(record["model"]))
+    model = short_name(record.model)
     if "model" in settings:
         settings["model"] = model
-    return {**record, "model": model, "settings": settings}
+    return replace(record, model=model, settings=settings)
 
 
-def command(record: Record, out: str = "PRUNED") -> str:
+def command(record: PruneRecord, out: str = "PRUNED") -> str:
     """The `besa prune` line that this run's settings stand for, quoted for a shell."""
-    words = ["besa", "prune", str(record["model"])]
+    arguments = ["besa", "prune", record.model]
     for key in FLAGS:
-        value = record["settings"].get(key)
+        value = record.settings.get(key)
         if value is not None:
-            words += [f"--{key}", str(value)]
-    return shlex.join([*words, "--out", out])
-
-
-def percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f}%"
-
-
-def rate(share: float) -> str:
-    """A target as a user would write it: 50%, 62.5%."""
-    return f"{100 * share:.6g}%"
-
-
-def signed(share: float, digits: int = 1) -> str:
-    words = f"{100 * share:+.{digits}f}%".replace("-", "\N{MINUS SIGN}")
-    return words[1:] if float(f"{100 * share:.{digits}f}") == 0 else words
-
-
-def small(value: float | None) -> str:
-    """Three significant figures, never an exponent unless it has to be."""
-    if value is None:
-        return NONE
-    if value == 0:
-        return "0"
-    power = math.floor(math.log10(abs(value)))
-    return f"{value:.{max(2 - power, 0)}f}" if -4 <= power < 6 else f"{value:.2e}"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def size(count: float | None) -> str:
-    if count is None:
-        return NONE
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+            arguments += [f"--{key}", str(value)]
+    return shlex.join([*arguments, "--out", out])

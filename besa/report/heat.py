@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from besa.report import palette
-from besa.report.figures import percent, rate
+from besa.report.formatting import percent, rate
 from besa.report.svg import NARROW, clip, every, line, linear, picture, tag, text
 
 

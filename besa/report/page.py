@@ -1,81 +1,101 @@
 """The page of a pruning run: one self-contained HTML file from its record (besa.json).
 
-import json, pathlib
-from besa.report.page import render
+    page = render(read_record(Path("pruned")))
 
-record = json.loads(pathlib.Path("pruned/besa.json").read_text())
-pathlib.Path("pruned/report.html").write_text(render(record), encoding="utf-8")
-
-The words and tables are made here, the pictures in heat.py, spread.py and charts.py, and the
+The sentences and tables are made here, the pictures in heat.py, spread.py and charts.py, and the
 templates lay them out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
+from besa.model.record import BlockRecord, PruneRecord
 from besa.report import charts, heat, spread
 from besa.report.figures import (
-    NONE,
     Cell,
-    Record,
     Summary,
     command,
-    duration,
     finite,
     grid,
     merge,
-    percent,
     public,
     quantile,
-    rate,
-    short_names,
-    signed,
-    size,
-    small,
+    sparsity_in_words,
     summarise,
     unrouted,
 )
-from besa.report.layout import both, fill
+from besa.report.formatting import NONE, duration, percent, rate, signed, significant, size
+from besa.report.layout import Chart, Headline, Table, render_page
+from besa.report.names import short_names
+
+# A linear's cells, one for each block; None where a block has no such linear.
+Cells = Mapping[str, Sequence[Cell | None]]
 
 EVEN = 5e-4  # rates closer than this are one rate to the eye
 
 
-def render(record: Record) -> str:
+@dataclass(frozen=True)
+class Section:
+    """A chart with its caption, and the same as a table."""
+
+    caption: str
+    chart: Chart
+    table: Table
+    title: str = ""
+    legend: Markup | None = None
+
+
+@dataclass(frozen=True)
+class RowsSection:
+    """How rows differ: by linear, and by block where there is more than one."""
+
+    caption: str
+    ridges: Chart
+    ranges: Chart | None
+    table: Table
+    by_block: Table
+
+
+def render(record: PruneRecord) -> str:
     """The page of a pruning run, from its besa.json; without the folders that it names."""
     record = public(record)
     summary = summarise(record)
-    blocks = record["blocks"]
-    cells = grid(blocks)
-    cells = dict(zip(short_names(list(cells)), cells.values(), strict=True))
-    labels = [str(block["index"]) for block in blocks]
+    blocks = record.blocks
+    found = grid(blocks)
+    cells = dict(zip(short_names(list(found)), found.values(), strict=True))
+    labels = [str(block.index) for block in blocks]
+    threads = NONE if record.threads is None else record.threads
     values = {
-        "name": record["model"],
+        "name": record.model,
         "target": rate(summary.target),
         "lead": _lead(record, summary),
         "headlines": _headlines(record, summary),
-        "notes": [str(note) for note in record.get("notes") or []],
+        "notes": record.notes,
         "heat": _heat(blocks, cells, labels, summary) if cells else None,
         "rows": _rows(cells, labels, summary.target),
         "errors": _errors(blocks, labels, summary),
         "learning": _learning(blocks, labels),
         "command": command(record),
-        "settings": [(key, plain(value)) for key, value in record["settings"].items()],
+        "settings": [(key, setting_in_words(value)) for key, value in record.settings.items()],
         "versions": [
-            ("architecture", record.get("architecture", NONE)),
-            ("device, dtype", f"{record['device']}, {record['dtype']}"),
-            ("threads", record.get("threads", NONE)),
-            *record["versions"].items(),
+            ("architecture", record.architecture or NONE),
+            ("device, dtype", f"{record.device}, {record.dtype}"),
+            ("threads", threads),
+            *record.versions.items(),
         ],
-        "unrouted": [tuple(line.split(": ", 1)) for line in unrouted(blocks)],
-        "digests": list((record.get("digests") or {}).items()),
+        "unrouted": unrouted(blocks),
+        "digests": list(record.digests.items()),
     }
-    return fill("page.html.j2", values, record)
+    version = record.besa_version or record.versions.get("besa", "")
+    return render_page("page.html.j2", values, version)
 
 
-def plain(value: Any) -> str:
+def setting_in_words(value: Any) -> str:
     if value is None:
         return NONE
     if isinstance(value, (list, tuple)):
@@ -83,76 +103,56 @@ def plain(value: Any) -> str:
     return str(value)
 
 
-def describe(record: Record) -> str:
-    """`unstructured, a learned rate for each row`, `2:4 pattern`: the kind of zeros, in words."""
-    settings = record["settings"]
-    pattern = str(settings.get("pattern", "unstructured"))
-    words = f"{pattern} pattern" if ":" in pattern else pattern
-    if settings.get("method") == "besa" and settings.get("granularity") and ":" not in pattern:
-        each = {"layer": "linear"}.get(settings["granularity"], settings["granularity"])
-        words += f", with a learned rate for each {each}"
-    return words
-
-
-def _lead(record: Record, summary: Summary) -> str:
-    words = (
+def _lead(record: PruneRecord, summary: Summary) -> str:
+    sentences = (
         f"{summary.method} set {summary.zeros:,} of {summary.weights:,} weights to zero "
-        f"({describe(record)})."
+        f"({sparsity_in_words(record)})."
     )
     if summary.change is not None:
-        words += (
+        sentences += (
             f" The mean squared error of a block's output is {percent(abs(summary.change))} "
             f"{'lower' if summary.change < 0 else 'higher'} than with Wanda's mask at the same "
             "rate."
         )
-    return words
+    return sentences
 
 
-def _headlines(record: Record, summary: Summary) -> list[Record]:
-    blocks = len(record["blocks"])
-    device = record.get("peak_device_memory_bytes")
-    error: Record
+def _headlines(record: PruneRecord, summary: Summary) -> list[Headline]:
+    blocks = len(record.blocks)
+    device = record.peak_device_memory_bytes
     if summary.change is None:
-        error = {
-            "label": "Block error",
-            "value": small(summary.error),
-            "more": "of the dense output's squared size",
-        }
+        error = Headline(
+            "Block error", significant(summary.error), "of the dense output's squared size"
+        )
     else:
-        error = {
-            "label": "Error vs Wanda",
-            "value": signed(summary.change),
-            "more": f"mean of the blocks: {small(summary.error)} against "
-            f"{small(summary.error_wanda)}; lower in {summary.better} of {summary.compared}",
-            "key": summary.change < 0,
-        }
-    memory = record.get("peak_memory_bytes")
+        error = Headline(
+            "Error vs Wanda",
+            signed(summary.change),
+            f"mean of the blocks: {significant(summary.error)} against "
+            f"{significant(summary.error_wanda)}; lower in {summary.better} of {summary.compared}",
+            key=summary.change < 0,
+        )
     return [
-        {"label": "Method", "value": summary.method, "more": describe(record)},
-        {"label": "Target", "value": rate(summary.target), "more": "of the pruned linears"},
-        {
-            "label": "Achieved",
-            "value": percent(summary.achieved, 2),
-            "more": f"{summary.zeros:,} zeros",
-        },
+        Headline("Method", summary.method, sparsity_in_words(record)),
+        Headline("Target", rate(summary.target), "of the pruned linears"),
+        Headline("Achieved", percent(summary.achieved, 2), f"{summary.zeros:,} zeros"),
         error,
-        {
-            "label": "Time",
-            "value": duration(record["seconds"]),
-            "more": f"{blocks} block{'s' if blocks != 1 else ''} on {record['device']}, "
-            f"{record['dtype']}",
-        },
-        {
-            "label": "Peak memory",
-            "value": size(memory),
-            "more": f"and {size(device)} on the device" if device else "of the process",
-        },
+        Headline(
+            "Time",
+            duration(record.seconds),
+            f"{blocks} block{'s' if blocks != 1 else ''} on {record.device}, {record.dtype}",
+        ),
+        Headline(
+            "Peak memory",
+            size(record.peak_memory_bytes),
+            f"and {size(device)} on the device" if device else "of the process",
+        ),
     ]
 
 
 def _heat(
-    blocks: list[Record], cells: dict[str, list[Cell | None]], labels: list[str], summary: Summary
-) -> Record:
+    blocks: Sequence[BlockRecord], cells: Cells, labels: Sequence[str], summary: Summary
+) -> Section:
     rows = {name: [c.sparsity if c else None for c in line] for name, line in cells.items()}
     means = [merge(line).sparsity for line in cells.values()]
     tips = {
@@ -181,22 +181,22 @@ def _heat(
         [
             label,
             *(NONE if (v := line[i]) is None else percent(v, 2) for line in rows.values()),
-            percent(block["sparsity"], 2),
+            percent(block.sparsity, 2),
         ]
         for i, (label, block) in enumerate(zip(labels, blocks, strict=True))
     ]
     table.append(["mean", *(percent(m, 2) for m in means), percent(summary.achieved, 2)])
-    return {
-        "caption": caption,
-        "legend": Markup(heat.scale_bar(target, reach)),
-        "chart": both(
+    return Section(
+        caption,
+        Chart.drawn(
             lambda w: heat.heatmap(rows, labels, target=target, width=w, means=means, tips=tips)
         ),
-        "table": {"heads": heads, "rows": table},
-    }
+        Table(heads, table),
+        legend=Markup(heat.scale_bar(target, reach)),
+    )
 
 
-def _rows(cells: dict[str, list[Cell | None]], labels: list[str], target: float) -> Record | None:
+def _rows(cells: Cells, labels: Sequence[str], target: float) -> RowsSection | None:
     groups = {n: c for n, c in ((n, merge(line)) for n, line in cells.items()) if c.rows}
     by_block = [
         (label, merge(present))
@@ -218,22 +218,23 @@ def _rows(cells: dict[str, list[Cell | None]], labels: list[str], target: float)
             f"A row is one output of a linear. The {total:,} rows range from {percent(low)} "
             f"to {percent(high)}: what one row keeps, another gives."
         )
-    return {
-        "caption": caption,
-        "ridges": both(lambda w: spread.ridges(groups, target=target, width=w)),
-        "ranges": both(lambda w: spread.ranges(merged, names, target=target, width=w))
-        if len(merged) > 1
-        else None,
-        "table": _spread("linear", list(groups.items())),
-        "by_block": _spread("block", by_block),
-    }
+    ranges = None
+    if len(merged) > 1:
+        ranges = Chart.drawn(lambda w: spread.ranges(merged, names, target=target, width=w))
+    return RowsSection(
+        caption,
+        ridges=Chart.drawn(lambda w: spread.ridges(groups, target=target, width=w)),
+        ranges=ranges,
+        table=_quantiles("linear", list(groups.items())),
+        by_block=_quantiles("block", by_block),
+    )
 
 
-def _spread(head: str, entries: list[tuple[str, Cell]]) -> Record:
+def _quantiles(head: str, entries: Sequence[tuple[str, Cell]]) -> Table:
     shares = (0.05, 0.25, 0.5, 0.75, 0.95)
-    return {
-        "heads": [head, "rows", "lowest", "5%", "25%", "median", "75%", "95%", "highest", "mean"],
-        "rows": [
+    return Table(
+        [head, "rows", "lowest", "5%", "25%", "median", "75%", "95%", "highest", "mean"],
+        [
             [
                 name,
                 f"{c.rows:,}",
@@ -244,73 +245,74 @@ def _spread(head: str, entries: list[tuple[str, Cell]]) -> Record:
             ]
             for name, c in entries
         ],
-    }
+    )
 
 
-def _errors(blocks: list[Record], labels: list[str], summary: Summary) -> Record | None:
-    own = [finite(block.get("error")) for block in blocks]
-    wanda = [finite(block.get("error_wanda")) for block in blocks]
+def _errors(
+    blocks: Sequence[BlockRecord], labels: Sequence[str], summary: Summary
+) -> Section | None:
+    own = [finite(block.error) for block in blocks]
+    wanda = [finite(block.error_wanda) for block in blocks]
     if all(e is None for e in own):
         return None
     if not summary.compared:
         wanda = [None] * len(blocks)
-    words = (
+    caption = (
         "How far each block's output is from the dense block's on the same input: squared error "
         "over the output's squared size, so 0.01 is 1%. "
     )
     if summary.compared:
-        words += (
+        caption += (
             f"Filled dots are {summary.method}, open ones Wanda's mask at the same rate; the bars "
             "below are the difference between the two in percent (blue: lower than Wanda's)."
         )
     else:
-        words += "Each block reads what the pruned blocks before it put out."
+        caption += "Each block reads what the pruned blocks before it put out."
     method = summary.method
     changes = [None if e is None or not w else e / w - 1 for e, w in zip(own, wanda, strict=True)]
-    return {
-        "title": "Against Wanda, block by block" if summary.compared else "Error, block by block",
-        "caption": words,
-        "chart": both(lambda w: charts.errors(own, wanda, labels, method=method, width=w)),
-        "table": {
-            "heads": ["block", "name", method, "Wanda", "difference", "time"],
-            "rows": [
-                [
-                    label,
-                    block.get("name", ""),
-                    small(e),
-                    small(w),
-                    NONE if change is None else signed(change),
-                    duration(block.get("seconds") or 0.0),
-                ]
-                for label, block, e, w, change in zip(
-                    labels, blocks, own, wanda, changes, strict=True
-                )
-            ],
-        },
-    }
+    rows = [
+        [
+            label,
+            block.name,
+            significant(e),
+            significant(w),
+            NONE if change is None else signed(change),
+            duration(block.seconds),
+        ]
+        for label, block, e, w, change in zip(labels, blocks, own, wanda, changes, strict=True)
+    ]
+    return Section(
+        caption,
+        Chart.drawn(lambda w: charts.errors(own, wanda, labels, method=method, width=w)),
+        Table(["block", "name", method, "Wanda", "difference", "time"], rows),
+        title="Against Wanda, block by block" if summary.compared else "Error, block by block",
+    )
 
 
-def _learning(blocks: list[Record], labels: list[str]) -> Record | None:
+def _learning(blocks: Sequence[BlockRecord], labels: Sequence[str]) -> Section | None:
     losses = {
         label: values
         for label, block in zip(labels, blocks, strict=True)
-        if len(values := [v for v in map(finite, block.get("loss") or []) if v is not None]) > 1
-        and values[0]
+        if len(values := [v for v in map(finite, block.loss) if v is not None]) > 1 and values[0]
     }
     if not losses:
         return None
-    return {
-        "caption": (
-            "The loss while the rates were learned, as a share of its first value: a thin line for "
-            "each block, the strong one their median. A line that still falls at the end would "
-            "gain from more epochs."
-        ),
-        "chart": both(lambda w: charts.curves(losses, width=w)),
-        "table": {
-            "heads": ["block", "first", "last", "change", "points"],
-            "rows": [
-                [label, small(v[0]), small(v[-1]), signed(v[-1] / v[0] - 1), str(len(v))]
+    return Section(
+        "The loss while the rates were learned, as a share of its first value: a thin line for "
+        "each block, the strong one their median. A line that still falls at the end would "
+        "gain from more epochs.",
+        Chart.drawn(lambda w: charts.curves(losses, width=w)),
+        Table(
+            ["block", "first", "last", "change", "points"],
+            [
+                [
+                    label,
+                    significant(v[0]),
+                    significant(v[-1]),
+                    signed(v[-1] / v[0] - 1),
+                    str(len(v)),
+                ]
                 for label, v in losses.items()
             ],
-        },
-    }
+        ),
+    )

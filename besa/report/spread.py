@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from besa.report.figures import Cell, percent, quantile, rate
+from besa.report.figures import Cell, quantile
+from besa.report.formatting import percent, rate
 from besa.report.svg import (
     NARROW,
     Scale,

@@ -1,20 +1,21 @@
 """The README.md of an ONNX export, from its record.
 
-onnx_card(json.loads(Path("onnx/besa.json").read_text()))
+card = onnx_card(record)           # an OnnxRecord, as besa.model.record.read_record gives it
 """
 
 from __future__ import annotations
 
+import math
 import platform
 from pathlib import Path
-from typing import Any
 
 from besa.export.onnx.runtime import NAME
 from besa.export.onnx.sparse import SMALL
-from besa.export.packed.card import pruning
-from besa.report.card import words, yaml
-from besa.report.figures import hub_id, percent, short_name, size
-from besa.report.layout import clean, environment
+from besa.model.record import OnnxRecord, pruning_of
+from besa.report.card import escape_markdown, versions_line, yaml_string
+from besa.report.formatting import percent, size
+from besa.report.layout import environment, printable
+from besa.report.names import hub_id, short_name
 
 _GRAPHS = {
     "genai": "with the fused operators of ONNX Runtime GenAI's model builder",
@@ -22,39 +23,38 @@ _GRAPHS = {
 }
 
 
-def onnx_card(record: dict[str, Any]) -> str:
+def onnx_card(record: OnnxRecord) -> str:
     """Markdown with YAML front matter. A local folder's path is not published, only its name."""
-    model, source = str(record["model"]), pruning(record)
-    if source is not None:
-        model = str(source["model"])
-    check, packed = record["check"], record["packed"]
-    weights = sum(one["shape"][0] * one["shape"][1] for one in packed)
+    pruning = pruning_of(record)
+    model = record.model if pruning is None else pruning.model
+    check, packed = record.check, record.packed
+    weights = sum(math.prod(product.shape) for product in packed)
     card = (
         environment(autoescape=False, folder=Path(__file__).parent)
         .get_template("card.md.j2")
         .render(
-            base_model=yaml(short_name(model)),
+            base_model=yaml_string(short_name(model)),
             public=hub_id(model),
-            name=words(short_name(model)),
-            zeros=None if source is None else percent(float(source["sparsity"]["achieved"])),
-            graph=_GRAPHS[record["graph"]],
-            graph_name=record["graph"],
-            precision=words(record["precision"]),
-            bytes=size(record["bytes"]),
-            source_bytes=size(record["source_bytes"]),
+            name=escape_markdown(short_name(model)),
+            zeros=None if pruning is None else percent(pruning.sparsity.achieved),
+            graph=_GRAPHS[record.graph],
+            graph_name=record.graph,
+            precision=escape_markdown(record.precision),
+            bytes=size(record.bytes),
+            source_bytes=size(record.source_bytes),
             check=check is not None,
-            error="" if check is None else f"{check['error']:.1g}",
-            agreement="" if check is None else percent(check["agreement"], 0),
-            tokens="" if check is None else check["tokens"],
-            sparse=record["sparse"],
+            error="" if check is None else f"{check.error:.1g}",
+            agreement="" if check is None else percent(check.agreement, 0),
+            tokens="" if check is None else check.tokens,
+            sparse=record.sparse,
             packed=len(packed),
-            packed_bytes=size(sum(one["bytes"] for one in packed)),
+            packed_bytes=size(sum(product.bytes for product in packed)),
             portable=weights <= SMALL,
             library=NAME,
             machine=platform.machine(),
-            pattern=record["pattern"],
-            versions=", ".join(f"{words(k)} {words(v)}" for k, v in record["versions"].items()),
-            version=words(record["besa_version"]),
+            pattern=record.pattern,
+            versions=versions_line(record.versions),
+            version=escape_markdown(record.besa_version),
         )
     )
-    return clean(card)
+    return printable(card)

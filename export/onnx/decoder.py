@@ -2,8 +2,8 @@
 
 decoder = Decoder(open_session("onnx/model.onnx"), head_size=64)
 decoder(np.array([[5, 7, 300]]))           # logits [1, 3, vocabulary]
-decoder(np.array([[8]]))                   # of the fourth token, by what is kept of the others
-compare(decoder, model)                    # {"error": 3e-6, "agreement": 1.0, …}
+decoder(np.array([[8]]))                   # after a fourth token; the others are in the cache
+compare(decoder, model).error              # 3e-6
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from besa.model.record import LogitsCheck
+
 # A prompt, and tokens one by one after it.
 PROMPT, STEPS = 12, 4
 
@@ -22,10 +24,11 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class Decoder:
-    """A session and what it keeps of the tokens that it has seen, one sequence of them.
+    """A session, and its cache of keys and values of one sequence of tokens.
 
     Args:
-        head_size: of a key or value; the graph itself may leave it open.
+        session: of ONNX Runtime, on a graph with logits and a cache.
+        head_size: the last dimension of a key or value; the graph may leave it open.
     """
 
     def __init__(self, session: Any, head_size: int) -> None:
@@ -65,13 +68,10 @@ class Decoder:
 
 
 @torch.no_grad()
-def compare(decoder: Decoder, model: Any, seed: int = 0) -> dict[str, Any]:
-    """How far a graph's logits are from a transformers model's, the prompt at once and then steps.
+def compare(decoder: Decoder, model: Any, seed: int = 0) -> LogitsCheck:
+    """How far a graph's logits are from a transformers model's, over random tokens.
 
-    Returns:
-        error: of all logits, the norm of the difference over the norm of transformers'.
-        agreement: the share of tokens whose likeliest successor is the same.
-        tokens: how many were compared.
+    The graph is given a prompt at once, then token after token.
     """
     vocabulary = model.config.get_text_config().vocab_size
     source = np.random.default_rng(seed)
@@ -81,8 +81,9 @@ def compare(decoder: Decoder, model: Any, seed: int = 0) -> dict[str, Any]:
     parts += [decoder(tokens[:, at : at + 1]) for at in range(PROMPT, PROMPT + STEPS)]
     ours = torch.from_numpy(np.concatenate(parts, 1))
     theirs = model(torch.from_numpy(tokens)).logits.float()
-    return {
-        "error": float((ours - theirs).norm() / theirs.norm()),
-        "agreement": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
-        "tokens": PROMPT + STEPS,
-    }
+    return LogitsCheck(
+        error=float((ours - theirs).norm() / theirs.norm()),
+        agreement=float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+        tokens=PROMPT + STEPS,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )

@@ -17,7 +17,6 @@ import shutil
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -28,19 +27,33 @@ from besa.export.onnx.builder import DATA, MODEL, build
 from besa.export.onnx.card import onnx_card
 from besa.export.onnx.check import check_graph
 from besa.export.onnx.decoder import Decoder, compare
-from besa.export.onnx.runtime import NAME, open_session, ort_library, reason
+from besa.export.onnx.runtime import (
+    NAME,
+    MissingKernelError,
+    open_session,
+    ort_library,
+    reason,
+)
 from besa.export.onnx.sparse import OnnxPacking, pack_graph
 from besa.export.onnx.standard import build_standard
-from besa.export.packed.pack import check_unpacked
-from besa.export.plan import survey
-from besa.export.record import peak_memory, versions
-from besa.machine import give_memory_back, memory
+from besa.export.plan import plan_packing
+from besa.export.source import open_plain
+from besa.machine import give_memory_back, memory, peak_memory
 from besa.model.checkpoint import Checkpoint
-from besa.model.files import GENAI_CONFIG, record_of, resolve
+from besa.model.files import GENAI_CONFIG
 from besa.model.loading import load_model
+from besa.model.record import (
+    LogitsCheck,
+    OnnxRecord,
+    PackedProduct,
+    PruneRecord,
+    read_raw_record,
+    read_record,
+    write_record,
+)
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
-from besa.version import __version__
+from besa.version import __version__, versions
 from besa.writing import sha256, write_text
 
 _VALUES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "int8"}
@@ -60,9 +73,8 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
     out = Path(config.out)
     check_free(out, config.overwrite)
     library = ort_library() if config.sparse else None
-    directory = resolve(pruned)
-    check_unpacked(directory)
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = open_plain(pruned)
+    directory = checkpoint.directory
     precision = config.precision or (_NAMES[checkpoint.dtype] if config.sparse else "fp32")
     pattern = _pattern(checkpoint, config, tell)
     settings = {
@@ -79,24 +91,40 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
     weights = sum(parameter.numel() for parameter in checkpoint.model.parameters())
     needed = int(weights * _BYTES[precision])
     with Workspace.open(out, settings, config.overwrite, needed) as workspace:
+        path = workspace.path
         try:
             with interruptible("run the same command again"):
-                record = _write(workspace.path, directory, config, precision, library, tell)
-                record["check"] = _check(workspace.path, directory, precision, library, weights)
-            record |= {
-                "model": str(pruned),
-                "architecture": type(checkpoint.model).__name__,
-                "settings": settings,
-                "pattern": pattern,
-                "source_bytes": checkpoint.nbytes,
-                "source": record_of(directory),
-                "seconds": round(time.monotonic() - started, 3),
-                "peak_memory_bytes": peak_memory(),
-            }
-            write_text(json.dumps(record, indent=1), workspace.path / "besa.json")
-            write_text(onnx_card(record), workspace.path / "README.md")
+                graph, packed = _write_graph(path, directory, config, precision, tell)
+                give_memory_back()
+                _copy_companions(directory, path, library)
+                tell(Event("checking", what="the graph", done=2, total=3))
+                check_graph(path / MODEL)
+                check = _check_logits(path, directory, precision, library, weights)
+                record = OnnxRecord(
+                    besa_version=__version__,
+                    model=str(pruned),
+                    architecture=type(checkpoint.model).__name__,
+                    settings=settings,
+                    versions=versions() | _onnx_versions(),
+                    seconds=round(time.monotonic() - started, 3),
+                    peak_memory_bytes=peak_memory(),
+                    digests={name: sha256(path / name) for name in (MODEL, DATA)},
+                    format="onnx",
+                    source=read_raw_record(directory),
+                    graph=graph,
+                    sparse=config.sparse,
+                    precision=precision,
+                    group_size=config.group_size,
+                    pattern=pattern,
+                    packed=tuple(packed),
+                    bytes=(path / DATA).stat().st_size,
+                    source_bytes=checkpoint.nbytes,
+                    check=check,
+                )
+            write_record(record, path)
+            write_text(onnx_card(record), path / "README.md")
         except BaseException:  # there is no half of a graph to go on from
-            shutil.rmtree(workspace.path)
+            shutil.rmtree(path)
             raise
         workspace.publish()
     return ExportResult(out, record)
@@ -105,64 +133,46 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
 def _pattern(checkpoint: Checkpoint, config: ExportConfig, tell: Tell) -> str | None:
     """The pattern of the zeros: read where they are packed, else as besa.json has it."""
     if config.sparse:
-        return survey(checkpoint, ExportConfig(out=config.out), tell).pattern
-    source = record_of(checkpoint.directory) or {}
-    pattern = (source.get("settings") or {}).get("pattern", source.get("pattern"))
+        return plan_packing(checkpoint, ExportConfig(out=config.out), tell).pattern
+    source = read_record(checkpoint.directory)
+    pattern = source.settings.get("pattern") if isinstance(source, PruneRecord) else None
     return pattern if isinstance(pattern, str) else None
 
 
-def _write(
-    path: Path,
-    directory: Path,
-    config: ExportConfig,
-    precision: str,
-    library: str | None,
-    tell: Tell,
-) -> dict[str, Any]:
-    """Writes and checks the graph; its record."""
-    packed: list[dict[str, Any]] = []
+def _write_graph(
+    path: Path, directory: Path, config: ExportConfig, precision: str, tell: Tell
+) -> tuple[str, list[PackedProduct]]:
+    """Writes the graph; tells which kind it became, "genai" or "standard", and what is packed."""
+    packed: list[PackedProduct] = []
 
-    def change(graph: ir.Model) -> None:
+    def pack_weights(graph: ir.Model) -> None:
         tell(Event("packing", what="the graph", done=1, total=3))
         packed.extend(pack_graph(graph, OnnxPacking(_VALUES[precision], config.group_size)))
 
     tell(Event("building", what="the graph", done=1, total=3))
-    graph = config.onnx_graph
-    packing = change if config.sparse else None
-    if graph == "genai":
+    change = pack_weights if config.sparse else None
+    if config.onnx_graph == "genai":
         try:
-            build(directory, path, "fp32" if config.sparse else precision, packing)
+            build(directory, path, "fp32" if config.sparse else precision, change)
+            return "genai", packed
         except BesaError as error:
             if precision != "fp32" and not config.sparse:
                 raise BesaError(f"{error}; without --precision it becomes a standard one") from None
-            words = f"{str(error).rstrip('.')}; it becomes a standard one"
-            warnings.warn(words, BesaWarning, stacklevel=2)
+            message = f"{str(error).rstrip('.')}; it becomes a standard one"
+            warnings.warn(message, BesaWarning, stacklevel=2)
             packed.clear()
-            graph = "standard"
-    if graph == "standard":
-        build_standard(directory, path, packing)
-    give_memory_back()
+    build_standard(directory, path, change)
+    return "standard", packed
+
+
+def _copy_companions(directory: Path, path: Path, library: str | None) -> None:
+    """Copies the model's configs, and the operators' library for a sparse graph."""
     for name in ("config.json", "generation_config.json"):
         if (directory / name).is_file():
             shutil.copyfile(directory / name, path / name)
     if library is not None:
         shutil.copyfile(library, path / NAME)
         _name_library(path / GENAI_CONFIG)
-    tell(Event("checking", what="the graph", done=2, total=3))
-    check_graph(path / MODEL)
-    return {
-        "besa_version": __version__,
-        "command": "export",
-        "format": "onnx",
-        "graph": graph,
-        "sparse": config.sparse,
-        "precision": precision,
-        "group_size": config.group_size,
-        "versions": versions() | _onnx_versions(),
-        "packed": packed,
-        "bytes": (path / DATA).stat().st_size,
-        "digests": {name: sha256(path / name) for name in (MODEL, DATA)},
-    }
 
 
 def _name_library(path: Path) -> None:
@@ -172,10 +182,10 @@ def _name_library(path: Path) -> None:
     write_text(json.dumps(config, indent=4) + "\n", path)
 
 
-def _check(
+def _check_logits(
     path: Path, directory: Path, precision: str, library: str | None, weights: int
-) -> dict[str, Any] | None:
-    """The graph's logits against transformers'; None where the CPU lacks a kernel for it.
+) -> LogitsCheck | None:
+    """Compares the graph's logits with transformers'; None where the CPU lacks a kernel for it.
 
     Raises:
         BesaError: they are another model's.
@@ -183,8 +193,8 @@ def _check(
     threads = int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0] or 0)
     try:
         session = open_session(path / MODEL, library, threads)
-    except BesaError as error:
-        if precision == "fp16" and "NOT_IMPLEMENTED" in str(error):
+    except MissingKernelError:
+        if precision == "fp16":  # a graph for GPUs
             return None
         raise
     described = json.loads((path / GENAI_CONFIG).read_text(encoding="utf-8"))
@@ -195,15 +205,14 @@ def _check(
     model = load_model(directory, dtype, "cpu")
     try:
         found = compare(decoder, model)
-    except Exception as error:  # noqa: BLE001 - of ONNX Runtime's many kinds
+    except Exception as error:  # noqa: BLE001 - ONNX Runtime raises many kinds
         raise BesaError(
             f"ONNX Runtime cannot run the graph of {directory} ({reason(error)}): try --onnx-graph "
             "standard"
         ) from None
-    found["dtype"] = str(model.dtype).removeprefix("torch.")
-    if not found["error"] <= _MOST_ERROR[precision]:
+    if not found.error <= _MOST_ERROR[precision]:
         raise BesaError(
-            f"{directory}: the graph's logits are off by {found['error']:.2g} of transformers'; "
+            f"{directory}: the graph's logits are off by {found.error:.2g} of transformers'; "
             "the architecture, or a precision as low as this, does not fit"
         )
     return found

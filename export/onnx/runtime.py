@@ -20,6 +20,11 @@ from besa.errors import BesaError
 
 NAME = "libbesa_ort.so"
 
+
+class MissingKernelError(BesaError):
+    """A graph has an operator that this CPU's ONNX Runtime knows but cannot compute."""
+
+
 _PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_genai")
 
 
@@ -82,9 +87,12 @@ def open_session(path: str | Path, library: str | None = None, threads: int = 0)
         threads: 0 for as many as there are cores.
 
     Raises:
+        MissingKernelError: the CPU has no kernel for one of the model's operators.
         BesaError: ONNX Runtime cannot load the library or the model.
     """
     onnxruntime = runtime()
+    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+
     from besa.export.onnx.check import load_whole
 
     load_whole(Path(path))
@@ -101,6 +109,8 @@ def open_session(path: str | Path, library: str | None = None, threads: int = 0)
             ) from None
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except NoKernel as error:
+        raise MissingKernelError(f"{path} cannot be loaded: {reason(error)}") from None
     except Exception as error:  # noqa: BLE001 - of many kinds
         raise BesaError(f"{path} cannot be loaded: {reason(error)}") from None
 

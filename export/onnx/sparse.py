@@ -12,7 +12,6 @@ widened row by row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,8 +21,9 @@ from torch import Tensor
 
 from besa.errors import BesaError
 from besa.export.onnx.function import DOMAIN, NAME, sparse_matmul
-from besa.export.plan import WORTH, zeros_of
-from besa.formats import Packed, pack, quantize_int8
+from besa.export.weights import WORTH, nonzeros_and_patterns, pack_weight
+from besa.formats import Packed, quantize_int8
+from besa.model.record import PackedProduct
 
 # Weights that a function of standard operators may be left to expand while the model loads.
 SMALL = 1 << 23
@@ -52,33 +52,39 @@ class OnnxPacking:
         return torch.bfloat16 if self.values == "int8" else getattr(torch, self.values)
 
 
-def pack_graph(model: ir.Model, packing: OnnxPacking) -> list[dict[str, Any]]:
-    """Packs the weights of a float32 graph.
-
-    Returns:
-        A record of each packed weight: name, shape, nonzeros, bytes.
+def pack_graph(model: ir.Model, packing: OnnxPacking) -> list[PackedProduct]:
+    """Packs the weights of a float32 graph, in place; tells which products they belong to.
 
     Raises:
         BesaError: no weight has zeros enough.
     """
-    records = []
+    products = []
     weights = 0
     for node in list(model.graph):
-        weight = _weight(node)
+        weight = _constant_weight(node)
         if weight is None:
             continue
-        nonzeros, _ = zeros_of(weight)
-        sparse = _worth(weight, nonzeros, packing)
+        nonzeros, _ = nonzeros_and_patterns(weight)
+        sparse = _gains(weight, nonzeros, packing)
         if packing.values == "int8" and not sparse:
-            _quantize_dense(model, node, weight)
+            _put_int8_product(model, node, weight)
             continue
         if packing.values == "float32" and not sparse:
             continue
-        packed = _pack(weight, packing)
-        _replace(model, node, packed, packing)
+        packed = pack_weight(weight, packing.values, packing.group_size)
+        _put_packed_product(model, node, packed, packing)
         weights += weight.numel()
-        records.append(_record(node, packed, sparse))
-    if not any(record["sparse"] for record in records):
+        products.append(
+            PackedProduct(
+                name=str(node.name),
+                shape=tuple(packed.shape),
+                nonzeros=packed.values.numel(),
+                density=packed.density,
+                bytes=packed.nbytes,
+                sparse=sparse,
+            )
+        )
+    if not any(product.sparse for product in products):
         raise BesaError(
             "the model is not pruned: no linear has zeros enough; run `besa prune` first"
         )
@@ -88,10 +94,10 @@ def pack_graph(model: ir.Model, packing: OnnxPacking) -> list[dict[str, Any]]:
     if weights <= SMALL:
         function = sparse_matmul(packing.values, model.opset_imports[""])
         model.functions[function.identifier()] = function
-    return records
+    return products
 
 
-def _weight(node: ir.Node) -> Tensor | None:
+def _constant_weight(node: ir.Node) -> Tensor | None:
     """The constant weight [out, in] of a MatMul or Gemm, float32, be it stored either way round."""
     if node.domain != "" or node.op_type not in ("MatMul", "Gemm"):
         return None
@@ -119,19 +125,15 @@ def _matrix(value: ir.Value) -> Tensor | None:
     return torch.from_numpy(np.array(constant.numpy(), np.float32))
 
 
-def _worth(weight: Tensor, nonzeros: int, packing: OnnxPacking) -> bool:
+def _gains(weight: Tensor, nonzeros: int, packing: OnnxPacking) -> bool:
     """Whether the packed weight takes clearly fewer bytes than a dense one of the same type."""
     size = 1 if packing.values == "int8" else packing.float_type.itemsize
     return nonzeros * size + weight.numel() / 8 < WORTH * weight.numel() * size
 
 
-def _pack(weight: Tensor, packing: OnnxPacking) -> Packed:
-    if packing.values == "int8":
-        return pack(*quantize_int8(weight, packing.group_size), group_size=packing.group_size)
-    return pack(weight.to(packing.float_type))
-
-
-def _replace(model: ir.Model, node: ir.Node, packed: Packed, packing: OnnxPacking) -> None:
+def _put_packed_product(
+    model: ir.Model, node: ir.Node, packed: Packed, packing: OnnxPacking
+) -> None:
     """Makes a product a SparseMatMul, in place."""
     old = node.inputs[1]
     assert old is not None
@@ -141,10 +143,10 @@ def _replace(model: ir.Model, node: ir.Node, packed: Packed, packing: OnnxPackin
     if packed.scale is not None:
         inputs.append(_initializer(model, f"{name}.weight_scale", packed.scale))
     attributes = {"in_features": packed.in_features, "group_size": packing.group_size or 0}
-    _become(model, node, DOMAIN, NAME, inputs, attributes)
+    _replace_operator(model, node, DOMAIN, NAME, inputs, attributes)
 
 
-def _quantize_dense(model: ir.Model, node: ir.Node, weight: Tensor) -> None:
+def _put_int8_product(model: ir.Model, node: ir.Node, weight: Tensor) -> None:
     """Makes a product one of ONNX Runtime's with 8-bit weights and a scale for each 32 columns.
 
     A weight is (number − 128) × scale, 128 being the zero point where none is given.
@@ -171,10 +173,10 @@ def _quantize_dense(model: ir.Model, node: ir.Node, weight: Tensor) -> None:
         "accuracy_level": _ACCURACY,
     }
     model.opset_imports.setdefault("com.microsoft", 1)
-    _become(model, node, "com.microsoft", "MatMulNBits", inputs, attributes)
+    _replace_operator(model, node, "com.microsoft", "MatMulNBits", inputs, attributes)
 
 
-def _become(
+def _replace_operator(
     model: ir.Model,
     node: ir.Node,
     domain: str,
@@ -182,7 +184,7 @@ def _become(
     inputs: list[ir.Value | None],
     attributes: dict[str, int],
 ) -> None:
-    """Another operator in the place of a product; the weight that nobody reads any more goes."""
+    """Puts another operator in the place of a product; a weight without readers is removed."""
     old = node.inputs[1]
     assert old is not None
     if len(node.inputs) > 2:  # of a Gemm
@@ -245,15 +247,3 @@ def _shrink_embedding(model: ir.Model, dtype: torch.dtype) -> None:
         cast.replace_input_with(0, found)
         found.type = ir.TensorType(_DTYPES[dtype])
         model.graph.insert_after(node, cast)
-
-
-def _record(node: ir.Node, packed: Packed, sparse: bool) -> dict[str, Any]:
-    rows, cols = packed.shape
-    return {
-        "name": str(node.name),
-        "shape": [rows, cols],
-        "nonzeros": packed.values.numel(),
-        "density": packed.density,
-        "bytes": packed.nbytes,
-        "sparse": sparse,
-    }

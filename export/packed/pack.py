@@ -21,22 +21,18 @@ from torch import Tensor
 from besa.errors import BesaError
 from besa.export.config import ExportConfig, ExportResult
 from besa.export.packed.card import packed_card
-from besa.export.plan import PackedLinear, Plan, survey
-from besa.export.record import export_record
-from besa.formats import (
-    QUANT_METHOD,
-    Packed,
-    PackedConfig,
-    pack,
-    packed_of,
-    quantize_int8,
-    tensors_of,
-)
+from besa.export.packed.record import packed_record
+from besa.export.plan import PackedLinear, PackingPlan, plan_packing
+from besa.export.source import open_plain
+from besa.export.weights import pack_weight
+from besa.formats import PackedConfig, packed_of, quantize_int8, tensors_of
 from besa.machine import give_memory_back
 from besa.model.checkpoint import Checkpoint
-from besa.model.files import open_tensors, resolve
+from besa.model.files import open_tensors
+from besa.model.record import PackedLinearRecord, write_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
+from besa.records import to_json
 from besa.version import __version__
 from besa.writing import write_text
 
@@ -46,10 +42,8 @@ def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> Exp
     started = time.monotonic()
     out = Path(config.out)
     check_free(out, config.overwrite)
-    directory = resolve(pruned)
-    check_unpacked(directory)
-    checkpoint = Checkpoint.open(directory)
-    plan = survey(checkpoint, config, tell)
+    checkpoint = open_plain(pruned)
+    plan = plan_packing(checkpoint, config, tell)
     packed_config = PackedConfig(
         values=config.quantize or str(plan.dtype).removeprefix("torch."),
         ignore=plan.ignore,
@@ -76,35 +70,26 @@ def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> Exp
             shards = _write_shards(checkpoint, plan, packed_config, workspace, tell)
         workspace.write_index(shards)
         checkpoint.copy_companions(workspace.path)
-        model_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        described = checkpoint.directory / "config.json"
+        model_config = json.loads(described.read_text(encoding="utf-8"))
         model_config["quantization_config"] = packed_config.to_dict()
         write_text(json.dumps(model_config, indent=2) + "\n", workspace.path / "config.json")
         size = sum((workspace.path / shard["file"]).stat().st_size for shard in shards)
-        record = export_record(
+        record = packed_record(
             checkpoint, plan, packed_config, settings, shards, size, time.monotonic() - started
         )
-        write_text(json.dumps(record, indent=1), workspace.path / "besa.json")
+        write_record(record, workspace.path)
         write_text(packed_card(record), workspace.path / "README.md")
         workspace.publish()
     return ExportResult(out, record)
 
 
-def check_unpacked(directory: Path) -> None:
-    """A word on what is packed or quantized already; all else is for `Checkpoint.open` to say."""
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        method = config["quantization_config"]["quant_method"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if method == QUANT_METHOD:
-        raise BesaError(
-            f"{directory} is packed already: serve it as it is, or unpack it with --format dense"
-        )
-    raise BesaError(f"{directory} is quantized ({method}): export a model with float weights")
-
-
 def _write_shards(
-    checkpoint: Checkpoint, plan: Plan, config: PackedConfig, workspace: Workspace, tell: Tell
+    checkpoint: Checkpoint,
+    plan: PackingPlan,
+    config: PackedConfig,
+    workspace: Workspace,
+    tell: Tell,
 ) -> list[dict[str, Any]]:
     """The shards' records: first what belongs to no block, then each block."""
     blocks = len(checkpoint.blocks)
@@ -121,13 +106,14 @@ def _write_shards(
         tell(Event(phase, what=what, done=index + 1, total=blocks))
         if finished is None:
             linears = plan.of_block(index)
-            tensors, records = _packed_block(checkpoint, index, linears, config)
+            tensors, written = _packed_block(checkpoint, index, linears, config)
 
             def check(path: Path, linears: list[PackedLinear] = linears) -> None:
                 verify(checkpoint, linears, config, path)
 
             shard = workspace.shard(index + 2, blocks + 1)
-            finished = workspace.finish(name, shard, tensors, {"linears": records}, check)
+            entry = {"linears": [to_json(linear) for linear in written]}
+            finished = workspace.finish(name, shard, tensors, entry, check)
             del tensors
         shards.append(finished)
         give_memory_back()
@@ -136,39 +122,32 @@ def _write_shards(
 
 def _packed_block(
     checkpoint: Checkpoint, index: int, linears: list[PackedLinear], config: PackedConfig
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+) -> tuple[dict[str, Tensor], list[PackedLinearRecord]]:
     """A block's tensors as the shard holds them, and the packed linears' records."""
     by_key = {linear.key: linear for linear in linears}
     tensors: dict[str, Tensor] = {}
-    records = {}
+    written: dict[str, PackedLinearRecord] = {}
     with open_tensors(checkpoint.files, checkpoint.block_keys[index]) as slices:
         for key, stored in slices.items():
             linear = by_key.get(key)
             if linear is None:
                 tensors[key] = stored[...]
                 continue
-            packed = pack_weight(linear.matrix(stored[...]), config)
+            packed = pack_weight(linear.matrix(stored[...]), config.values, config.group_size)
             parts = tensors_of(packed, key)
             tensors |= parts
-            records[key] = {
-                "name": linear.name,
-                "kind": linear.kind,
-                "block": index,
-                "shape": [linear.rows, linear.cols],
-                "nonzeros": packed.values.numel(),
-                "density": packed.density,
-                "dense_bytes": linear.dense_bytes,
-                "bytes": sum(part.nbytes for part in parts.values()),
-            }
+            written[key] = PackedLinearRecord(
+                name=linear.name,
+                kind=linear.kind,
+                block=index,
+                shape=(linear.rows, linear.cols),
+                nonzeros=packed.values.numel(),
+                density=packed.density,
+                dense_bytes=linear.dense_bytes,
+                bytes=sum(part.nbytes for part in parts.values()),
+            )
     # In the model's order; files sort by name.
-    return tensors, [records[linear.key] for linear in linears]
-
-
-def pack_weight(weight: Tensor, config: PackedConfig) -> Packed:
-    """A weight [out, in] as `config` wants it: as it is, or rounded to int8 first."""
-    if config.values != "int8":
-        return pack(weight)
-    return pack(*quantize_int8(weight, config.group_size), group_size=config.group_size)
+    return tensors, [written[linear.key] for linear in linears]
 
 
 def verify(

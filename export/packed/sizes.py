@@ -1,31 +1,34 @@
-"""What packing saves: bytes on disk, and bytes that a token reads.
+"""What packing saves when a model decodes: the bytes of weights that a token reads.
 
-    gain = read_per_token(checkpoint, plan, config)
-    gain["dense_bytes"] / gain["packed_bytes"]       # the most that decoding can gain
+    read = read_per_token(checkpoint, record.linears)
+    read.speedup                        # the most that decoding can gain: 1.53 at 50% in bfloat16
 
 A decoder at batch 1 reads every weight once for each token, and waits for memory: bytes are time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from besa.export.plan import expert_lists
 from besa.model.blocks import expert_count
 from besa.model.checkpoint import Checkpoint
+from besa.model.record import PackedLinearRecord, ReadPerToken
 
 # How configs call the number of experts that a token goes to.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
-def read_per_token(checkpoint: Checkpoint, linears: list[dict[str, Any]]) -> dict[str, Any]:
+def read_per_token(checkpoint: Checkpoint, linears: Sequence[PackedLinearRecord]) -> ReadPerToken:
     """Bytes of weights that one token reads, dense and packed: the blocks and the head.
 
-    Of the experts, those that a token is sent to; of the embedding a row, which is nothing, unless
-    it is the head too.
+    Of the experts only those count that a token is sent to. A token looks up one row of the
+    embedding, which is nothing, unless the embedding is the head too.
 
     Args:
-        linears: the packed ones' records, with `dense_bytes` and `bytes`.
+        checkpoint: the dense one.
+        linears: those that are packed.
     """
     experts = expert_count(checkpoint.config)
     share = 1.0
@@ -44,9 +47,7 @@ def read_per_token(checkpoint: Checkpoint, linears: list[dict[str, Any]]) -> dic
     if head is not None:
         dense += head.weight.numel()
     dense *= checkpoint.dtype.itemsize
-    saved = sum(linear["dense_bytes"] - linear["bytes"] for linear in linears)
-    return {
-        "dense_bytes": round(dense),
-        "packed_bytes": round(dense - saved),
-        "speedup": dense / (dense - saved),
-    }
+    saved = sum(linear.dense_bytes - linear.bytes for linear in linears)
+    return ReadPerToken(
+        dense_bytes=round(dense), packed_bytes=round(dense - saved), speedup=dense / (dense - saved)
+    )

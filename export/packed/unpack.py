@@ -22,15 +22,21 @@ from transformers.pytorch_utils import Conv1D
 
 from besa.errors import BesaError, one_line
 from besa.export.config import ExportConfig, ExportResult
-from besa.export.record import peak_memory, versions
 from besa.formats import FormatError, PackedConfig, packed_of
 from besa.formats.checkpoint import SUFFIXES
-from besa.machine import give_memory_back
+from besa.machine import give_memory_back, peak_memory
 from besa.model.checkpoint import Checkpoint
-from besa.model.files import record_of, resolve, stored_bytes, stored_dtype, weight_files
+from besa.model.files import resolve, stored_bytes, stored_dtype, weight_files
+from besa.model.record import (
+    UnpackedRecord,
+    UnpackedSizes,
+    read_raw_record,
+    read_record,
+    write_record,
+)
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
-from besa.version import __version__
+from besa.version import __version__, versions
 from besa.writing import sha256, write_text
 
 
@@ -85,9 +91,8 @@ class PackedCheckpoint:
 
     def check_digests(self) -> None:
         """Raises a BesaError if a file is not, to the last bit, what `besa export` wrote."""
-        record = record_of(self.directory) or {}
-        digests = record.get("digests")
-        for name, digest in digests.items() if isinstance(digests, dict) else ():
+        record = read_record(self.directory)
+        for name, digest in record.digests.items() if record is not None else ():
             path = self.directory / name
             if path.is_file() and sha256(path) != digest:
                 raise BesaError(
@@ -169,22 +174,21 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
         del model_config["quantization_config"]
         write_text(json.dumps(model_config, indent=2) + "\n", workspace.path / "config.json")
         size = sum((workspace.path / shard["file"]).stat().st_size for shard in shards)
-        record = {
-            "besa_version": __version__,
-            "command": "export",
-            "format": "dense",
-            "model": str(packed),
-            "architecture": type(skeleton.model).__name__,
-            "settings": settings,
-            "versions": versions(),
-            "sizes": {"packed_bytes": skeleton.nbytes, "bytes": size},
-            "unpacked": len(source.weights),
-            "seconds": round(time.monotonic() - started, 3),
-            "peak_memory_bytes": peak_memory(),
-            "digests": {shard["file"]: shard["sha256"] for shard in shards},
-            "source": record_of(source.directory),
-        }
-        write_text(json.dumps(record, indent=1), workspace.path / "besa.json")
+        record = UnpackedRecord(
+            besa_version=__version__,
+            model=str(packed),
+            architecture=type(skeleton.model).__name__,
+            settings=settings,
+            versions=versions(),
+            seconds=round(time.monotonic() - started, 3),
+            peak_memory_bytes=peak_memory(),
+            digests={shard["file"]: shard["sha256"] for shard in shards},
+            format=config.format,
+            source=read_raw_record(source.directory),
+            sizes=UnpackedSizes(packed_bytes=skeleton.nbytes, bytes=size),
+            unpacked=len(source.weights),
+        )
+        write_record(record, workspace.path)
         workspace.publish()
     return ExportResult(out, record)
 

@@ -122,8 +122,8 @@ def test_output_is_the_source_with_zeros(
         if method != "sparsegpt":
             assert torch.equal(tensor[kept], before[key][kept]), key
     assert zeros == round(rate * weights)
-    found = result.record["sparsity"]
-    assert (found["zeros"], found["weights"]) == (zeros, weights)
+    found = result.record.sparsity
+    assert (found.zeros, found.weights) == (zeros, weights)
     assert result.sparsity == zeros / weights
 
     for path in model.iterdir():
@@ -153,7 +153,7 @@ def test_two_of_four_along_the_inputs(
     for key in pruned:
         groups = inputs_last(family, key, after[key]).reshape(-1, 4)
         assert ((groups == 0).sum(1) == 2).all(), key
-    assert result.record["sparsity"]["weights"] == sum(before[key].numel() for key in pruned)
+    assert result.record.sparsity.weights == sum(before[key].numel() for key in pruned)
     assert result.sparsity == 0.5
     load_strictly(result.out)
 
@@ -208,7 +208,7 @@ def test_wandas_masks_are_those_of_the_whole_stock_model(
     model = family_model(family)
     result = prune(model, tmp_path / "out", calibration, method="wanda", pattern=pattern)
     stock, pruned = stock_model(model), stock_model(result.out)
-    blocks = stock.get_submodule(result.record["blocks"][0]["name"].rpartition(".")[0])
+    blocks = stock.get_submodule(result.record.blocks[0].name.rpartition(".")[0])
     tokens = windows_of(model, calibration)
     compared = 0
     for block in blocks:
@@ -307,12 +307,12 @@ def test_an_expert_without_tokens_is_named_and_pruned_by_magnitude(
     result = prune(model, tmp_path / "out", calibration, method=method)
     assert result.sparsity == 0.5
 
-    fused = [x for x in result.record["blocks"][0]["linears"] if "experts" in x["name"]]
+    fused = [x for x in result.record.blocks[0].linears if "experts" in x.name]
     assert fused
-    assert all(2 in linear["unrouted_experts"] for linear in fused)
+    assert all(2 in linear.unrouted_experts for linear in fused)
     for linear in fused:
-        name = f"{result.record['blocks'][0]['name']}.{linear['name']}"
-        (note,) = (x for x in result.record["notes"] if x.startswith(name + ":"))
+        name = f"{result.record.blocks[0].name}.{linear.name}"
+        (note,) = (x for x in result.record.notes if x.startswith(name + ":"))
         assert re.search(r"\b2\b.*magnitude", note)
 
     before, after = stock_model(model), stock_model(result.out)
@@ -347,8 +347,8 @@ def test_odd_families(family: str, family_model: MakeModel, calibration: Path, t
         kept = after[key] != 0
         assert torch.equal(after[key][kept], before[key][kept])
     zeros = sum(int((after[key] == 0).sum()) for key in changed)
-    assert zeros == result.record["sparsity"]["zeros"]
-    assert sum(before[key].numel() for key in changed) == result.record["sparsity"]["weights"]
+    assert zeros == result.record.sparsity.zeros
+    assert sum(before[key].numel() for key in changed) == result.record.sparsity.weights
     assert result.sparsity == 0.5
     with torch.no_grad():
         assert load_strictly(result.out)(windows_of(model, calibration)).logits.isfinite().all()
@@ -454,7 +454,7 @@ def test_an_architecture_that_nobody_knows(
     method: str, strange: MakeModel, calibration: Path, tmp_path: Path
 ):
     result = prune(strange("known"), tmp_path / "out", calibration, method=method)
-    assert result.record["sparsity"]["weights"] == 2 * 2 * 64 * 32
+    assert result.record.sparsity.weights == 2 * 2 * 64 * 32
     assert result.sparsity == 0.5
     load_strictly(result.out)
 
@@ -488,7 +488,7 @@ def test_an_unknown_matrix_can_be_left_dense_as_advised(
     result = prune(model, tmp_path / "out", calibration, exclude=advised[1])
     before, after = stored(model), stored(result.out)
     assert same_bytes(before["model.layers.0.mixer.mixing"], after["model.layers.0.mixer.mixing"])
-    assert result.record["sparsity"]["weights"] == 2 * 2 * 64 * 32
+    assert result.record.sparsity.weights == 2 * 2 * 64 * 32
 
 
 def test_unknown_matrices_of_a_state_space_model(
@@ -548,7 +548,7 @@ def test_half_precision_in_many_shards(
             zeros += int((tensor == 0).sum())
         else:
             assert same_bytes(tensor, before[key])
-    assert zeros == result.record["sparsity"]["zeros"] == result.record["sparsity"]["weights"] / 2
+    assert zeros == result.record.sparsity.zeros == result.record.sparsity.weights / 2
     assert load_strictly(result.out).dtype == dtype
 
 
@@ -635,8 +635,8 @@ def test_include_and_exclude(
         else:
             assert same_bytes(tensor, before[key]), key
     assert result.sparsity == 0.5
-    first = result.record["blocks"][0]["linears"]
-    assert [linear["name"] for linear in first] == ["mlp.down_proj"]
+    first = result.record.blocks[0].linears
+    assert [linear.name for linear in first] == ["mlp.down_proj"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -646,10 +646,10 @@ def test_a_block_that_stays_dense(
     result = prune(
         family_model("llama"), tmp_path / "out", calibration, method=method, exclude=r"layers\.0\."
     )
-    first, second = result.record["blocks"]
-    assert (first["weights"], first["zeros"], first["linears"]) == (0, 0, [])
-    assert first["error"] == 0
-    assert second["sparsity"] == result.sparsity == 0.5
+    first, second = result.record.blocks
+    assert (first.weights, first.zeros, first.linears) == (0, 0, ())
+    assert first.error == 0
+    assert second.sparsity == result.sparsity == 0.5
 
 
 @pytest.mark.parametrize("rate", [0.001, 1 / 3, 0.61803, 0.9])
@@ -661,7 +661,7 @@ def test_any_rate_is_met_to_the_weight(
         result = prune(family_model("qwen3_moe"), out, calibration, method=method, sparsity=rate)
         after = stored(out)
         zeros = sum(int((t == 0).sum()) for key, t in after.items() if is_prunable(key, t))
-        assert zeros == round(rate * result.record["sparsity"]["weights"])
+        assert zeros == round(rate * result.record.sparsity.weights)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])
@@ -678,11 +678,11 @@ def test_besas_blocks_are_no_worse_than_wandas(
         samples=32,
         epochs=20,
     )
-    for block in result.record["blocks"]:
-        assert block["error"] <= block["error_wanda"] * 1.001
-        assert len(block["loss"]) == 20
-        single = [linear for linear in block["linears"] if len(linear["shape"]) == 2]
-        spread = [linear["rows"]["max"] - linear["rows"]["min"] for linear in single]
+    for block in result.record.blocks:
+        assert block.error <= block.error_wanda * 1.001
+        assert len(block.loss) == 20
+        single = [linear for linear in block.linears if len(linear.shape) == 2]
+        spread = [linear.rows.max - linear.rows.min for linear in single]
         # Counts are whole: rows of one rate differ by one weight at most.
         if granularity == "layer":
             assert all(width <= 1 / 16 + 1e-6 for width in spread)

@@ -13,7 +13,11 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from besa.report import figures, heat, model_card, palette, render, render_comparison, svg
+import besa.report
+from besa.model.record import PruneRecord
+from besa.records import from_json
+from besa.report import figures, formatting, heat, names, palette, svg
+from besa.report.comparison import Comparison
 from besa.report.figures import Cell
 from tests.report.browser import BROWSER, WIDTHS, check, visit
 from tests.report.records import GPT2, LLAMA, MIXTRAL, MOE, comparison, run
@@ -58,6 +62,19 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     "hybrid": hybrid,
     "bare": bare,
 }
+
+
+def render(record: dict[str, Any]) -> str:
+    """The page of a run, as it comes from besa.json."""
+    return besa.report.render(from_json(PruneRecord, record))
+
+
+def model_card(record: dict[str, Any]) -> str:
+    return besa.report.model_card(from_json(PruneRecord, record))
+
+
+def render_comparison(record: dict[str, Any]) -> str:
+    return besa.report.render_comparison(from_json(Comparison, record))
 
 
 class Page(HTMLParser):
@@ -136,12 +153,12 @@ def test_page_quotes_the_record() -> None:
         assert needle in text
     own = [block["error"] for block in record["blocks"]]
     wanda = [block["error_wanda"] for block in record["blocks"]]
-    assert figures.signed(sum(own) / sum(wanda) - 1) in text
+    assert formatting.signed(sum(own) / sum(wanda) - 1) in text
     assert f"lower in {sum(a < b for a, b in zip(own, wanda, strict=True))} of 8" in text
     for block in record["blocks"]:
-        assert figures.small(block["error"]) in text
+        assert formatting.significant(block["error"]) in text
         for linear in block["linears"]:
-            assert figures.percent(linear["sparsity"], 2) in text
+            assert formatting.percent(linear["sparsity"], 2) in text
 
 
 def test_comparison_quotes_the_record() -> None:
@@ -152,7 +169,7 @@ def test_comparison_quotes_the_record() -> None:
     for row in record["rows"]:
         assert f"{row['perplexity']:,.2f}" in text
         if row["recovered"] is not None:
-            assert figures.signed(row["recovered"]).lstrip("+") in text
+            assert formatting.signed(row["recovered"]).lstrip("+") in text
 
 
 def test_comparison_without_besa() -> None:
@@ -192,7 +209,7 @@ def test_card(name: str) -> None:
     assert meta["tags"] == ["pruned", "sparse", "besa"]
     assert meta["base_model"]
     assert "<script>alert(1)" not in body.split("```sh")[0]
-    assert figures.percent(record["sparsity"]["achieved"], 2) in body
+    assert formatting.percent(record["sparsity"]["achieved"], 2) in body
     assert "AutoModelForCausalLM.from_pretrained" in body
     assert "besa prune" in body
     assert body.count("```") == 4
@@ -204,9 +221,9 @@ def test_card_names_the_hub_model() -> None:
         "example-org/Llama-3-8B"
     )
     cached = "/home/me/.cache/huggingface/hub/models--org--Name-7b/snapshots/abc"
-    assert figures.hub_id(cached) == "org/Name-7b"
-    assert figures.hub_id("/models/Name-7b") is None
-    assert figures.short_name("/models/Name-7b/") == "Name-7b"
+    assert names.hub_id(cached) == "org/Name-7b"
+    assert names.hub_id("/models/Name-7b") is None
+    assert names.short_name("/models/Name-7b/") == "Name-7b"
 
 
 @pytest.mark.parametrize("make", [model_card, render])
@@ -231,7 +248,7 @@ def test_the_comparison_keeps_private_folders_private() -> None:
 def test_command_repeats_the_run() -> None:
     record = run(1, model="a b")
     record["settings"].update(out="there", threads=2, model_fingerprint="f00")
-    line = figures.command(record)
+    line = figures.command(from_json(PruneRecord, record))
     assert "f00" not in line
     assert line.startswith("besa prune 'a b' --method besa --sparsity 0.5")
     assert line.endswith("--out PRUNED")
@@ -239,10 +256,10 @@ def test_command_repeats_the_run() -> None:
 
 
 def test_experts_are_gathered() -> None:
-    table = figures.grid(run(1, MIXTRAL)["blocks"])
+    table = figures.grid(from_json(PruneRecord, run(1, MIXTRAL)).blocks)
     assert "block_sparse_moe.experts.*.w1" in table
     assert len(table) == 7
-    assert list(figures.grid(run(1, LLAMA)["blocks"])) == list(LLAMA)
+    assert list(figures.grid(from_json(PruneRecord, run(1, LLAMA)).blocks)) == list(LLAMA)
 
 
 def test_quantiles() -> None:

@@ -114,10 +114,10 @@ def test_logits_are_transformers(
     """A prompt, then token by token with what was kept."""
     bound = (SPARSE if sparse else DENSE)[precision]
     found = compare(decoder(graphs[sparse, precision]), reference, seed=7)
-    assert found["error"] < bound
-    assert found["tokens"] == 16
+    assert found.error < bound
+    assert found.tokens == 16
     if bound < 0.03:
-        assert found["agreement"] > 0.9
+        assert found.agreement > 0.9
 
 
 def test_the_export_compares_too(graphs: dict[tuple[bool, str], Path]):
@@ -131,7 +131,7 @@ def test_another_mask_is_caught(graphs: dict[tuple[bool, str], Path], other: Pat
     """The control: by the comparison, also in the coarsest precision."""
     theirs = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()
     for directory in graphs.values():
-        assert compare(decoder(directory), theirs)["error"] > 0.6
+        assert compare(decoder(directory), theirs).error > 0.6
 
 
 def test_a_step_with_the_cache_is_the_prompt_at_once(graphs: dict[tuple[bool, str], Path]):
@@ -151,15 +151,15 @@ def test_packed_int8_is_what_transformers_makes_of_the_packed_checkpoint(
     packed = export(pruned, ExportConfig(out=tmp_path / "packed", quantize="int8")).out
     theirs = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).eval()
     found = compare(decoder(graphs[True, "int8"]), theirs)
-    assert found["error"] < 0.04
-    assert found["error"] < 0.8 * compare(decoder(graphs[False, "int8"]), theirs)["error"]
+    assert found.error < 0.04
+    assert found.error < 0.8 * compare(decoder(graphs[False, "int8"]), theirs).error
 
 
 def test_int8_with_a_scale_for_each_group_of_columns(pruned: Path, reference: Any, tmp_path: Path):
     wish = {"sparse": True, "precision": "int8", "group_size": 32}
     out = export(pruned, ExportConfig(out=tmp_path / "x", format="onnx", **wish)).out
-    assert compare(decoder(out), reference)["error"] < SPARSE["int8"]
-    assert compare(decoder(out, library=None), reference)["error"] < SPARSE["int8"]
+    assert compare(decoder(out), reference).error < SPARSE["int8"]
+    assert compare(decoder(out, library=None), reference).error < SPARSE["int8"]
     model = onnx.load(out / "model.onnx", load_external_data=False)
     products = [node for node in model.graph.node if node.op_type == "SparseMatMul"]
     assert {a.i for node in products for a in node.attribute if a.name == "group_size"} == {32}
@@ -233,7 +233,7 @@ def test_it_runs_without_the_library_while_it_is_small(
 ):
     for precision in ("bf16", "int8"):
         found = compare(decoder(graphs[True, precision], library=None), reference)
-        assert found["error"] < SPARSE[precision]
+        assert found.error < SPARSE[precision]
 
 
 def test_a_large_model_has_no_function_and_needs_the_library(
@@ -252,7 +252,7 @@ def test_a_standard_graph(pruned: Path, reference: Any, tmp_path: Path):
     assert {node.domain for node in model.graph.node} == {""}
     assert {one.domain: one.version for one in model.opset_import}[""] == 23
     onnx.checker.check_model(str(out / "model.onnx"))
-    assert compare(decoder(out, library=None), reference)["error"] < 1e-5
+    assert compare(decoder(out, library=None), reference).error < 1e-5
     prompt = [72, 101, 108]
     assert greedy(out, prompt, 12) == expected(reference, prompt, 12)
 
@@ -270,9 +270,9 @@ def test_what_the_builder_does_not_know_becomes_a_standard_graph(
             record = export(model, config).record
         said = [str(one.message) for one in caught if "standard one" in str(one.message)]
         assert len(said) == 1
-        assert record["graph"] == "standard"
-        assert record["check"]["error"] < 1e-5
-        assert bool(record["packed"]) == sparse
+        assert record.graph == "standard"
+        assert record.check.error < 1e-5
+        assert bool(record.packed) == sparse
 
 
 @pytest.mark.slow
@@ -285,10 +285,10 @@ def test_families_of_the_builder(family: str, tiny_model: Path, tmp_path: Path):
         out = tmp_path / f"{sparse}-{precision}"
         config = ExportConfig(out=out, format="onnx", sparse=sparse, precision=precision)
         record = export(model, config).record
-        assert record["graph"] == "genai"
+        assert record.graph == "genai"
         # Scores that are capped go through an approximation of tanh.
         exact = 1e-3 if family == "gemma2" else 1e-5
-        assert record["check"]["error"] < (0.1 if precision == "int8" else exact)
+        assert record.check.error < (0.1 if precision == "int8" else exact)
 
 
 def test_the_card_of_a_2_4_model_tells_of_tensorrt(tiny_model: Path, tmp_path: Path):
@@ -309,7 +309,7 @@ def test_the_card_of_a_2_4_model_tells_of_tensorrt(tiny_model: Path, tmp_path: P
     ]
     assert min(shares) >= 0.5  # dense, with its zeros
     sparse = export(directory, ExportConfig(out=tmp_path / "sparse", format="onnx", sparse=True))
-    assert sparse.record["pattern"] == "2:4"
+    assert sparse.record.pattern == "2:4"
     assert "trt_sparsity_enable" not in (sparse.out / "README.md").read_text()
 
 

@@ -60,10 +60,10 @@ def test_there_and_back(family: str, tiny_model: Path, tmp_path: Path):
         "values": "float32",
     }
     record = result.record
-    assert {f"{linear['name']}.weight" for linear in record["linears"]} == packed
-    for linear in record["linears"]:
-        matrix = before[f"{linear['name']}.weight"]
-        assert linear["nonzeros"] == int((matrix != 0).sum())
+    assert {f"{linear.name}.weight" for linear in record.linears} == packed
+    for linear in record.linears:
+        matrix = before[f"{linear.name}.weight"]
+        assert linear.nonzeros == int((matrix != 0).sum())
 
     export(result.out, ExportConfig(out=tmp_path / "dense", format="dense"))
     assert_same_model(tmp_path / "dense", pruned)
@@ -97,6 +97,6 @@ def test_each_linear_is_packed_or_ignored(family: str, tiny_model: Path, tmp_pat
 def test_odd_families_there_and_back(family: str, tiny_model: Path, tmp_path: Path):
     pruned = pruned_model(family, tmp_path / "pruned", tiny_model)
     result = export(pruned, ExportConfig(out=tmp_path / "sparse"))
-    assert len(packed_names(stored(result.out))) == len(result.record["linears"]) >= 4
+    assert len(packed_names(stored(result.out))) == len(result.record.linears) >= 4
     export(result.out, ExportConfig(out=tmp_path / "dense", format="dense"))
     assert_same_model(tmp_path / "dense", pruned)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import besa.model.files
 from besa.errors import BesaError
 from besa.export import ExportConfig, export
+from besa.records import to_json
 from tests.export.sparse import (
     assert_same_model,
     in_a_block,
@@ -83,8 +84,8 @@ def test_tied_embeddings(tiny_model: Path, tmp_path: Path):
         name: t for name, t in stored(pruned).items() if t.ndim == 2
     }  # the head's twice in one
     norms = sum(t.nbytes for name, t in stored(pruned).items() if t.ndim == 1 and in_a_block(name))
-    read = result.record["read_per_token"]
-    assert read["dense_bytes"] == sum(t.nbytes for t in weights.values()) + norms
+    read = result.record.read_per_token
+    assert read.dense_bytes == sum(t.nbytes for t in weights.values()) + norms
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
@@ -146,7 +147,7 @@ def test_patterns_are_found(
     pruned = save_with_tokenizer(model, tmp_path / "pruned", tiny_model)
     result = export(pruned, ExportConfig(out=tmp_path / "sparse"))
     expected = "4:8" if pattern == (4, 8) else "2:4"  # 1:4 keeps to 2:4
-    assert result.record["pattern"] == expected
+    assert result.record.pattern == expected
     assert quantization(result.out)["pattern"] == expected
 
     kept = {4: 0, 8: 0}  # the most of so many neighbours
@@ -162,11 +163,11 @@ def test_patterns_are_found(
         save_file(tensors, path, metadata={"format": "pt"})
     assert kept[4] >= 3
     spoilt = export(pruned, ExportConfig(out=tmp_path / "spoilt"))
-    assert spoilt.record["pattern"] == ("4:8" if kept[8] <= 4 else "unstructured")
+    assert spoilt.record.pattern == ("4:8" if kept[8] <= 4 else "unstructured")
 
 
 def test_unstructured_zeros_are_no_pattern(pruned: Path, tmp_path: Path):
-    assert export(pruned, ExportConfig(out=tmp_path / "s")).record["pattern"] == "unstructured"
+    assert export(pruned, ExportConfig(out=tmp_path / "s")).record.pattern == "unstructured"
 
 
 def test_a_linear_too_dense_to_gain_stays_dense(tiny_model: Path, tmp_path: Path):
@@ -177,8 +178,8 @@ def test_a_linear_too_dense_to_gain_stays_dense(tiny_model: Path, tmp_path: Path
     pruned = save_with_tokenizer(model, tmp_path / "pruned", tiny_model)
     result = export(pruned, ExportConfig(out=tmp_path / "sparse"))
     left = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
-    assert [linear["name"] for linear in result.record["dense"]] == left
-    none, few = (linear["density"] for linear in result.record["dense"])
+    assert [linear.name for linear in result.record.dense] == left
+    none, few = (linear.density for linear in result.record.dense)
     assert none == 1
     assert few == float((stored(pruned)[f"{left[1]}.weight"] != 0).double().mean())
     assert set(quantization(result.out)["ignore"]) == {*left, "lm_head"}
@@ -194,8 +195,8 @@ def test_a_weight_of_another_type_than_the_rest_stays_dense(pruned: Path, tmp_pa
     name = f"{Q_PROJ}.weight"
     change(pruned, lambda tensors: tensors.update({name: tensors[name].bfloat16()}))
     result = export(pruned, ExportConfig(out=tmp_path / "sparse"))
-    assert [linear["name"] for linear in result.record["dense"]] == [Q_PROJ]
-    assert "stored as bfloat16" in result.record["dense"][0]["reason"]
+    assert [linear.name for linear in result.record.dense] == [Q_PROJ]
+    assert "stored as bfloat16" in result.record.dense[0].reason
 
 
 # ------------------------------------------------------------------------------- its sizes
@@ -218,17 +219,17 @@ def test_sizes(wide: Path, quantize: str | None, most: float, tmp_path: Path):
     parts = sum(t.nbytes for key, t in after.items() if key.startswith(tuple(packed)))
     assert len(packed) == 14
     assert parts / dense < most
-    sizes, read = result.record["sizes"], result.record["read_per_token"]
-    assert (sizes["linears_dense_bytes"], sizes["linears_bytes"]) == (dense, parts)
+    sizes, read = result.record.sizes, result.record.read_per_token
+    assert (sizes.linears_dense_bytes, sizes.linears_bytes) == (dense, parts)
     files = sum(path.stat().st_size for path in result.out.glob("*.safetensors"))
-    assert sizes["bytes"] == files
-    assert sizes["dense_bytes"] == sum(p.stat().st_size for p in wide.glob("*.safetensors"))
+    assert sizes.bytes == files
+    assert sizes.dense_bytes == sum(p.stat().st_size for p in wide.glob("*.safetensors"))
     # Of all tensors a token reads all but the embedding and the last norm.
     unread = ("model.embed_tokens.weight", "model.norm.weight")
     total = sum(tensor.nbytes for key, tensor in before.items() if key not in unread)
-    assert read["dense_bytes"] == total
-    assert read["packed_bytes"] == total - dense + parts
-    assert read["speedup"] == pytest.approx(total / (total - dense + parts))
+    assert read.dense_bytes == total
+    assert read.packed_bytes == total - dense + parts
+    assert read.speedup == pytest.approx(total / (total - dense + parts))
 
 
 def test_a_token_reads_its_own_experts_only(tiny_model: Path, tmp_path: Path):
@@ -238,7 +239,7 @@ def test_a_token_reads_its_own_experts_only(tiny_model: Path, tmp_path: Path):
             "mixtral", tmp_path / f"{chosen}", tiny_model, num_experts_per_tok=chosen
         )
         result = export(pruned, ExportConfig(out=tmp_path / f"sparse-{chosen}"))
-        reads[chosen] = result.record["read_per_token"]["dense_bytes"]
+        reads[chosen] = result.record.read_per_token.dense_bytes
     experts = sum(t.nbytes for name, t in stored(pruned).items() if "experts" in name)
     assert experts > 0
     assert reads[4] - reads[1] == round(experts * 3 / 4)
@@ -273,7 +274,7 @@ def test_the_record(pruned: Path, tmp_path: Path):
     (pruned / "besa.json").write_text(json.dumps({"mine": 1}))
     result = export(pruned, ExportConfig(out=tmp_path / "sparse", quantize="int8", group_size=32))
     record = json.loads((result.out / "besa.json").read_text())
-    assert record == result.record
+    assert record == to_json(result.record)
     files = {path.name: path for path in result.out.glob("*.safetensors")}
     assert record["digests"] == {
         name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()

@@ -1,0 +1,37 @@
+"""Names as people read them: of models, methods and linears.
+
+>>> short_name("/models/Llama-7b/"), hub_id("/models/Llama-7b/"), method_name("sparsegpt")
+('Llama-7b', None, 'SparseGPT')
+>>> short_names(["self_attn.q_proj", "mlp.up_proj"]), short_names(["attn.c_proj", "mlp.c_proj"])
+(['q_proj', 'up_proj'], ['attn.c_proj', 'mlp.c_proj'])
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+METHODS = {"besa": "BESA", "wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "Magnitude"}
+
+
+def method_name(method: object) -> str:
+    return METHODS.get(str(method), str(method))
+
+
+def hub_id(model: str) -> str | None:
+    """The Hugging Face id that a model argument or a cache folder stands for, if it is one."""
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", model)
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    return model if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model) else None
+
+
+def short_name(model: str) -> str:
+    """A model's name without the folders before it."""
+    return hub_id(model) or re.split(r"[/\\]", model.rstrip("/\\"))[-1] or model
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """`self_attn.q_proj` → `q_proj`, if that leaves every name its own."""
+    last = [name.rsplit(".", 1)[-1] for name in names]
+    return last if len(set(last)) == len(names) and "*" not in last else list(names)

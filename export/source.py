@@ -1,0 +1,36 @@
+"""What is exported: a plain checkpoint, with its zeros stored like any other weight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from besa.errors import BesaError
+from besa.formats import QUANT_METHOD
+from besa.model.checkpoint import Checkpoint
+from besa.model.files import resolve
+
+
+def open_plain(model: str | Path) -> Checkpoint:
+    """Opens a directory or hub id for export; reads headers only.
+
+    Raises:
+        BesaError: it is packed or quantized already, or no whole checkpoint.
+    """
+    directory = resolve(model)
+    _check_plain(directory)
+    return Checkpoint.open(directory)
+
+
+def _check_plain(directory: Path) -> None:
+    """Refuses what is packed or quantized; whatever else is wrong, `Checkpoint.open` says."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        method = config["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if method == QUANT_METHOD:
+        raise BesaError(
+            f"{directory} is packed already: serve it as it is, or unpack it with --format dense"
+        )
+    raise BesaError(f"{directory} is quantized ({method}): export a model with float weights")

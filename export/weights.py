@@ -1,0 +1,50 @@
+"""One weight: its zeros, the pattern that they keep to, and the weight without them.
+
+>>> import torch
+>>> weight = torch.tensor([[1.0, 0, 2, 0, 0, 3, 0, 4]])
+>>> nonzeros_and_patterns(weight)
+(4, ('2:4', '4:8'))
+>>> pack_weight(weight, "bfloat16").values
+tensor([1., 2., 3., 4.], dtype=torch.bfloat16)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from besa.formats import Packed, pack, quantize_int8
+from besa.kernels.packing import pack_mask
+
+# Packed bytes over dense bytes from which on a linear stays dense (0.84 of bfloat16 weights kept).
+# Below, the product's time follows the bytes: 0.82 of the time for 0.81 of them at batch 1.
+WORTH = 0.9
+
+# The N:M patterns that hardware and kernels know, the stricter one first.
+PATTERNS = ("2:4", "4:8")
+
+
+def nonzeros_and_patterns(matrix: Tensor) -> tuple[int, tuple[str, ...]]:
+    """The nonzeros of a matrix [out, in], and those of `PATTERNS` that its rows keep to."""
+    bits, row_ptr = pack_mask(matrix)
+    pairs = bits - ((bits >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)  # in each half of a byte, how many of 4
+    low, high = nibbles & 0x0F, nibbles >> 4
+    fits = {
+        "2:4": bool((low <= 2).all() and (high <= 2).all()),
+        "4:8": bool((low + high <= 4).all()),
+    }
+    return int(row_ptr[-1]), tuple(pattern for pattern in PATTERNS if fits[pattern])
+
+
+def pack_weight(weight: Tensor, values: str, group_size: int | None = None) -> Packed:
+    """A weight [out, in] without its zeros.
+
+    Args:
+        values: the type to store what is left as, "bfloat16" or "int8"; int8 is rounded.
+        group_size: for int8, how many columns share a scale; None if the whole row does.
+    """
+    if values == "int8":
+        return pack(*quantize_int8(weight, group_size), group_size=group_size)
+    dtype: torch.dtype = getattr(torch, values)
+    return pack(weight.to(dtype))
