@@ -18,9 +18,9 @@ from besa.bench.figures import OFFLINE, SERVING
 from besa.bench.formatting import amount
 from besa.bench.results import Results, read_results
 from besa.bench.statistics import Spread
-from besa.bench.typed_json import to_json
 from besa.errors import BesaError
 from besa.report.formatting import size
+from besa.typed_json import to_json
 
 _HIGHER_IS_BETTER = {**SERVING, **OFFLINE}
 

@@ -16,9 +16,9 @@ from besa.bench.formatting import FIGURE_NAMES, against, amount, change, conditi
 from besa.bench.pictures import curves, distributions, quality, sizes
 from besa.bench.results import ContenderRecord, Objective, Results
 from besa.bench.statistics import NO_DIFFERENCE
-from besa.bench.typed_json import to_json
 from besa.report.formatting import NONE, size
 from besa.report.layout import Headline, render_page
+from besa.typed_json import to_json
 
 Values = dict[str, Any]  # what a part of the template takes
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from besa.bench.results import Perplexity
-from besa.bench.typed_json import from_json
 from besa.errors import BesaError
 from besa.processes.child import ChildError, run_to_end
+from besa.typed_json import from_json
 
 
 def title_of(text: str) -> str:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from besa.bench.statistics import Gain, Spread
-from besa.bench.typed_json import ABSENT_IF_NONE, ShapeError, from_json, to_json
 from besa.errors import BesaError
+from besa.typed_json import ABSENT_IF_DEFAULT, ShapeError, from_json, to_json
 
 SCHEMA_VERSION = 1
 # The shares of the values at which a distribution is recorded.
@@ -176,10 +176,10 @@ class Measurement:
     load: str
     rounds: tuple[dict[str, float], ...]
     summary: dict[str, Spread]
-    requests: int | None = field(default=None, metadata=ABSENT_IF_NONE)
-    input_tokens: tuple[int, ...] | None = field(default=None, metadata=ABSENT_IF_NONE)
-    output_tokens: tuple[int, ...] | None = field(default=None, metadata=ABSENT_IF_NONE)
-    quantiles: dict[str, tuple[float, ...]] | None = field(default=None, metadata=ABSENT_IF_NONE)
+    requests: int | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
+    input_tokens: tuple[int, ...] | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
+    output_tokens: tuple[int, ...] | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
+    quantiles: dict[str, tuple[float, ...]] | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class HeldRate:
 
     rate: float
     above: float | None
-    gain: Gain | None = field(default=None, metadata=ABSENT_IF_NONE)
+    gain: Gain | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Results:
     kind: str
     date: str
     settings: Settings
-    generator: LoadGenerator | None = field(default=None, metadata=ABSENT_IF_NONE)
+    generator: LoadGenerator | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
     machine: Machine
     versions: dict[str, str]
     reference: str | None

@@ -21,7 +21,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from besa.bench.typed_json import ABSENT_IF_NONE
+from besa.typed_json import ABSENT_IF_DEFAULT
 
 CONFIDENCE = 0.95
 ENOUGH = 0.9  # for a verdict
@@ -106,8 +106,8 @@ class Gain:
     median: float
     low: float
     high: float
-    rounds: int | None = field(default=None, metadata=ABSENT_IF_NONE)
-    confidence: float | None = field(default=None, metadata=ABSENT_IF_NONE)
+    rounds: int | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
+    confidence: float | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
     verdict: str | None = None
 
 

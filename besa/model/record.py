@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from besa.records import OMIT_EMPTY, MisfitError, from_json, to_json
+from besa.typed_json import ABSENT_IF_DEFAULT, ShapeError, from_json, to_json
 from besa.writing import write_text
 
 NAME = "besa.json"
@@ -95,7 +95,7 @@ class LinearRecord:
     zeros: int = 0
     sparsity: float
     rows: RowRates | None = None
-    unrouted_experts: tuple[int, ...] = field(default=(), metadata=OMIT_EMPTY)
+    unrouted_experts: tuple[int, ...] = field(default=(), metadata=ABSENT_IF_DEFAULT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,8 +345,8 @@ def parse_record(found: Mapping[str, Any]) -> Record | None:
     if found.get("command") == "export":
         kind = _EXPORTS.get(str(found.get("format")))
     try:
-        return None if kind is None else from_json(kind, found)
-    except MisfitError:
+        return None if kind is None else from_json(kind, found, lenient=True)
+    except ShapeError:
         return None
 
 

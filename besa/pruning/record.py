@@ -16,7 +16,7 @@ from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
 from besa.model.record import BlockRecord, PruneRecord, Sparsity
 from besa.pruning.config import PruneConfig
-from besa.records import from_json
+from besa.typed_json import from_json
 from besa.version import __version__, versions
 
 

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from besa.records import from_json, to_json
+from besa.typed_json import from_json, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def read(path: Path) -> Comparison:
     """Reads what `to_text` gave, or an earlier version of besa wrote.
 
     Raises:
-        MisfitError: it is no comparison.
+        ShapeError: it is no comparison.
     """
     return from_json(Comparison, json.loads(path.read_text(encoding="utf-8")))
 

@@ -32,7 +32,7 @@ from besa.model.files import open_tensors
 from besa.model.record import PackedLinearRecord, write_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
-from besa.records import to_json
+from besa.typed_json import to_json
 from besa.version import __version__
 from besa.writing import write_text
 

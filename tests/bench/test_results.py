@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from besa.bench.results import broken_note, read_results, results_json
-from besa.bench.typed_json import ABSENT_IF_NONE, ShapeError, from_json, to_json
 from tests.bench.records import contender, everything, serving
 
 COMMITTED = sorted((Path(__file__).parents[2] / "benchmarks/results/serving").glob("*.json"))
@@ -38,46 +36,3 @@ def test_a_broken_contenders_note_is_told_from_others() -> None:
     results = replace(results, contenders=(*results.contenders, broken), notes=notes)
     assert results.other_notes == [mine]
     assert [one.name for one in results.sound] == ["dense"]
-
-
-@dataclass(frozen=True)
-class Inner:
-    size: float
-    name: str | None = field(default=None, metadata=ABSENT_IF_NONE)
-
-
-@dataclass(frozen=True)
-class Outer:
-    count: int
-    inner: dict[str, Inner]
-    either: Inner | str = ""
-    labels: tuple[str, ...] = ()
-
-
-def test_what_json_cannot_hold() -> None:
-    assert to_json(Inner(math.inf)) == {"size": None}
-    assert math.isnan(from_json(Inner, {"size": None}).size)
-
-
-def test_unions_and_nesting() -> None:
-    outer = Outer(1, {"a": Inner(0.5, "x")}, Inner(2.0), ("l",))
-    assert from_json(Outer, to_json(outer)) == outer
-    assert from_json(Outer, {**to_json(outer), "either": "text", "later": 1}).either == "text"
-
-
-@pytest.mark.parametrize(
-    ("found", "message"),
-    [
-        ([], "the file is \\[\\], not Outer"),
-        ({"inner": {}}, "count is missing"),
-        ({"count": True, "inner": {}}, "count is True, not int"),
-        ({"count": 1.5, "inner": {}}, "count is 1.5, not int"),
-        ({"count": 1, "inner": []}, "inner is \\[\\], not dict"),
-        ({"count": 1, "inner": {"a": {"size": "1"}}}, "inner.a.size is '1', not float"),
-        ({"count": 1, "inner": {}, "labels": ["a", 2]}, r"labels\[1\] is 2, not str"),
-        ({"count": 1, "inner": {}, "either": 3}, "either is 3, not str"),
-    ],
-)
-def test_what_does_not_fit_is_named(found: object, message: str) -> None:
-    with pytest.raises(ShapeError, match=message):
-        from_json(Outer, found)

@@ -25,7 +25,7 @@ from besa.model.record import (
     read_record,
     write_record,
 )
-from besa.records import to_json
+from besa.typed_json import to_json
 from tests.report.records import MOE, run
 
 EXPORT = {

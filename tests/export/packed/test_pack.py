@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import besa.model.files
 from besa.errors import BesaError
 from besa.export import ExportConfig, export
-from besa.records import to_json
+from besa.typed_json import to_json
 from tests.export.sparse import (
     assert_same_model,
     in_a_block,
