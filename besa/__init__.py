@@ -1,8 +1,9 @@
 """besa: prune an LLM by blockwise sparsity allocation, pack the zeros, serve them faster.
 
-from besa import PruneConfig, prune
-
-result = prune("path/to/model", PruneConfig(out="pruned", sparsity=0.5))
+>>> from besa import PruneConfig, prune
+>>> result = prune("path/to/model", PruneConfig(out="pruned", sparsity=0.5, samples=16))
+>>> print(f"{result.sparsity:.0%} zeros in {result.out}")
+50% zeros in pruned
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """What machine this is: in a few words for people, and fact by fact for `besa doctor`.
 
-machine()                     # "2 cores, Intel(R) Xeon(R) Processor, 2 threads"
-cores(), cpu_features(), memory(), openmp_runtimes(), gpus()
+>>> machine()                 # '2 cores, Intel(R) Xeon(R) Processor, 2 threads'
+'... cores, ...'
+>>> memory()["total"] > memory()["available"]
+True
 
 Read from where Linux tells it; what a system does not tell is None, or not there.
 """

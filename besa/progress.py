@@ -1,7 +1,9 @@
 """What a person sees of a long run: a live line on a terminal, plain lines elsewhere.
 
-with progress_for(sys.stderr) as tell:
-    prune(model, config, tell)
+>>> import sys
+>>> with steps_for(sys.stdout) as tell:
+...     tell(Event("packing", 1, 12, what="model.layers.0"))
+packing model.layers.0
 """
 
 from __future__ import annotations

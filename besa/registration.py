@@ -1,9 +1,8 @@
 """Makes `import besa` all that transformers needs to load packed checkpoints.
 
-    import besa
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained("path/to/sparse")
+>>> import besa
+>>> from transformers import AutoModelForCausalLM
+>>> model = AutoModelForCausalLM.from_pretrained("path/to/sparse")
 
 transformers looks a checkpoint's `quant_method` up in dictionaries of its own, and has no entry
 point that would fill them. To fill them takes transformers and torch, whose import takes seconds

@@ -5,8 +5,8 @@ in `pydoc_data.topics` (each topic is a document) and the standard library's sou
 docstrings (each file is a document). A document belongs to one split, by a hash of its name, so
 that the splits stay apart whichever Python runs.
 
-    from besa.data.builtin import documents
-    text = "\\n".join(documents("calibration"))
+>>> next(documents("calibration"))
+'...'
 
 The shipped model saw only `train`. Calibrate on `calibration`, choose on `validation`, and quote
 `test`.

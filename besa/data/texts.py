@@ -5,8 +5,8 @@ line; `.parquet`, a document in the column `text` of each row), the built-in cor
 `builtin:SPLIT` for one split of it), or a data set of the Hugging Face hub: `wikitext2`, `ptb`,
 `c4`, or any id (`OWNER/NAME` or `OWNER/NAME:CONFIG`) with a column `text`.
 
-    from besa.data.texts import documents_from
-    text = "\\n\\n".join(documents_from("builtin", "test"))
+>>> next(documents_from("builtin", "test"))
+'...'
 
 Joined by a blank line, the documents are the text of the field's protocol (that of GPTQ,
 SparseGPT, Wanda and BESA):

@@ -1,12 +1,11 @@
 """Text to windows of tokens.
 
-    from transformers import AutoTokenizer
-    from besa.data.windows import calibration_windows, token_stream
-    from besa.data.texts import documents_from
-
-    tokenizer = AutoTokenizer.from_pretrained("path/to/model")
-    stream = token_stream(tokenizer, documents_from("builtin", "calibration"))
-    windows = calibration_windows(stream, samples=128, seqlen=512, seed=0)
+>>> from transformers import AutoTokenizer
+>>> from besa.data.texts import documents_from
+>>> tokenizer = AutoTokenizer.from_pretrained("path/to/model")
+>>> stream = token_stream(tokenizer, documents_from("builtin", "calibration"), limit=100_000)
+>>> calibration_windows(stream, samples=128, seqlen=512, seed=0).shape
+torch.Size([128, 512])
 
 As in the field's protocol the documents are one text, tokenized in one go (so that a beginning
 token comes once, if the tokenizer adds one) and cut into windows of `seqlen` tokens.

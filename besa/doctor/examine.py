@@ -1,7 +1,8 @@
 """What a user or a bug report needs to know of a machine and of what is installed on it.
 
-record = examine()          # a few seconds: it measures; `besa doctor --json` prints this
-record["kernel"], record["read_bandwidth"], record["warnings"]
+>>> record = examine()          # a few seconds: it measures; `besa doctor --json` prints this
+>>> record["kernel"], record["read_bandwidth"]
+({'isa': ..., 'reason': ...}, {'bytes_per_second': ..., 'threads': ...})
 """
 
 from __future__ import annotations

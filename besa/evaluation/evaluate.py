@@ -1,10 +1,10 @@
 """Evaluates several models on the same texts, side by side.
 
-from besa.evaluation.config import EvalConfig
-from besa.evaluation.evaluate import evaluate
-
-for result in evaluate(["path/to/dense", "path/to/pruned"], EvalConfig(seqlen=512)):
-    print(result.model, result.perplexity.perplexity, result.perplexity.standard_error)
+>>> config = EvalConfig(seqlen=128, limit=4)
+>>> for result in evaluate(["path/to/model", "path/to/pruned"], config):
+...     print(result.model, result.perplexity.perplexity, "±", result.perplexity.standard_error)
+path/to/model ... ± ...
+path/to/pruned ... ± ...
 """
 
 from __future__ import annotations

@@ -11,9 +11,13 @@ Two models that read the same windows are compared window by window (`paired`). 
 hard for both falls out of the difference, so its standard error is far below that of either
 perplexity.
 
-    losses = window_losses(model, windows)
-    perplexity = Perplexity.of(losses, seqlen=windows.shape[1])
-    difference, standard_error = paired(losses, reference)
+>>> losses = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64)     # of `window_losses`
+>>> found = Perplexity.of(losses, seqlen=512)
+>>> print(f"{found.perplexity:.2f} ± {found.standard_error:.2f}")
+20.09 ± 11.60
+>>> nats, error = paired(losses, losses - 0.1)
+>>> print(f"{nats:.2f} ± {error:.2f}")
+0.10 ± 0.00
 """
 
 from __future__ import annotations

@@ -1,10 +1,6 @@
 """Zero-shot and few-shot tasks, run by EleutherAI's lm-evaluation-harness.
 
-    from besa.evaluation import tasks
-
-    names = ("piqa", "arc_easy")
-    scores = tasks.run(model, tokenizer, names, tasks.find(names))
-    scores["piqa"]["acc"], scores["piqa"]["acc_stderr"]
+    besa eval MODEL --tasks piqa,arc_easy
 
 The harness is the extra `eval` (https://github.com/EleutherAI/lm-evaluation-harness). Its tasks
 come from the hub; definitions of one's own, on local data, come from a directory.

@@ -1,8 +1,12 @@
 """A linear whose weight is packed in memory, as transformers' models hold it.
 
-    linear = SparseLinear(pack(dense.weight), dense.bias)
-    linear(x)                          # x W^T + bias, of x's type
-    linear.state_dict()                # weight_values, weight_bitmask, weight_rows, bias
+>>> from besa.formats import pack
+>>> dense = nn.Linear(64, 32)
+>>> linear = SparseLinear(pack(dense.weight), dense.bias)
+>>> linear(torch.randn(5, 64)).shape
+torch.Size([5, 32])
+>>> sorted(linear.state_dict())
+['bias', 'weight_bitmask', 'weight_rows', 'weight_values']
 
 Its tensors are buffers under the names of the packed format, so that a state dict is what a file
 holds. Buffers, because nothing here can be trained: `besa::sparse_linear` records no gradient.

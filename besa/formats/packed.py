@@ -1,9 +1,14 @@
 """A weight without its zeros: the others' values, and a bitmask of where they are.
 
-    packed = pack(linear.weight)                        # bf16, fp16 or fp32, exactly
-    packed = pack(*quantize_int8(linear.weight, 128), group_size=128)
-    packed.nbytes, packed.unpack()                      # at 50%: 9 of 16 bits a weight; 5 in int8
-    Packed.from_tensors(values, bitmask, in_features)   # from a file, checked
+>>> weight = torch.tensor([[0.0, 1.5, 0.0, -2.0, 0.0, 0.0, 0.0, 0.5], [0.0] * 8])
+>>> packed = pack(weight)
+>>> packed.values, packed.bitmask
+(tensor([ 1.5000, -2.0000,  0.5000]), tensor([[138],
+        [  0]], dtype=torch.uint8))
+>>> torch.equal(packed.unpack(), weight)
+True
+>>> pack(*quantize_int8(weight)).values
+tensor([  95, -127,   32], dtype=torch.int8)
 
 Rows are neither padded nor of one length: pruning leaves them uneven. N:M needs nothing of its own,
 its rows happen to be even.

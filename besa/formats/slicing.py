@@ -1,7 +1,10 @@
 """Parts of packed weights, and several as one: what tensor parallelism and fused linears need.
 
-    local = take_columns(take_rows(packed, rows), 0, 2048)
-    qkv = stack_rows([q, k, v])
+>>> packed = pack(torch.randn(6, 32))
+>>> take_columns(take_rows(packed, torch.tensor([0, 1, 5])), 8, 24).shape
+torch.Size([3, 16])
+>>> stack_rows([packed, packed, packed]).shape
+torch.Size([18, 32])
 
 Runs of rows are views of the same memory. All else goes through the dense form of that one weight.
 """

@@ -4,7 +4,9 @@ One library holds them all; the CPU's best is taken, or what `BESA_ISA` in the e
 portable, avx2, avx512, avx512_bf16 or avx512_dpbf16. The last two need the same instructions and
 differ in those that bfloat16 is multiplied with; AMD's CPUs are faster with the last.
 
-    name, reason = chosen_isa()     # "avx512_bf16", "the best that this CPU has"
+>>> name, reason = chosen_isa()     # "avx512_bf16", "the best that this CPU has"
+>>> name in (*ISAS, "torch")
+True
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
 """y = x W^T + b with packed weights: the torch operator `besa::sparse_linear`.
 
-    y = sparse_linear(x, packed, bias)                                    # a besa.formats.Packed
-    y = torch.ops.besa.sparse_linear(x, values, bitmask, row_ptr, scale, bias)
+>>> from besa.formats import pack
+>>> x, packed = torch.ones(1, 8), pack(torch.tensor([[1.0, 0, 0, 2, 0, 0, 0, 3]]))
+>>> sparse_linear(x, packed)
+tensor([[6.]])
+>>> torch.ops.besa.sparse_linear(x, packed.values, packed.bitmask, packed.row_ptr, None, None)
+tensor([[6.]])
 
 On a CPU the native kernels multiply straight from the packed form (see sparse_linear.h); on other
 devices, and without the library, the weight is expanded there and torch multiplies. Works under

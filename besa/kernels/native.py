@@ -1,10 +1,8 @@
 """The C++ kernels: one shared library behind a plain C ABI, loaded with ctypes.
 
-    from besa.kernels import native
-
-    library = native.library()
-    if library is not None:  # else take the torch reference
-        library.besa_segment_sum_f32(...)
+>>> found = library()
+>>> found is None or found.besa_best_isa() >= 0     # None: the torch references serve
+True
 
 ctypes releases Python's lock during a call. The library knows nothing of torch, but uses OpenMP's
 `libgomp.so.1`. torch brings one of the same name, and a process must have only one, or two pools

@@ -1,8 +1,14 @@
 """A matrix's zeros out and in again: the bitmask, the row pointers, and the nonzeros in a row.
 
-    bitmask, row_ptr = pack_mask(weight)            # uint8 [out, ceil(in/8)], int64 [out + 1]
-    values = compress(weight, bitmask, row_ptr)     # [row_ptr[-1]]
-    weight = expand(values, bitmask, row_ptr, cols)
+>>> weight = torch.tensor([[0.0, 5.0, 0.0], [7.0, 0.0, 9.0]])
+>>> bitmask, row_ptr = pack_mask(weight)
+>>> bitmask.tolist(), row_ptr.tolist()
+([[2], [5]], [0, 1, 3])
+>>> values = compress(weight, bitmask, row_ptr)
+>>> values
+tensor([5., 7., 9.])
+>>> torch.equal(expand(values, bitmask, row_ptr, cols=3), weight)
+True
 
 Column j is bit j % 8 of a row's byte j // 8, and `row_ptr[r]` the index of row r's first value.
 Elements go through as bit patterns: what a NaN carries and every denormal come back as they were,

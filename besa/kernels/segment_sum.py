@@ -4,7 +4,9 @@ BESA's mask depends on a row's logits only through the bucket of each weight's r
 gradient to the logits is the mask's gradient summed by bucket. Buckets fit in a byte, which spares
 the 8 bytes a weight of torch's indices.
 
-    sums = segment_sum(grad, buckets, n_buckets=101, weight=weight)  # [R, 101]
+>>> buckets = torch.tensor([[0, 2, 2, 1]], dtype=torch.uint8)
+>>> segment_sum(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]), buckets, n_buckets=3)
+tensor([[   1., 1000.,  110.]])
 """
 
 from __future__ import annotations

@@ -1,7 +1,12 @@
 """A decoder's blocks and their linears, found by type and shape and never by a family's name.
 
-    name, blocks = find_blocks(model)
-    linears = find_linears(blocks[0], name + ".0", expert_count(model.config))
+>>> from besa.model.checkpoint import Checkpoint
+>>> model = Checkpoint.open("path/to/model").model
+>>> name, blocks = find_blocks(model)
+>>> name, len(blocks)
+('model.layers', 3)
+>>> [linear.name for linear in find_linears(blocks[0], name + ".0", expert_count(model.config))]
+['self_attn.q_proj', 'self_attn.k_proj', ..., 'mlp.down_proj']
 
 A family that stores its weights in another way has its case in `find_linears`, and there alone: it
 says which parameters of a block are matrices to prune, and how they are laid out (`Linear`).

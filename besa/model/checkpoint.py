@@ -6,11 +6,13 @@ block's weights into the skeleton and `unload_block` sends them off again; `stor
 block's weights back under the names and in the layout of the files, whatever transformers does to
 them on loading (fused experts, renamed keys).
 
-    checkpoint = Checkpoint.open("path/to/model")
-    checkpoint.load_block(0)
-    checkpoint.blocks[0].self_attn.q_proj.weight.data[:, 0] = 0
-    tensors = checkpoint.stored_tensors(0)
-    besa.model.files.write_tensors(tensors, Path("out/model-00002-of-00009.safetensors"))
+>>> checkpoint = Checkpoint.open("path/to/model")
+>>> block = checkpoint.load_block(0)
+>>> block.self_attn.q_proj.weight.data[:, 0] = 0
+>>> tensors = checkpoint.stored_tensors(0)
+>>> tensors["model.layers.0.self_attn.q_proj.weight"][:, 0].count_nonzero()
+tensor(0)
+>>> checkpoint.unload_block(0)
 """
 
 from __future__ import annotations

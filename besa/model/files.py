@@ -1,8 +1,8 @@
 """The files of a checkpoint: found, checked, opened lazily, and written.
 
-files = weight_files(Path("path/to/model"))
-with open_tensors(files, ["model.norm.weight"]) as tensors:
-    write_tensors({"model.norm.weight": tensors["model.norm.weight"][...]}, Path("norm"))
+>>> files = weight_files(Path("path/to/model"))
+>>> with open_tensors(files, ["model.norm.weight"]) as tensors:
+...     write_tensors({"norm": tensors["model.norm.weight"][...]}, Path("norm.safetensors"))
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Refuses tensors that hold NaN or Inf: a damaged checkpoint, or a dtype that overflows.
 
-check_finite(weight, "model.norm.weight", "mend the checkpoint")
+>>> check_finite(torch.tensor([1.0, math.nan]), "norm.weight", "mend the checkpoint")
+Traceback (most recent call last):
+besa.errors.BesaError: norm.weight has 1 values that are NaN or Inf: mend the checkpoint
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Loads a whole model and its tokenizer for evaluation, or says in one line why not.
 
-from besa.model.files import model_directory
-from besa.model.loading import load_model, load_tokenizer
-
-directory = model_directory("path/to/model")
-model = load_model(directory, dtype="bfloat16", device="cpu")
-tokenizer = load_tokenizer(directory)
+>>> from besa.model.files import model_directory
+>>> directory = model_directory("path/to/model")
+>>> model = load_model(directory, dtype="bfloat16", device="cpu")
+>>> tokenizer = load_tokenizer(directory)
+>>> model(**tokenizer("Hi", return_tensors="pt")).logits.shape
+torch.Size([1, 2, 257])
 """
 
 from __future__ import annotations

@@ -3,8 +3,13 @@
 It looks at the products in which a weight is used, not at the modules, and so works alike for
 `nn.Linear`, GPT-2's `Conv1D` and fused experts (3-D parameters).
 
-    with torch.no_grad(), observe(block, linears, on_input):
-        block(hidden)
+>>> from besa.model.blocks import find_linears
+>>> block = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+>>> linears = find_linears(block, "block", experts=None)
+>>> with observe(block, linears, lambda linear, group, x: print(linear.name, list(x.shape))):
+...     output = block(torch.ones(5, 16))
+0 [5, 16]
+2 [5, 32]
 """
 
 from __future__ import annotations

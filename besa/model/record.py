@@ -1,8 +1,9 @@
 """besa.json: what `besa prune` and `besa export` leave beside the weights.
 
-    record = read_record(Path("pruned"))
-    if isinstance(record, PruneRecord):
-        print(record.sparsity.achieved, record.blocks[0].error)
+>>> record = read_record(Path("path/to/pruned"))
+>>> if isinstance(record, PruneRecord):
+...     print(record.sparsity.achieved, len(record.blocks))
+0.5 3
 
 Each kind of run has its type here, and a field is a key of the file. Only `read_record` and
 `write_record` touch the file. This module loads in an instant, because it does without torch.

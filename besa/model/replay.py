@@ -4,8 +4,13 @@
 embeddings and masks verbatim. With these arguments (`Call`) a block runs on any hidden states,
 whatever its family wants to be given.
 
-    hidden, calls = capture(model, blocks, token_batches)
-    output = calls[0][0].run(blocks[0], hidden[0])
+>>> from pathlib import Path
+>>> from besa.model.loading import load_model
+>>> model = load_model(Path("path/to/model"), "float32", "cpu")
+>>> blocks = model.model.layers
+>>> hidden, calls = capture(model, blocks, [torch.tensor([[1, 2, 3, 4]])])
+>>> calls[0][0].run(blocks[0], hidden[0]).shape     # of the first batch, through the first block
+torch.Size([1, 4, 64])
 """
 
 from __future__ import annotations

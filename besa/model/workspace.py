@@ -4,9 +4,15 @@ All work goes to `OUT.partial` beside the output. A finished block is a shard an
 the same command goes on from the last one. Only when everything is written does one rename make
 it `OUT`, so that nothing that looks finished exists before it is.
 
-    with Workspace.open(Path("pruned"), settings, overwrite=False) as workspace:
-        workspace.finish_block(0, tensors, record)
-        workspace.publish()
+>>> from torch import zeros
+>>> out, settings = Path("pruned"), {"sparsity": 0.5}
+>>> with Workspace.open(out, settings, overwrite=False, needed_bytes=1000) as workspace:
+...     shard = workspace.shard(1, of=1)
+...     record = workspace.finish("block-00000", shard, {"weight": zeros(2, 2)}, {"zeros": 4})
+...     workspace.write_index([record])
+...     workspace.publish()
+>>> sorted(path.name for path in out.iterdir())
+['model-00001-of-00001.safetensors', 'model.safetensors.index.json']
 """
 
 from __future__ import annotations

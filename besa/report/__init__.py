@@ -1,10 +1,13 @@
 """Pages and model cards from records.
 
-from besa.model.record import read_record
-from besa.report import model_card, render
-
-record = read_record(Path("pruned"))   # what `besa prune` left
-page, card = render(record), model_card(record)
+>>> from pathlib import Path
+>>> from besa.model.record import read_record
+>>> record = read_record(Path("path/to/pruned"))     # what `besa prune` left
+>>> render(record).startswith("<!doctype html>")
+True
+>>> print(model_card(record))
+---
+...
 """
 
 from besa.report.card import model_card

@@ -1,7 +1,10 @@
 """The README.md of a pruned checkpoint: a Hugging Face model card, from the run's record.
 
-    card = model_card(read_record(Path("pruned")))
-
+>>> from pathlib import Path
+>>> from besa.model.record import read_record
+>>> print(model_card(read_record(Path("path/to/pruned"))))
+---
+...
 >>> escape_markdown("a_b\\n<c>")
 'a\\\\_b &lt;c&gt;'
 """

@@ -1,7 +1,8 @@
 """The record of a comparison: one model pruned by several methods at several settings.
 
-    comparison = read(Path("besa-demo/comparison.json"))
-    {row.method: row.perplexity for row in comparison.rows if row.setting == "50%"}
+>>> comparison = read(Path("path/to/comparison.json"))
+>>> {row.method: row.perplexity for row in comparison.rows if row.setting == "50%"}
+{'magnitude': ..., 'wanda': ..., ...}
 
 `besa demo` and benchmarks/table.py make one (besa.demo.compare); besa.report.render_comparison
 shows it.

@@ -1,6 +1,9 @@
 """The page that compares methods: what `besa demo` ends with.
 
-page = render_comparison(comparison.read(Path("besa-demo/comparison.json")))
+>>> from pathlib import Path
+>>> from besa.report.comparison import read
+>>> render_comparison(read(Path("path/to/comparison.json"))).startswith("<!doctype html>")
+True
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
 """The page of a pruning run: one self-contained HTML file from its record (besa.json).
 
-    page = render(read_record(Path("pruned")))
+>>> from pathlib import Path
+>>> from besa.model.record import read_record
+>>> page = render(read_record(Path("path/to/pruned")))
+>>> page.startswith("<!doctype html>")
+True
 
 The sentences and tables are made here, the pictures in heat.py, spread.py and charts.py, and the
 templates lay them out.
