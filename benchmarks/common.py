@@ -3,7 +3,7 @@
     from common import conditions, llama_block, spread, write_json
 
 Run as scripts (`python benchmarks/allocation.py`), they find this file beside them. torch is
-imported where it is used only: who measures the memory of child processes must stay small itself
+imported only where it is used: a script that measures its children's memory must be small itself
 (see `run_measured`).
 """
 

@@ -7,7 +7,7 @@ Two models with half of their linears' weights gone: one of TinyLlama's shape, r
 bfloat16, whose working set is far beyond any cache; and the small one that besa carries, pruned
 with Wanda. Each as `besa export --format onnx` writes it: dense in fp32, int8 and int4
 (MatMulNBits, accuracy level 4), sparse in bfloat16 and int8. Every graph is in ONNX Runtime GenAI
-in a process of its own; they answer in turns, round by round, and who is not asked is stopped.
+in a process of its own; they answer in turns, round by round, and the others are stopped.
 """
 
 from __future__ import annotations

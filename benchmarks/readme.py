@@ -93,11 +93,11 @@ def cost(wallclock: dict[str, Any], memory: dict[str, Any], allocation: dict[str
         lines.append(f"| {method} | {low} | {high} | {result['growth']:+.1%} |")
     lines += [
         "",
-        "BESA's masks against the obvious representation (int64 sort order, dense probabilities "
-        "under autograd), one calibration sample of "
-        f"{allocation['results'][0]['tokens']:,} tokens, time to build the masked weights and "
-        "push the gradient back, and the whole learning step with the block's own forward and "
-        "backward; extra memory of the step beyond the block's activations, which both keep:",
+        "How BESA learns, against the obvious way to write it: an int64 sort order of the weights "
+        "and dense probabilities under autograd. *Masks* is the time to build the masked weights "
+        "and to push the gradient back; *whole step* has the block's own forward and backward, "
+        "too; *extra memory* is what the step takes beyond the activations, which both keep. One "
+        f"calibration sample of {allocation['results'][0]['tokens']:,} tokens:",
         "",
         "| one block of | masks: dense | besa | faster | extra memory "
         "| whole step: faster | extra memory |",

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,10 @@ from typing import IO, Any
 
 REPOSITORY = Path(__file__).parents[1]
 
+# Seconds that a test waits for what should come soon: so many that only what hangs takes longer, on
+# however slow and busy a machine.
+PATIENCE = 900
+
 # --------------------------------------------------------------------------- processes
 
 
@@ -34,6 +39,7 @@ REPOSITORY = Path(__file__).parents[1]
 class Process:
     """A `besa` that runs."""
 
+    command: str
     pid: int
     stdout: Path
     stderr: Path
@@ -45,12 +51,12 @@ class Process:
             self.returncode = _ask({"wait": self.pid})["returncode"]
         return self.returncode
 
-    def wait(self, timeout: float = 120) -> int:
-        deadline = time.monotonic() + timeout
+    def wait(self) -> int:
+        deadline = time.monotonic() + PATIENCE
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
-                raise TimeoutError(f"besa ran for {timeout} s: {self.errors}")
+                raise TimeoutError(f"{self.command} ran for {PATIENCE} s: {self.errors}")
             time.sleep(0.005)
         return code
 
@@ -58,13 +64,13 @@ class Process:
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def wait_for(self, condition: Callable[[], object], timeout: float = 120) -> bool:
+    def wait_for(self, condition: Callable[[], object]) -> bool:
         """Whether `condition` came true before the process ended."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + PATIENCE
         while not condition():
             if self.poll() is not None:
                 return bool(condition())
-            assert time.monotonic() < deadline, self.errors
+            assert time.monotonic() < deadline, f"{self.command} did nothing: {self.errors}"
             time.sleep(0.001)
         return True
 
@@ -98,7 +104,8 @@ def start(
         "largest_file": largest_file,
         "files": [str(stdout), str(stderr)],
     }
-    return Process(_ask(request)["pid"], stdout, stderr)
+    command = shlex.join(["besa", *request["arguments"]])
+    return Process(command, _ask(request)["pid"], stdout, stderr)
 
 
 def run(*arguments: object, cwd: Path, **options: Any) -> Process:

@@ -698,7 +698,7 @@ def test_import_stays_light(tmp_path: Path):
 
 def test_an_unknown_transformers_is_a_warning(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "besa.serve.transformers.quantizer", None)
-    monkeypatch.delattr(besa.serve, "hf_quantizer")
+    monkeypatch.delattr(besa.serve.transformers, "quantizer")
     with pytest.warns(BesaWarning, match="will not load besa's packed checkpoints"):
         besa.registration.register_with_transformers()
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from besa.export import ExportConfig, export
-from tests.helpers import REPOSITORY, random_model, stored
+from tests.helpers import PATIENCE, REPOSITORY, random_model, stored
 from tests.serve.vllm.worker import NEW_TOKENS, PROMPTS
 
 pytestmark = [
@@ -118,7 +118,7 @@ def run(jobs: list[dict[str, Any]], directory: Path, **environment: str) -> list
         env=own,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
     )
     assert results.exists(), finished.stderr[-3000:]
     found: list[dict[str, Any]] = json.loads(results.read_text())
