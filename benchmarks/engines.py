@@ -184,7 +184,7 @@ def show(engine: str, result: dict[str, Any]) -> str:
 
 
 def _vllm() -> str:
-    from besa.serve.command import vllm_version
+    from besa.serve.vllm.engine import vllm_version
 
     return vllm_version() or "none"
 

@@ -1,52 +1,31 @@
-"""How much of a machine without GPU vLLM gets, where the user does not say.
+"""The cores that an engine may compute on, and the memory that its sequences take.
 
-    thread_binding(ranks=1)                        # "0-1": one thread for each of two cores
-    thread_binding(ranks=2)                        # "0|1": a core for each half of the model
-    cache_gib(Path("sparse"), ranks=1)             # 2: GiB for keys and values
+    physical_cores()               # [[0, 2], [4, 6]]: one number for each core, by memory node
+    threads()                      # 4, or fewer where OMP_NUM_THREADS or a container says so
+    longest_sequence(config)       # bytes of keys and values
 
-vLLM's own `auto` leaves one core of each rank idle for its other processes. They have nothing to do
-while a step is computed, so that on few cores this costs more than it gives. And its default for
-the cache is 92% of the machine's memory, which fails as soon as anything else runs.
-
-Hyper-threads share the units that the kernels keep busy: only one of each core is used. A rank
-stays on one memory node: its weights lie there. On a machine with several, `--tensor-parallel-size`
-uses them all. `OMP_NUM_THREADS` and a container's share of time are heeded.
+Hyper-threads share the units that the kernels keep busy: only one of each core is used.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from besa.machine import core_share, memory
+from besa.machine import core_share
 
 _SYSTEM = Path("/sys/devices/system")
-_GIB = 1 << 30
-
-# What the engine's processes take besides weights and cache.
-_PROCESSES = 3 * _GIB
-# More of the longest sequences than this do not run at the same time on a CPU.
-_SEQUENCES = 64
-
-
-def thread_binding(ranks: int) -> str | None:
-    """VLLM_CPU_OMP_THREADS_BIND for so many ranks on this machine.
-
-    None where a rank would get no core, which vLLM then says in its own words.
-    """
-    return binding(physical_cores(), ranks, _most(ranks))
 
 
 def threads() -> int:
     """For an engine of one process that takes a number: one for each core, or fewer if asked."""
     cores = sum(map(len, physical_cores()))
-    return min(cores, _most(ranks=1) or cores)
+    return min(cores, most_threads(ranks=1) or cores)
 
 
-def _most(ranks: int) -> int | None:
+def most_threads(ranks: int) -> int | None:
     """The threads that the user and the container leave to each of so many ranks."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     most = int(asked) if asked.isdigit() and int(asked) else None
@@ -54,25 +33,6 @@ def _most(ranks: int) -> int | None:
         granted = max(1, math.ceil(share) // ranks)
         most = granted if most is None else min(most, granted)
     return most
-
-
-def binding(nodes: list[list[int]], ranks: int, most: int | None = None) -> str | None:
-    """The cores of each rank: "0-3|4-7".
-
-    Args:
-        nodes: the cores that may be used, memory node by memory node.
-        ranks: processes that share the work.
-        most: threads that a rank may have at most.
-    """
-    if ranks <= len(nodes):
-        parts = nodes[:ranks]
-    else:
-        cores = [core for node in nodes for core in node]
-        each = len(cores) // ranks
-        parts = [cores[rank * each : (rank + 1) * each] for rank in range(ranks)]
-    if not all(parts):
-        return None
-    return "|".join(_ranges(part[:most]) for part in parts)
 
 
 def physical_cores() -> list[list[int]]:
@@ -97,41 +57,6 @@ def _ids(path: Path) -> set[int]:
         return set()
     ends = [[int(end) for end in part.split("-")] for part in parts if part]
     return {number for end in ends for number in range(end[0], end[-1] + 1)}
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Numbers as vLLM reads them: "0-1,4"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(f"{start}-{end}" if end > start else f"{start}" for start, end in runs)
-
-
-def cache_gib(directory: Path, ranks: int) -> int:
-    """VLLM_CPU_KVCACHE_SPACE for a model on this machine, in GiB for each rank."""
-    weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    config = json.loads((directory / "config.json").read_text())
-    return cache_space(memory()["available"], weights, longest_sequence(config), ranks)
-
-
-def cache_space(available: int | None, weights: int, sequence: int | None, ranks: int) -> int:
-    """Half of what is free beside the model, but no more than its sequences can use; at least 1.
-
-    Args:
-        available: bytes of memory that nothing uses yet.
-        weights: bytes of the model.
-        sequence: bytes of the longest sequence's keys and values.
-
-    Returns:
-        GiB for each of the ranks.
-    """
-    spare = 0.0 if available is None else (available - weights * 1.2 - _PROCESSES) / 2
-    fits = int(spare / _GIB / ranks)
-    useful = fits if sequence is None else math.ceil(_SEQUENCES * sequence / _GIB / ranks)
-    return max(1, min(fits, useful))
 
 
 def longest_sequence(config: dict[str, Any]) -> int | None:

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 
-from besa.serve.gate import problem
+from besa.serve.middleware import problem
 from besa.serve.stream import first_stop
 
 # What changes the answer, and transformers ignores: refused, but for what is done anyway.

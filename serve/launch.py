@@ -31,9 +31,9 @@ from besa.errors import BesaError, BesaWarning, one_line
 from besa.formats.checkpoint import QUANT_METHOD, PackedConfig
 from besa.model.files import is_onnx, model_directory
 from besa.serve.command import EngineCommand, command_for
+from besa.serve.engines import engine_named
 from besa.serve.process import EngineError, RunningEngine
 from besa.serve.settings import ServeConfig
-from besa.serve.vllm.plugin import misfit
 
 _HINT = "(--verbose shows its log)"
 
@@ -62,10 +62,11 @@ def serve(config: ServeConfig) -> int:
     packing = packing_of(directory)
     config = replace(config, port=free_port(config.host, config.port))
     command = command_for(config, directory)
-    if packing is None and command.engine != "onnx":
+    if packing is None and not is_onnx(directory):
         _say(f"nothing is packed in {config.model}: it is served as it is; see `besa export`")
-    if packing and command.engine == "vllm" and (words := misfit(command.version)) is not None:
-        warnings.warn(words, BesaWarning, stacklevel=2)  # vLLM's own log is not shown yet
+    warning = engine_named(command.engine).version_warning(command.version)
+    if packing is not None and warning is not None:  # the engine's own log is not shown yet
+        warnings.warn(warning, BesaWarning, stacklevel=2)
     if config.api_key is None and not config.is_local:
         warnings.warn(
             f"whoever reaches {config.host}:{config.port} can use the model: give an --api-key",

@@ -20,9 +20,9 @@ from collections import deque
 
 from besa.errors import BesaError
 from besa.processes.child import ChildProcess
-from besa.serve.command import KEY_VARIABLES, EngineCommand
+from besa.serve.command import EngineCommand
 from besa.serve.log import reason_of
-from besa.serve.settings import ServeConfig
+from besa.serve.settings import KEY_VARIABLES, ServeConfig
 
 _KEPT_LINES = 2000
 _POLL_SECONDS = 0.2
@@ -58,10 +58,10 @@ class RunningEngine(ChildProcess):
         self.shown = config.verbose
         environment = {**os.environ, **command.environment, "PYTHONUNBUFFERED": "1"}
         environment["BESA_SHUTDOWN_TIMEOUT"] = str(config.shutdown_timeout)
-        for variable in KEY_VARIABLES.values():
+        for variable in KEY_VARIABLES:
             environment.pop(variable, None)
         if config.api_key is not None:
-            environment[KEY_VARIABLES[command.engine]] = config.api_key
+            environment[command.key_variable] = config.api_key
         super().__init__(
             command.arguments,
             environment=environment,

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from besa.errors import BesaError
+from besa.serve.engines import ENGINES
 from besa.settings import described, either, setting
 
-ENGINES = ("vllm", "transformers", "onnx")
-
-# Flags of vLLM that leave nothing for besa to wait for.
-_NO_HTTP = ("--uds", "--grpc", "--headless", "--omni")
+# Where an API key may be given, the first that is set; see `Engine.key_variable`, too.
+KEY_VARIABLES = ("BESA_API_KEY", "VLLM_API_KEY")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,8 @@ class ServeConfig:
     model: str
     engine: str | None = setting(
         None,
-        f"{either(ENGINES)} (default: onnx for an ONNX model, else vllm where it is installed)",
+        f"{either(tuple(ENGINES))} (default: onnx for an ONNX model, else vllm where it is "
+        "installed)",
     )
     host: str = setting(
         "127.0.0.1",
@@ -80,12 +80,6 @@ class ServeConfig:
             self.api_key.isascii() and self.api_key.isprintable() and self.api_key.split()
         ):
             raise BesaError("the API key is empty, or has characters that no header can carry")
-        for flag in self.engine_args:
-            if flag.partition("=")[0] in _NO_HTTP:
-                raise BesaError(
-                    f"{flag} is not for `besa serve`, which waits for an HTTP server: "
-                    "`vllm serve` takes it, and loads packed models just as well"
-                )
 
     @property
     def name(self) -> str:
@@ -122,7 +116,7 @@ class ServeConfig:
 
 def key_from_environment() -> str | None:
     """The API key that the environment holds, besa's own before vLLM's."""
-    return os.environ.get("BESA_API_KEY") or os.environ.get("VLLM_API_KEY") or None
+    return next(filter(None, map(os.environ.get, KEY_VARIABLES)), None)
 
 
 def flag_value(arguments: tuple[str, ...], *names: str) -> str | None:

@@ -26,7 +26,7 @@ from besa.bench.load import Load
 from besa.errors import BesaError
 from besa.processes.child import ChildError
 from besa.processes.usage import cpu_seconds, family
-from besa.serve.command import vllm_version
+from besa.serve.vllm.engine import vllm_version
 
 # Each one's client, and what it is called; the better one first.
 CLIENTS = {"vllm": (vllm_client, "vllm bench serve"), "guidellm": (guidellm_client, "guidellm")}

@@ -6,7 +6,6 @@ is what an engine takes for one token of every sequence of a batch; whoever is n
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import statistics
@@ -36,8 +35,7 @@ from besa.errors import BesaError
 from besa.model.files import is_onnx, model_directory
 from besa.processes.child import ChildError
 from besa.processes.usage import family, memory_of
-from besa.serve.command import vllm_version
-from besa.serve.cpu import thread_binding
+from besa.serve.engines import engine_named, engines
 
 _CHECK = {"batch": 1, "prompt": 8, "steps": 8, "seed": "check"}
 
@@ -46,7 +44,7 @@ class EngineProcess(AnsweringChild):
     """An engine with a model, which runs only while it is asked: its threads spin for nobody.
 
     Args:
-        engine: one of `besa.bench.offline_engine.ENGINES`.
+        engine: one of `besa.serve.engines.ENGINES`.
         most, longest: sequences at a time, and tokens of each.
         limit: seconds to load the model in.
 
@@ -59,14 +57,7 @@ class EngineProcess(AnsweringChild):
 
     def __init__(self, engine: str, directory: Path, most: int, longest: int, limit: float) -> None:
         arguments = [engine, str(directory), str(most), str(longest)]
-        environment = {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "ORT_DISABLE_TELEMETRY": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": thread_binding(1) or "auto",
-        }
+        environment = engine_named(engine).offline_environment()
         super().__init__(
             [sys.executable, "-P", "-m", "besa.bench.offline_engine", *arguments],
             {name: value for name, value in environment.items() if name not in os.environ},
@@ -146,12 +137,13 @@ def bench_offline(
     """
     if any(contender.url is not None for contender in config.contenders):
         raise BesaError("--offline measures models, not a --url")
-    engines = _engines(config.engine)
+    chosen = _engines(config.engine)
     insides = [
-        _Inside(contender, engine, len(engines) > 1)
-        for engine in engines
+        _Inside(contender, engine, len(chosen) > 1)
+        for engine in chosen
         for contender in config.contenders
-        if contender.model is not None and (engine == "onnx") == is_onnx(Path(contender.model))
+        if contender.model is not None
+        and engine_named(engine).reads_onnx == is_onnx(Path(contender.model))
     ]
     rounds: dict[tuple[str, str], list[dict[str, float]]] = {}
     loads = {batch: f"batch {batch}" for batch in batches}
@@ -181,10 +173,7 @@ def bench_offline(
 
 
 def _engines(asked: str | None) -> list[str]:
-    there = ["vllm"] if vllm_version() is not None else []
-    there.append("transformers")
-    if importlib.util.find_spec("onnxruntime_genai") is not None:
-        there.append("onnx")
+    there = [engine.name for engine in engines() if engine.version() is not None]
     if asked is not None and asked not in there:
         raise BesaError(f"--engine {asked} is not here: {', '.join(there)} are")
     return there if asked is None else [asked]

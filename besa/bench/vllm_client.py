@@ -18,7 +18,7 @@ from typing import Any
 from besa.bench.child import answer_questions, redirect_output
 from besa.bench.figures import Request
 
-ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 class _Plain:

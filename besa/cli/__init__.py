@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn, TextIO
 
+from besa import telemetry
 from besa.errors import BesaError, BesaWarning
 from besa.version import __version__
 
@@ -51,9 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         words = f"unrecognized arguments: {' '.join(unknown)} (see `besa {args.command} --help`)"
         print(f"besa {args.command}: {words}", file=sys.stderr)
         return 2
-    # Nothing that besa calls reports home unless the user turned it on.
-    for variable in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
-        os.environ.setdefault(variable, "1")
+    telemetry.turn_off()
     try:
         with _warnings_of(args.command):
             return int(args.run(args) or 0)

@@ -17,13 +17,13 @@ from besa.bench.results import Results
 from besa.bench.settings import BenchConfig, Contender
 from besa.demo import MODEL
 from besa.errors import BesaError
-from besa.serve.command import transformers_version
+from besa.serve.engines import engine_named
+
+_ENGINE = "transformers"  # which starts in seconds, and everywhere alike
 
 
 def serve_and_measure(pruned: Path, out: Path, tell: Callable[[str], None]) -> Results:
     """Packs `pruned` and measures it against the embedded model; writes `out`/packed and bench.
-
-    In transformers, which starts in seconds, and everywhere alike.
 
     Returns:
         The results, as `besa bench` has them. Measured inside the engine where no server or no
@@ -35,7 +35,7 @@ def serve_and_measure(pruned: Path, out: Path, tell: Callable[[str], None]) -> R
     config = BenchConfig(
         contenders=(Contender("dense", str(MODEL)), Contender("packed 50%", str(packed))),
         loads=(Load("concurrency", 1),),
-        engine="transformers",
+        engine=_ENGINE,
         input_length=64,
         output_length=32,
         requests=4,
@@ -58,7 +58,7 @@ def serve_and_measure(pruned: Path, out: Path, tell: Callable[[str], None]) -> R
 def _missing() -> str | None:
     """What a server or its load would need, in a few words; None if all is there."""
     try:
-        transformers_version()
+        engine_named(_ENGINE).check()
     except BesaError as error:
         return str(error)
     if not any(importlib.util.find_spec(name) for name in CLIENTS):

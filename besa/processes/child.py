@@ -29,6 +29,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
+from besa import telemetry
+
 _WATCHDOG = Path(__file__).with_name("watchdog.py")
 
 
@@ -41,7 +43,8 @@ class ChildProcess:
 
     Args:
         command: the program and its arguments.
-        environment: the child's whole environment; None for this process's.
+        environment: the child's whole environment; None for this process's. Telemetry is off in it,
+            unless it says otherwise.
         stdin, stdout, stderr: as `subprocess.Popen` takes them, with text instead of bytes.
         patience: seconds from SIGTERM to SIGKILL, if this process is gone before the child.
 
@@ -74,7 +77,10 @@ class ChildProcess:
                 stderr=stderr,
                 text=True,
                 errors="replace",
-                env=environment,
+                env={
+                    **telemetry.switches(),
+                    **(os.environ if environment is None else environment),
+                },
                 process_group=self._watchdog.pid,
             )
             assert self._watchdog.stdin is not None

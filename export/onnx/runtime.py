@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import besa.kernels
+from besa import telemetry
 from besa.errors import BesaError
 
 NAME = "libbesa_ort.so"
@@ -26,11 +27,6 @@ class MissingKernelError(BesaError):
 
 
 _PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_genai")
-
-
-def silence() -> None:
-    """Turns ONNX Runtime's telemetry off, unless the user turned it on; before the import."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def ort_library() -> str:
@@ -58,7 +54,7 @@ def runtime() -> Any:
     Raises:
         BesaError: it, or another of the packages that go with it, is not installed.
     """
-    silence()
+    telemetry.turn_off()  # before the import
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise BesaError(f"{', '.join(missing)} not installed: pip install 'besa[onnx]'")

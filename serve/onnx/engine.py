@@ -1,190 +1,87 @@
-"""ONNX Runtime GenAI's engine in a thread of its own: requests in, tokens out to their streams.
+"""ONNX Runtime GenAI, for the graphs that `besa export --format onnx` writes.
 
-    engine = OnnxEngine(Path("onnx"), threads=2)
-    engine.start(Asked(prompt=[72, 105], most=16), stream)     # in an event loop
-    engine.stop()
+    engine = OnnxEngine()
+    engine.version()                             # "0.18.0"
+    engine.launch(config, Path("onnx")).flags    # ("--log-level", "error")
 
-On a CPU the engine batches statically: up to four of the requests that wait begin together, and the
-next ones when all of these have ended. Whatever concerns the engine happens in its thread.
+Its server is besa's own: besa.serve.onnx.server, and the generation behind it
+besa.serve.onnx.generation.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import queue
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from besa.errors import BesaError
-from besa.export.onnx.check import load_whole
-from besa.export.onnx.runtime import genai
-from besa.serve.stream import Stream
-
-_EVENTS = 64
+from besa.serve.cpu import threads
+from besa.serve.engines import Engine, Generated, Launch, OfflineModel, need
+from besa.serve.settings import ServeConfig
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a request asks for; None for what genai_config.json says.
+class OnnxEngine(Engine):
+    """besa's server on ONNX Runtime GenAI."""
 
-    Attributes:
-        prompt: token numbers.
-        most: new tokens, at most.
-        least: new tokens before an end-of-text token may come.
-        temperature, top_p, top_k: how tokens are drawn; temperature 0 takes the likeliest.
-    """
+    name = "onnx"
+    reads_onnx = True
 
-    prompt: list[int]
-    most: int
-    least: int = 0
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
+    def version(self) -> str | None:
+        installed = importlib.util.find_spec("onnxruntime_genai") is not None
+        return version("onnxruntime-genai") if installed else None
 
+    def check(self) -> None:
+        packages = ("fastapi", "openai", "uvicorn", "onnx", "onnxruntime", "onnxruntime_genai")
+        need("ONNX Runtime", packages, "onnx,serve")
 
-class OnnxEngine:
-    """Generates for all requests.
+    def launch(self, config: ServeConfig, directory: Path) -> Launch:  # noqa: ARG002
+        return Launch(() if config.verbose else ("--log-level", "error"))
 
-    Attributes:
-        longest: how many tokens a request may have, prompt and answer.
+    def run(self, arguments: list[str]) -> None:
+        from besa.serve.onnx.server import run
 
-    Raises:
-        BesaError: the model or its operators cannot be loaded.
-    """
+        run(arguments)
 
-    def __init__(self, directory: Path, threads: int) -> None:
-        self._og = genai()
-        described = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))
-        load_whole(directory / described["model"]["decoder"]["filename"])
-        self.longest: int = described["model"]["context_length"]
-        ends = described["model"]["eos_token_id"]
-        self._ends = set(ends if isinstance(ends, list) else [ends])
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._running: list[_Running] = []
-        self._engine: Any = None
-        self.failed: str | None = None
-        loaded: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(
-            target=self._run, args=(directory, threads, loaded), daemon=True
+    def load_offline(self, directory: str, most: int, longest: int) -> OfflineModel:  # noqa: ARG002
+        import onnxruntime_genai
+
+        described = json.loads((Path(directory) / "genai_config.json").read_text())
+        model = onnxruntime_genai.Model(genai_config(onnxruntime_genai, directory, threads()))
+        return OfflineModel(
+            int(described["model"]["vocab_size"]),
+            lambda prompts, length: _generate(onnxruntime_genai, model, prompts, length),
         )
-        self._thread.start()
-        if (error := loaded.get()) is not None:
-            words = str(error).splitlines() or [type(error).__name__]
-            raise BesaError(f"{directory} cannot be loaded: {words[0]}") from None
-
-    def start(self, asked: Asked, stream: Stream) -> None:
-        """Has a prompt continued; what comes of it arrives in the stream's queue."""
-        running = _Running(asked, stream)
-        stream.on_cancel = lambda: self._work.put(lambda: self._cancel(running))
-        self._work.put(lambda: self._begin(running))
-
-    def stop(self) -> None:
-        """Ends the thread once it has nothing left to do, and lets go of the model."""
-        self._work.put(None)
-        self._thread.join()
-
-    def _load(self, directory: Path, threads: int) -> Any:
-        # By itself GenAI takes half of what the machine has, be they cores or not.
-        options = {"session_options": {"intra_op_num_threads": threads}}
-        config = self._og.Config(str(directory))
-        config.overlay(json.dumps({"model": {"decoder": options}}))
-        return self._og.Engine(self._og.Model(config))
-
-    def _run(
-        self, directory: Path, threads: int, loaded: queue.SimpleQueue[Exception | None]
-    ) -> None:
-        try:
-            self._engine = self._load(directory, threads)
-        except Exception as error:  # noqa: BLE001 - of many kinds, and the maker's to tell
-            loaded.put(error)
-            return
-        loaded.put(None)
-        events = self._engine.create_event_buffer(_EVENTS)
-        stopping = False
-        while not (stopping and not self._running):
-            try:
-                task = self._work.get(block=not self._running)
-                if task is None:
-                    stopping = True
-                else:
-                    task()
-                continue  # all that came meanwhile may still join the next batch
-            except queue.Empty:
-                pass
-            try:
-                self._engine.run(events)
-                for position in range(len(events)):
-                    self._take(events[position])
-            except Exception as error:  # noqa: BLE001 - whatever it is, the clients learn of it
-                self.failed = str(error)
-                for running in self._running:
-                    running.stream.fail(error)
-                self._running.clear()
-        del events, self._engine
-
-    def _begin(self, running: _Running) -> None:
-        asked, og = running.asked, self._og
-        options = og.RequestOptions()
-        options.set_max_session_tokens(len(asked.prompt) + asked.most)
-        try:
-            running.request = self._engine.create_request(options=options)
-            turn = og.TurnOptions(running.request)
-            turn.set_max_generated_tokens(asked.most)
-            turn.set_min_generated_tokens(asked.least)
-            if asked.temperature is not None:
-                turn.set_do_sample(asked.temperature > 0)
-                turn.set_temperature(asked.temperature)
-                turn.set_top_k(asked.top_k or 0)
-            if asked.top_p is not None:
-                turn.set_top_p(asked.top_p)
-            running.turn = running.request.begin_turn(np.array(asked.prompt, np.int32), turn)
-        except Exception as error:  # noqa: BLE001
-            running.stream.fail(error)
-            return
-        self._running.append(running)
-
-    def _take(self, event: Any) -> None:
-        flags, og = event.flags, self._og
-        running = next((one for one in self._running if one.request == event.request), None)
-        if running is None:  # it was cancelled
-            return
-        stream = running.stream
-        if flags & og.EngineEventFlags.TOKEN:
-            running.count += 1
-            if event.token not in self._ends:
-                stream.extend([event.token])
-        if flags & og.EngineEventFlags.FAILED:
-            stream.fail(f"the engine failed: {event.error_code.name}")
-            self._forget(running)
-        elif flags & og.EngineEventFlags.TURN_FINISHED:
-            stream.end()
-            self._forget(running)
-        elif stream.stopped:
-            self._cancel(running)
-
-    def _cancel(self, running: _Running) -> None:
-        """Ends a request early; its place in the batch is free when the others have ended."""
-        if running not in self._running:
-            return
-        running.request.cancel_turn(running.turn)
-        running.stream.end()
-        self._forget(running)
-
-    def _forget(self, running: _Running) -> None:
-        self._running.remove(running)
-        running.request.close()
 
 
-class _Running:
-    """A request on its way."""
+def genai_config(genai: Any, directory: str, threads: int) -> Any:
+    """GenAI's configuration of a model, with the number of threads.
 
-    def __init__(self, asked: Asked, stream: Stream) -> None:
-        self.asked, self.stream = asked, stream
-        self.request: Any = None
-        self.turn = 0
-        self.count = 0
+    By itself GenAI takes half of what the machine has, be they cores or not.
+    """
+    config = genai.Config(directory)
+    options = {"session_options": {"intra_op_num_threads": threads}}
+    config.overlay(json.dumps({"model": {"decoder": options}}))
+    return config
+
+
+def _generate(genai: Any, model: Any, prompts: list[list[int]], length: int) -> Generated:
+    """A batch in GenAI's own generator, token by token."""
+    parameters = genai.GeneratorParams(model)
+    total = len(prompts[0]) + length + 1
+    parameters.set_search_options(
+        batch_size=len(prompts), max_length=total, min_length=total, do_sample=False
+    )
+    generator = genai.Generator(model, parameters)
+    started = time.perf_counter()
+    generator.append_tokens(prompts)
+    generator.generate_next_token()
+    prefill = time.perf_counter() - started
+    steps = []
+    for _ in range(length):
+        started = time.perf_counter()
+        generator.generate_next_token()
+        steps.append(time.perf_counter() - started)
+    new = list(generator.get_sequence(len(prompts) - 1))[len(prompts[0]) :]
+    return Generated(prefill, steps, list(map(int, new)))

@@ -3,7 +3,7 @@
     python -m besa.serve.engine onnx serve DIR --served-model-name tiny --port 8000
 
 Completions and chat completions, streamed or not; keys, closed connections and closed endpoints as
-in front of transformers' server (besa.serve.gate), and the same fields refused
+in front of transformers' server (besa.serve.middleware), and the same fields refused
 (besa.serve.handlers). `ignore_eos` and `min_tokens` are understood besides, which load generators
 ask for.
 """
@@ -28,9 +28,9 @@ from transformers import AutoTokenizer
 from transformers.cli.serving.utils import _StreamError
 
 from besa.serve.cpu import threads
-from besa.serve.gate import Gate
 from besa.serve.handlers import answer_errors, check
-from besa.serve.onnx.engine import Asked, OnnxEngine
+from besa.serve.middleware import Middleware
+from besa.serve.onnx.generation import Asked, GenerationThread
 from besa.serve.stream import Stream
 
 # Of the legacy API, where a request does not say it.
@@ -63,10 +63,10 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--threads", type=int, help="default: one for each core")
     ours = parser.parse_args(arguments)
-    engine = OnnxEngine(ours.directory, ours.threads or threads())
+    generation = GenerationThread(ours.directory, ours.threads or threads())
     try:
         uvicorn.run(
-            application(ours.directory, ours.served_model_name, engine),
+            application(ours.directory, ours.served_model_name, generation),
             host=ours.host,
             port=ours.port,
             log_level=ours.log_level,
@@ -74,18 +74,18 @@ def run(arguments: list[str]) -> None:
             timeout_graceful_shutdown=int(os.environ.get("BESA_SHUTDOWN_TIMEOUT", "30")),
         )
     finally:
-        engine.stop()
+        generation.stop()
 
 
-def application(directory: Path, name: str, engine: OnnxEngine) -> Gate:
+def application(directory: Path, name: str, generation: GenerationThread) -> Middleware:
     """The ASGI application."""
     app = FastAPI(openapi_url=None)
     answer_errors(app)
-    api = _Api(AutoTokenizer.from_pretrained(directory), name, engine)
+    api = _Api(AutoTokenizer.from_pretrained(directory), name, generation)
 
     async def health() -> JSONResponse:
-        status = {"status": "ok"} if engine.failed is None else {"status": engine.failed}
-        return JSONResponse(status, 200 if engine.failed is None else 503)
+        status = {"status": "ok"} if generation.failed is None else {"status": generation.failed}
+        return JSONResponse(status, 200 if generation.failed is None else 503)
 
     async def completions(body: dict[str, Any]) -> Any:
         return await api.answer(body, chat=False)
@@ -96,14 +96,14 @@ def application(directory: Path, name: str, engine: OnnxEngine) -> Gate:
     app.add_api_route("/health", health)
     app.add_api_route("/v1/completions", completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", chat_completions, methods=["POST"])
-    return Gate(app, os.environ.get("BESA_API_KEY") or None, name)
+    return Middleware(app, os.environ.get("BESA_API_KEY") or None, name)
 
 
 class _Api:
     """Requests into prompts, and streams of text into OpenAI's objects."""
 
-    def __init__(self, tokenizer: Any, name: str, engine: OnnxEngine) -> None:
-        self.tokenizer, self.name, self.engine = tokenizer, name, engine
+    def __init__(self, tokenizer: Any, name: str, generation: GenerationThread) -> None:
+        self.tokenizer, self.name, self.generation = tokenizer, name, generation
 
     async def answer(self, body: dict[str, Any], chat: bool) -> Any:
         check(body)
@@ -116,7 +116,7 @@ class _Api:
         asked = self._asked(body, prompt, chat)
         stream = Stream(self.tokenizer, body.get("stop") or [])
         answer = _Answer(self.name, chat, asked, stream)
-        self.engine.start(asked, stream)
+        self.generation.start(asked, stream)
         if body.get("stream"):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
             return StreamingResponse(answer.events(usage), media_type="text/event-stream")
@@ -155,7 +155,7 @@ class _Api:
         return list(found["input_ids"])
 
     def _asked(self, body: dict[str, Any], prompt: list[int], chat: bool) -> Asked:
-        longest = self.engine.longest
+        longest = self.generation.longest
         if not prompt:
             raise HTTPException(400, "the prompt is empty")
         if len(prompt) >= longest:
@@ -245,7 +245,7 @@ class _Answer:
         return f"data: {json.dumps(chunk)}\n\n"
 
     def _why(self) -> str:
-        full = len(self.stream.tokens) >= self.asked.most
+        full = len(self.stream.tokens) >= self.asked.max_tokens
         return "length" if full and not self.stream.stopped else "stop"
 
     def _usage(self) -> dict[str, int]:

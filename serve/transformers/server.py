@@ -7,7 +7,7 @@ completions, streamed or not. It looks its parts up by name when it starts, and 
 the place of six of them:
 
 - one model, from a directory, under a name that is no path (`/v1/models` lists it and it alone);
-- API keys, closed connections, closed endpoints (besa.serve.gate);
+- API keys, closed connections, closed endpoints (besa.serve.middleware);
 - requests batched on a CPU; stop strings cut off, prompts that do not fit refused, sampling as each
   request asks, cancelled requests ended (besa.serve.transformers.generation);
 - an end of patience with requests that do not end, once it is told to stop;
@@ -36,8 +36,8 @@ from transformers.cli import serve as command
 from transformers.cli.serving import chat_completion, completion, model_manager, server, utils
 
 from besa.errors import BesaError
-from besa.serve.gate import Gate
 from besa.serve.handlers import ChatRequests, CompletionRequests, answer_errors
+from besa.serve.middleware import Middleware
 from besa.serve.transformers.generation import Generation
 
 
@@ -75,10 +75,10 @@ def _replace(name: str, directory: Path, key: str | None, drain_seconds: int) ->
     """Puts besa's parts in the place of transformers', for this process."""
     build_server = server.build_server
 
-    def build(*args: Any, **kwargs: Any) -> Gate:
+    def build(*args: Any, **kwargs: Any) -> Middleware:
         app = build_server(*args, **kwargs)
         answer_errors(app)
-        return Gate(app, key, name)
+        return Middleware(app, key, name)
 
     class OneModel(model_manager.ModelManager):  # type: ignore[misc]
         """Loads the model that is served, whatever it is called."""

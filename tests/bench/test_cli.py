@@ -19,7 +19,7 @@ import pytest
 from besa.bench.generator import CLIENTS
 from besa.bench.shapes import SHAPES
 from besa.processes.usage import family
-from besa.serve.command import vllm_version
+from besa.serve.vllm.engine import vllm_version
 from tests.bench.stubs import bench, start_bench, stub
 
 pytestmark = pytest.mark.skipif(

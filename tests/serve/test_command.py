@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import besa.serve.command
 import besa.serve.cpu
+import besa.serve.transformers.engine
+import besa.serve.vllm.cpu
+import besa.serve.vllm.engine
 from besa.errors import BesaError
-from besa.serve.command import command_for, ranks_here
-from besa.serve.cpu import binding, cache_gib, cache_space, longest_sequence, thread_binding
-from besa.serve.settings import ServeConfig, flag_value, key_from_environment
+from besa.serve.command import command_for
+from besa.serve.cpu import longest_sequence
+from besa.serve.engines import ENGINES, engine_named, engines
+from besa.serve.settings import KEY_VARIABLES, ServeConfig, flag_value, key_from_environment
+from besa.serve.vllm.engine import ranks_here
 
-TELEMETRY = ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY")
+TELEMETRY = (
+    *("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"),
+    *("HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY"),
+)
 OURS = (*TELEMETRY, "VLLM_LOGGING_LEVEL", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE")
 
 
@@ -26,11 +34,11 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A model's directory, on a machine with four cores, no GPU and vLLM's build for CPUs."""
     for name in (*OURS, "OMP_NUM_THREADS", "BESA_API_KEY", "VLLM_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(besa.serve.command, "vllm_version", lambda: "0.32.0+cpu")
-    monkeypatch.setattr(besa.serve.command, "has_nvidia_gpu", lambda: False)
-    monkeypatch.setattr(besa.serve.cpu, "physical_cores", lambda: [[0, 1, 2, 3]])
+    monkeypatch.setattr(besa.serve.vllm.engine, "vllm_version", lambda: "0.32.0+cpu")
+    monkeypatch.setattr(besa.serve.transformers.engine, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(besa.serve.vllm.cpu, "physical_cores", lambda: [[0, 1, 2, 3]])
     monkeypatch.setattr(besa.serve.cpu, "core_share", lambda: None)
-    monkeypatch.setattr(besa.serve.cpu, "memory", lambda: {"available": 64 << 30})
+    monkeypatch.setattr(besa.serve.vllm.cpu, "memory", lambda: {"available": 64 << 30})
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     return tmp_path
 
@@ -76,7 +84,7 @@ def test_vllm_on_a_cpu(here: Path):
 
 
 def test_vllm_on_gpus(here: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(besa.serve.command, "vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr(besa.serve.vllm.engine, "vllm_version", lambda: "0.32.0")
     arguments, environment = started(here)
     assert "--max-model-len" not in arguments
     assert environment.keys() == {*TELEMETRY, "VLLM_LOGGING_LEVEL"}
@@ -141,6 +149,12 @@ def test_ranks(arguments: tuple[str, ...], ranks: int | None):
     assert ranks_here(arguments) == ranks
 
 
+@pytest.mark.parametrize("flag", ["--headless", "--uds=/tmp/x"])
+def test_flags_without_a_server_to_wait_for(here: Path, flag: str):
+    with pytest.raises(BesaError, match=f"^{flag} is not for `besa serve`"):
+        started(here, flag)
+
+
 # ------------------------------------------------------------------------- transformers
 
 
@@ -151,12 +165,12 @@ def test_transformers(here: Path, monkeypatch: pytest.MonkeyPatch):
         *("--continuous-batching", "--log-level", "error", "--dtype", "float32")
     ]
     assert environment == dict.fromkeys(TELEMETRY, "1")
-    monkeypatch.setattr(besa.serve.command, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(besa.serve.transformers.engine, "has_nvidia_gpu", lambda: True)
     assert "--continuous-batching" not in started(here, engine="transformers")[0]
 
 
 def test_transformers_where_there_is_no_vllm(here: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(besa.serve.command, "vllm_version", lambda: None)
+    monkeypatch.setattr(besa.serve.vllm.engine, "vllm_version", lambda: None)
     assert started(here)[0][4] == "transformers"
 
 
@@ -166,52 +180,45 @@ def test_transformers_cannot_serve(here: Path, monkeypatch: pytest.MonkeyPatch):
         started(here, engine="transformers")
 
 
-# ------------------------------------------------------------------------- cores and cache
+# ------------------------------------------------------------------------- all engines
 
 
-@pytest.mark.parametrize(
-    ("nodes", "ranks", "most", "expected"),
-    [
-        ([[0, 1]], 1, None, "0-1"),
-        ([[0, 1]], 2, None, "0|1"),
-        ([[0, 1, 2]], 2, None, "0|1"),
-        ([[0, 2, 4, 5, 6]], 1, None, "0,2,4-6"),
-        ([[0, 1, 2, 3], [4, 5, 6, 7]], 1, None, "0-3"),
-        ([[0, 1, 2, 3], [4, 5, 6, 7]], 2, None, "0-3|4-7"),
-        ([[0, 1, 2, 3], [4, 5, 6, 7]], 4, None, "0-1|2-3|4-5|6-7"),
-        ([[0, 1, 2, 3]], 2, 1, "0|2"),
-        ([[0]], 2, None, None),
-    ],
-)
-def test_binding(nodes: list[list[int]], ranks: int, most: int | None, expected: str | None):
-    assert binding(nodes, ranks, most) == expected
+def test_the_table_of_engines():
+    assert [engine.name for engine in engines()] == list(ENGINES)
+    assert {engine.key_variable for engine in engines()} <= set(KEY_VARIABLES)
 
 
-@pytest.mark.parametrize(
-    ("threads", "share", "ranks", "expected"),
-    [
-        (None, None, 1, "0-3"),
-        ("2", None, 1, "0-1"),
-        ("2,1", None, 1, "0-1"),
-        ("", None, 1, "0-3"),
-        (None, 1.5, 1, "0-1"),
-        (None, 2.0, 2, "0|2"),
-        ("1", 3.0, 1, "0"),
-        (None, 0.5, 2, "0|2"),
-    ],
-)
-def test_fewer_threads(
-    here: Path,  # noqa: ARG001 - its four cores
-    monkeypatch: pytest.MonkeyPatch,
-    threads: str | None,
-    share: float | None,
-    ranks: int,
-    expected: str,
-):
-    if threads is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    monkeypatch.setattr(besa.serve.cpu, "core_share", lambda: share)
-    assert thread_binding(ranks) == expected
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_imports_nothing_heavy(name: str):
+    """`besa serve --dry-run` and each of vLLM's processes import it."""
+    heavy = {"torch", "transformers", "vllm", "onnxruntime", "onnxruntime_genai", "fastapi"}
+    code = (
+        "import sys; import besa.serve.engine; from besa.serve.engines import engine_named\n"
+        f"engine_named({name!r}); print(*(sys.modules.keys() & {heavy!r}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "\n"
+
+
+def test_onnx(here: Path):
+    (here / "genai_config.json").write_text("{}")
+    engine = engine_named("onnx")
+    if engine.version() is None:
+        pytest.skip("ONNX Runtime GenAI is not installed")
+    arguments, environment = started(here)
+    assert arguments[4:6] == ["onnx", "serve"]
+    assert arguments[-2:] == ["--log-level", "error"]
+    assert environment == dict.fromkeys(TELEMETRY, "1")
+    with pytest.raises(BesaError, match="is an ONNX model: serve it with --engine onnx"):
+        started(here, engine="vllm")
+
+
+def test_a_checkpoint_is_not_for_onnx(here: Path):
+    with pytest.raises(BesaError, match="is no ONNX model: `besa export --format onnx` makes one"):
+        started(here, engine="onnx")
+
+
+# ------------------------------------------------------------------------- cores and sequences
 
 
 def test_the_cores_of_this_machine():
@@ -229,36 +236,6 @@ def test_a_sequence_of_a_model():
     assert longest_sequence({"n_embd": 768}) is None
 
 
-@pytest.mark.parametrize(
-    ("available", "weights", "sequence", "ranks", "expected"),
-    [
-        (64, 0, None, 1, 30),
-        (64, 20, None, 1, 18),
-        (64, 0, 0.125, 1, 8),  # 64 sequences
-        (64, 0, None, 2, 15),
-        (4, 20, 1, 1, 1),  # at least one, whatever is free
-        (None, 0, 1, 1, 1),
-    ],
-)
-def test_the_cache(
-    available: int | None, weights: int, sequence: float | None, ranks: int, expected: int
-):
-    gib = 1 << 30
-    found = cache_space(
-        None if available is None else available * gib,
-        weights * gib,
-        None if sequence is None else int(sequence * gib),
-        ranks,
-    )
-    assert found == expected
-
-
-def test_the_cache_beside_the_weights(here: Path):
-    with (here / "model.safetensors").open("wb") as file:
-        file.truncate(20 << 30)  # takes no room
-    assert cache_gib(here, 1) == 18
-
-
 # ------------------------------------------------------------------------- settings
 
 
@@ -273,8 +250,6 @@ def test_the_cache_beside_the_weights(here: Path):
         ({"api_key": ""}, "the API key is empty"),
         ({"api_key": "schlüssel"}, "no header can carry"),
         ({"api_key": "two\nlines"}, "no header can carry"),
-        ({"engine_args": ("--headless",)}, "--headless is not for `besa serve`"),
-        ({"engine_args": ("--uds=/tmp/x",)}, "--uds=/tmp/x is not for `besa serve`"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], words: str):

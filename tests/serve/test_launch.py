@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import besa.serve.command
 import besa.serve.launch
+import besa.serve.vllm.engine
 from besa.errors import BesaError, BesaWarning
 from besa.serve.launch import announcement, free_port, packing_of, serve
 from besa.serve.settings import ServeConfig
@@ -25,7 +25,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         raise BesaError("it would be started now")
 
     monkeypatch.setattr(besa.serve.launch, "RunningEngine", engine)
-    monkeypatch.setattr(besa.serve.command, "vllm_version", lambda: "0.32.0+cpu")
+    monkeypatch.setattr(besa.serve.vllm.engine, "vllm_version", lambda: "0.32.0+cpu")
 
 
 def started(config: ServeConfig) -> list[str]:
@@ -48,7 +48,7 @@ def test_an_open_door_is_worth_a_word(sparse: Path):
 
 @pytest.mark.usefixtures("no_engine")
 def test_a_vllm_that_besa_does_not_know(sparse: Path, dense: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(besa.serve.command, "vllm_version", lambda: "0.99.1")
+    monkeypatch.setattr(besa.serve.vllm.engine, "vllm_version", lambda: "0.99.1")
     [words] = started(ServeConfig(str(sparse), engine="vllm", port=0))
     assert "besa knows vLLM from " in words
     assert "this is 0.99.1: packed models may not load" in words

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from besa.serve.vllm.plugin import VERSIONS, _fits
+from besa.serve.vllm.engine import VERSIONS, fits
 from tests.helpers import REPOSITORY
 
 CALL = "from importlib.metadata import entry_points as e; {}; print('goes on')"
@@ -53,7 +53,7 @@ def test_a_known_version_that_is_broken(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("version", "fits"),
+    ("version", "expected"),
     [
         (VERSIONS[0], True),
         (f"{VERSIONS[0]}.7", True),
@@ -65,8 +65,8 @@ def test_a_known_version_that_is_broken(tmp_path: Path):
         ("dev", False),
     ],
 )
-def test_the_range(version: str, fits: bool):
-    assert _fits(version) is fits
+def test_the_range(version: str, expected: bool):
+    assert fits(version) is expected
 
 
 def test_the_range_is_that_of_the_extra():

@@ -1,6 +1,6 @@
 """What an HTTP server needs around transformers' own: keys, limits, and clients that go away.
 
-    uvicorn.run(Gate(app, key="…", model="tiny"))
+    uvicorn.run(Middleware(app, key="…", model="tiny"))
 
 Pure ASGI, as the middleware of Starlette reads no disconnect while an answer is computed. A client
 that hangs up cancels its request, so that its place in the queue is free for the next.
@@ -27,7 +27,7 @@ _MOST_BYTES = 32 << 20
 _OPEN = ("/health", "/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
-class Gate:
+class Middleware:
     """Lets requests through to `app` that may and can be answered.
 
     Args:

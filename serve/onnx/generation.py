@@ -1,0 +1,184 @@
+"""ONNX Runtime GenAI's engine in a thread of its own: requests in, tokens out to their streams.
+
+    generation = GenerationThread(Path("onnx"), threads=2)
+    generation.start(Asked(prompt=[72, 105], max_tokens=16), stream)     # in an event loop
+    generation.stop()
+
+On a CPU GenAI's engine batches statically: up to four of the requests that wait begin together, and
+the next ones when all of these have ended. All calls of the engine are made in its thread.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from besa.errors import BesaError
+from besa.export.onnx.check import load_whole
+from besa.export.onnx.runtime import genai
+from besa.serve.onnx.engine import genai_config
+from besa.serve.stream import Stream
+
+_EVENTS = 64
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for; None for what genai_config.json says.
+
+    Attributes:
+        prompt: token numbers.
+        max_tokens: new tokens, at most.
+        min_tokens: new tokens before an end-of-text token may come.
+        temperature, top_p, top_k: how tokens are drawn; temperature 0 takes the likeliest.
+    """
+
+    prompt: list[int]
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+
+class GenerationThread:
+    """Generates for all requests.
+
+    Attributes:
+        longest: how many tokens a request may have, prompt and answer.
+
+    Raises:
+        BesaError: the model or its operators cannot be loaded.
+    """
+
+    def __init__(self, directory: Path, threads: int) -> None:
+        self._og = genai()
+        described = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))
+        load_whole(directory / described["model"]["decoder"]["filename"])
+        self.longest: int = described["model"]["context_length"]
+        ends = described["model"]["eos_token_id"]
+        self._ends = set(ends if isinstance(ends, list) else [ends])
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._running: list[_Running] = []
+        self._engine: Any = None
+        self.failed: str | None = None
+        loaded: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=self._run, args=(directory, threads, loaded), daemon=True
+        )
+        self._thread.start()
+        if (error := loaded.get()) is not None:
+            words = str(error).splitlines() or [type(error).__name__]
+            raise BesaError(f"{directory} cannot be loaded: {words[0]}") from None
+
+    def start(self, asked: Asked, stream: Stream) -> None:
+        """Has a prompt continued; what comes of it arrives in the stream's queue."""
+        running = _Running(asked, stream)
+        stream.on_cancel = lambda: self._work.put(lambda: self._cancel(running))
+        self._work.put(lambda: self._begin(running))
+
+    def stop(self) -> None:
+        """Ends the thread once it has nothing left to do, and lets go of the model."""
+        self._work.put(None)
+        self._thread.join()
+
+    def _load(self, directory: Path, threads: int) -> Any:
+        return self._og.Engine(self._og.Model(genai_config(self._og, str(directory), threads)))
+
+    def _run(
+        self, directory: Path, threads: int, loaded: queue.SimpleQueue[Exception | None]
+    ) -> None:
+        try:
+            self._engine = self._load(directory, threads)
+        except Exception as error:  # noqa: BLE001 - of many kinds, and the maker's to tell
+            loaded.put(error)
+            return
+        loaded.put(None)
+        events = self._engine.create_event_buffer(_EVENTS)
+        stopping = False
+        while not (stopping and not self._running):
+            try:
+                task = self._work.get(block=not self._running)
+                if task is None:
+                    stopping = True
+                else:
+                    task()
+                continue  # all that came meanwhile may still join the next batch
+            except queue.Empty:
+                pass
+            try:
+                self._engine.run(events)
+                for position in range(len(events)):
+                    self._take(events[position])
+            except Exception as error:  # noqa: BLE001 - whatever it is, the clients learn of it
+                self.failed = str(error)
+                for running in self._running:
+                    running.stream.fail(error)
+                self._running.clear()
+        del events, self._engine
+
+    def _begin(self, running: _Running) -> None:
+        asked, og = running.asked, self._og
+        options = og.RequestOptions()
+        options.set_max_session_tokens(len(asked.prompt) + asked.max_tokens)
+        try:
+            running.request = self._engine.create_request(options=options)
+            turn = og.TurnOptions(running.request)
+            turn.set_max_generated_tokens(asked.max_tokens)
+            turn.set_min_generated_tokens(asked.min_tokens)
+            if asked.temperature is not None:
+                turn.set_do_sample(asked.temperature > 0)
+                turn.set_temperature(asked.temperature)
+                turn.set_top_k(asked.top_k or 0)
+            if asked.top_p is not None:
+                turn.set_top_p(asked.top_p)
+            running.turn = running.request.begin_turn(np.array(asked.prompt, np.int32), turn)
+        except Exception as error:  # noqa: BLE001
+            running.stream.fail(error)
+            return
+        self._running.append(running)
+
+    def _take(self, event: Any) -> None:
+        flags, og = event.flags, self._og
+        running = next((one for one in self._running if one.request == event.request), None)
+        if running is None:  # it was cancelled
+            return
+        stream = running.stream
+        if flags & og.EngineEventFlags.TOKEN and event.token not in self._ends:
+            stream.extend([event.token])
+        if flags & og.EngineEventFlags.FAILED:
+            stream.fail(f"the engine failed: {event.error_code.name}")
+            self._forget(running)
+        elif flags & og.EngineEventFlags.TURN_FINISHED:
+            stream.end()
+            self._forget(running)
+        elif stream.stopped:
+            self._cancel(running)
+
+    def _cancel(self, running: _Running) -> None:
+        """Ends a request early; its place in the batch is free when the others have ended."""
+        if running not in self._running:
+            return
+        running.request.cancel_turn(running.turn)
+        running.stream.end()
+        self._forget(running)
+
+    def _forget(self, running: _Running) -> None:
+        self._running.remove(running)
+        running.request.close()
+
+
+class _Running:
+    """A request on its way."""
+
+    def __init__(self, asked: Asked, stream: Stream) -> None:
+        self.asked, self.stream = asked, stream
+        self.request: Any = None
+        self.turn = 0
