@@ -5,7 +5,8 @@
 >>> memory()["total"] > memory()["available"]
 True
 
-Read from where Linux tells it; what a system does not tell is None, or not there.
+psutil tells what every system knows. The rest is read from where Linux tells it: what a system does
+not tell is None, or not there.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -74,14 +78,11 @@ def core_share() -> float | None:
     return min(shares, default=None)
 
 
-def busy_seconds() -> float | None:
+def busy_seconds() -> float:
     """The time that the cores have worked since the system started, for whatever program."""
-    words = _text(_PROC / "stat").split("\n")[0].split()
-    if len(words) < 9:
-        return None
-    user, nice, system, _idle, _waiting, irq, softirq, stolen = map(int, words[1:9])
-    ticks = user + nice + system + irq + softirq + stolen  # by other virtual machines
-    return ticks / os.sysconf("SC_CLK_TCK")
+    times = psutil.cpu_times()
+    busy = ("user", "nice", "system", "irq", "softirq", "steal")  # the last: other virtual machines
+    return float(sum(getattr(times, name, 0.0) for name in busy))
 
 
 def cpu_features() -> dict[str, bool]:
@@ -101,13 +102,19 @@ def cache_size() -> int | None:
     return sum(sizes[max(sizes)].values()) if sizes else None
 
 
-def memory() -> dict[str, int | None]:
+@dataclass(frozen=True)
+class Memory:
     """Bytes of memory in all, available now, granted by a container, and of swap in use."""
-    known = {}
-    for line in _text(_PROC / "meminfo").splitlines():
-        name, _, value = line.partition(":")
-        known[name] = int(value.split()[0]) * 1024
-    total = known.get("MemTotal")
+
+    total: int
+    available: int
+    limit: int | None
+    swap_used: int
+
+
+def memory() -> Memory:
+    """The memory of this machine, or of the container that this process is in."""
+    system = psutil.virtual_memory()
     limits = [
         int(words)
         for name in ("memory.max", "memory.limit_in_bytes")
@@ -115,14 +122,9 @@ def memory() -> dict[str, int | None]:
         if words != "max"
     ]
     # Where there is no limit, an older kernel names a number beyond all memory.
-    limit = min((x for x in limits if total is None or x < total), default=None)
-    available = [x for x in (known.get("MemAvailable"), limit) if x is not None]
-    return {
-        "total": total,
-        "available": min(available, default=None),
-        "limit": limit,
-        "swap_used": known.get("SwapTotal", 0) - known.get("SwapFree", 0),
-    }
+    limit = min((x for x in limits if x < system.total), default=None)
+    available = system.available if limit is None else min(system.available, limit)
+    return Memory(system.total, available, limit, psutil.swap_memory().used)
 
 
 def peak_memory() -> int:

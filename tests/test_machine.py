@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ class System:
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
         monkeypatch.setattr(machine, "_PROC", root / "proc")
+        monkeypatch.setattr(psutil, "PROCFS_PATH", str(root / "proc"))
         monkeypatch.setattr(machine, "_CGROUPS", root / "cgroup")
         monkeypatch.setattr(machine, "_CPUS", root / "cpu")
 
@@ -37,10 +39,13 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> System:
 def test_this_machine():
     assert machine.machine().startswith(f"{machine.cores()} cores, {machine.cpu_name()}, ")
     assert machine.cores() == len(os.sched_getaffinity(0))
-    total, available = machine.memory()["total"], machine.memory()["available"]
-    assert total is not None
-    assert available is not None
-    assert 0 < available <= total == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = machine.memory()
+    assert (
+        0
+        < memory.available
+        <= memory.total
+        == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
     assert any("libgomp" in path for path in machine.openmp_runtimes())
     capability = torch.backends.cpu.get_cpu_capability()
     features = machine.cpu_features()
@@ -53,11 +58,9 @@ def test_this_machine():
 def test_a_system_that_tells_nothing():
     assert machine.cpu_name()
     assert machine.core_share() is None
-    assert machine.busy_seconds() is None
     assert machine.cache_size() is None
     assert not any(machine.cpu_features().values())
     assert machine.openmp_runtimes() == []
-    assert machine.memory() == {"total": None, "available": None, "limit": None, "swap_used": 0}
 
 
 @pytest.mark.parametrize(
@@ -94,16 +97,18 @@ def test_last_level_caches_are_added_up(system: System):
 
 
 def meminfo(system: System) -> None:
-    lines = ("MemTotal: 67108864 kB", "MemAvailable: 33554432 kB", "SwapTotal: 1024 kB")
-    system.write("proc/meminfo", "\n".join([*lines, "SwapFree: 24 kB", "HugePages_Total: 0"]))
+    sizes = {"MemTotal": 64 << 20, "MemFree": 16 << 20, "MemAvailable": 32 << 20}
+    sizes |= dict.fromkeys(("Buffers", "Cached", "Shmem", "Active", "Inactive"), 1 << 20)
+    sizes |= {"SwapTotal": 1024, "SwapFree": 24}
+    system.write("proc/meminfo", "\n".join(f"{name}: {kib} kB" for name, kib in sizes.items()))
+    system.write("proc/vmstat", "pswpin 0\npswpout 0")
 
 
 def test_memory_without_a_limit(system: System):
     meminfo(system)
     system.write("proc/self/cgroup", "4:memory:/a/b\n0::/")
     system.write("cgroup/memory/a/b/memory.limit_in_bytes", HUGE)
-    expected = {"total": 64 * GIB, "available": 32 * GIB, "limit": None, "swap_used": 1_024_000}
-    assert machine.memory() == expected
+    assert machine.memory() == machine.Memory(64 * GIB, 32 * GIB, None, 1_024_000)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +124,7 @@ def test_memory_in_a_container(system: System, groups: str, file: str):
     meminfo(system)
     system.write("proc/self/cgroup", groups)
     system.write(file, 8 * GIB)
-    assert machine.memory()["limit"] == machine.memory()["available"] == 8 * GIB
+    assert machine.memory().limit == machine.memory().available == 8 * GIB
 
 
 @pytest.mark.parametrize(

@@ -117,10 +117,8 @@ class Turns:
             seconds = time.perf_counter() - started
             for one, cpu in zip(others, before, strict=True):
                 one.idle_cpu = max(one.idle_cpu, (one.cpu() - cpu) / seconds)
-            busy_now = busy_seconds()
-            if busy is not None and busy_now is not None:
-                used = busy_now - busy - (self._own_cpu() - own)
-                self.elsewhere.append(max(0.0, used / seconds))
+            used = busy_seconds() - busy - (self._own_cpu() - own)
+            self.elsewhere.append(max(0.0, used / seconds))
         except BrokenError as error:
             server.broken = str(error)
             self.tell(f"{server.name} is broken: {error}")

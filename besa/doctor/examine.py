@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def examine() -> Record:
             "threads": torch.get_num_threads(),
             "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
             "cache": machine.cache_size(),
-            "memory": machine.memory(),
+            "memory": asdict(machine.memory()),
         },
         "cpu_features": machine.cpu_features(),
         "gpus": gpus,
@@ -75,10 +76,8 @@ def examine() -> Record:
         figure["share_of_read_bandwidth"] = figure["bytes"] / figure["sparse_seconds"] / limit
         record["dense_against_sparse"] = figure
     record["openmp"] = machine.openmp_runtimes()  # at the end, when all that loads one has
-    if busy is not None and (now := machine.busy_seconds()) is not None:
-        others = (now - busy) - (time.process_time() - own)
-        busy = round(max(0.0, others / (time.monotonic() - started)), 2)
-    record["busy_cores"] = busy  # by other programs, in the meantime
+    others = (machine.busy_seconds() - busy) - (time.process_time() - own)
+    record["busy_cores"] = round(max(0.0, others / (time.monotonic() - started)), 2)
     record["warnings"] = [*_gpu_advice(of_torch), *advice(record)]
     return record
 
@@ -108,7 +107,7 @@ def advice(record: Record) -> list[str]:
             f"{system['threads']} threads share {cores:g} core{'s' if cores != 1 else ''}: set "
             f"OMP_NUM_THREADS={max(1, int(cores))}"
         )
-    if (record["busy_cores"] or 0) > max(0.3, system["cores"] / 16):
+    if record["busy_cores"] > max(0.3, system["cores"] / 16):
         lines.append(
             f"other programs kept {record['busy_cores']:.1f} cores busy in the meantime: the "
             "machine is faster than measured; end them and try again"

@@ -38,8 +38,7 @@ T = TypeVar("T")
 def room() -> int:
     """How many bytes to measure on: far more than the caches hold, of what memory there is."""
     wanted = max(512 * 2**20, 2 * (cache_size() or 0))
-    available = memory()["available"]
-    return wanted if available is None else min(wanted, available // 4)
+    return min(wanted, memory().available // 4)
 
 
 def read_bandwidth(nbytes: int) -> float:

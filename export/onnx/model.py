@@ -200,8 +200,7 @@ def _check_logits(
     described = json.loads((path / GENAI_CONFIG).read_text(encoding="utf-8"))
     decoder = Decoder(session, described["model"]["decoder"]["head_size"])
     # In float32 where there is room for it beside the graph's own weights.
-    room = memory()["available"] or 0
-    dtype = "float32" if 8 * weights < room else "auto"
+    dtype = "float32" if 8 * weights < memory().available else "auto"
     model = load_model(directory, dtype, "cpu")
     try:
         found = compare(decoder, model)

@@ -200,7 +200,6 @@ def cache_tokens(model: Any) -> int:
     text = model.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or _MOST_TOKENS
     tokens = min(_SEQUENCES * longest, _MOST_TOKENS)
-    size, free = longest_sequence(text.to_dict()), memory()["available"]
-    if size is not None and free is not None:
-        tokens = min(tokens, free // 4 * longest // size)
+    if (size := longest_sequence(text.to_dict())) is not None:
+        tokens = min(tokens, memory().available // 4 * longest // size)
     return max(tokens, 2 * _PAGE)

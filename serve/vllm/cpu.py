@@ -71,10 +71,10 @@ def cache_gib(directory: Path, ranks: int) -> int:
     """VLLM_CPU_KVCACHE_SPACE for a model on this machine, in GiB for each rank."""
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     config = json.loads((directory / "config.json").read_text())
-    return cache_space(memory()["available"], weights, longest_sequence(config), ranks)
+    return cache_space(memory().available, weights, longest_sequence(config), ranks)
 
 
-def cache_space(available: int | None, weights: int, sequence: int | None, ranks: int) -> int:
+def cache_space(available: int, weights: int, sequence: int | None, ranks: int) -> int:
     """Half of what is free beside the model, but no more than its sequences can use; at least 1.
 
     Args:
@@ -85,7 +85,7 @@ def cache_space(available: int | None, weights: int, sequence: int | None, ranks
     Returns:
         GiB for each of the ranks.
     """
-    spare = 0.0 if available is None else (available - weights * 1.2 - _PROCESSES) / 2
+    spare = (available - weights * 1.2 - _PROCESSES) / 2
     fits = int(spare / _GIB / ranks)
     useful = fits if sequence is None else math.ceil(_SEQUENCES * sequence / _GIB / ranks)
     return max(1, min(fits, useful))

@@ -16,6 +16,7 @@ import besa.serve.transformers.engine
 import besa.serve.vllm.cpu
 import besa.serve.vllm.engine
 from besa.errors import BesaError
+from besa.machine import Memory
 from besa.serve.command import command_for
 from besa.serve.cpu import longest_sequence
 from besa.serve.engines import ENGINES, engine_named, engines
@@ -38,7 +39,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(besa.serve.transformers.engine, "has_nvidia_gpu", lambda: False)
     monkeypatch.setattr(besa.serve.vllm.cpu, "physical_cores", lambda: [[0, 1, 2, 3]])
     monkeypatch.setattr(besa.serve.cpu, "core_share", lambda: None)
-    monkeypatch.setattr(besa.serve.vllm.cpu, "memory", lambda: {"available": 64 << 30})
+    monkeypatch.setattr(besa.serve.vllm.cpu, "memory", lambda: Memory(64 << 30, 64 << 30, None, 0))
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     return tmp_path
 

@@ -9,6 +9,7 @@ import pytest
 
 import besa.serve.cpu
 import besa.serve.vllm.cpu
+from besa.machine import Memory
 from besa.serve.vllm.cpu import binding, cache_gib, cache_space, thread_binding
 
 
@@ -66,15 +67,12 @@ def test_fewer_threads(
         (64, 0, 0.125, 1, 8),  # 64 sequences
         (64, 0, None, 2, 15),
         (4, 20, 1, 1, 1),  # at least one, whatever is free
-        (None, 0, 1, 1, 1),
     ],
 )
-def test_the_cache(
-    available: int | None, weights: int, sequence: float | None, ranks: int, expected: int
-):
+def test_the_cache(available: int, weights: int, sequence: float | None, ranks: int, expected: int):
     gib = 1 << 30
     found = cache_space(
-        None if available is None else available * gib,
+        available * gib,
         weights * gib,
         None if sequence is None else int(sequence * gib),
         ranks,
@@ -83,7 +81,7 @@ def test_the_cache(
 
 
 def test_the_cache_beside_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(besa.serve.vllm.cpu, "memory", lambda: {"available": 64 << 30})
+    monkeypatch.setattr(besa.serve.vllm.cpu, "memory", lambda: Memory(64 << 30, 64 << 30, None, 0))
     (tmp_path / "config.json").write_text(json.dumps({}))
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(20 << 30)  # takes no room
