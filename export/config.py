@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from besa.errors import BesaError
+from besa.kernels.abi import GROUP_SIZES
 from besa.model.record import ExportRecord
 from besa.settings import check_choices, described, either, setting
 
 FORMATS = ("vllm", "dense", "onnx")
 GRAPHS = ("genai", "standard")
-GROUP_SIZES = (32, 64, 128)
 DENSE_PRECISIONS = ("fp32", "fp16", "int8", "int4")
 SPARSE_PRECISIONS = ("bf16", "fp16", "fp32", "int8")
 

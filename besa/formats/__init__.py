@@ -1,4 +1,14 @@
-"""How weights are held once their zeros are worth something."""
+"""How weights are held once their zeros are worth something.
+
+>>> import torch
+>>> from besa.formats import pack
+>>> weight = torch.eye(64, dtype=torch.bfloat16)
+>>> packed = pack(weight)
+>>> packed.nbytes, weight.nbytes
+(640, 8192)
+>>> torch.equal(packed.unpack(), weight)
+True
+"""
 
 from besa.formats.checkpoint import (
     QUANT_METHOD,

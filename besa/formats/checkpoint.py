@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from besa.errors import BesaError
-from besa.formats.packed import GROUP_SIZES, FormatError, Packed
+from besa.formats.packed import FormatError, Packed
+from besa.kernels.abi import GROUP_SIZES
 
 QUANT_METHOD = "besa"
 FORMAT_VERSION = 1

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from besa.errors import BesaError
 from besa.kernels import packing
-from besa.kernels.packing import describe
-
-GROUP_SIZES = (32, 64, 128)
+from besa.kernels.abi import GROUP_SIZES
+from besa.kernels.describe import describe
 
 
 class FormatError(BesaError):
@@ -38,7 +37,7 @@ class Packed:
     """A weight [out, in], packed. `pack` and `from_tensors` make one.
 
     To construct one checks types, shapes and devices. What `row_ptr`, bits and scales say is not
-    read: `from_tensors` does that, and is for whatever comes from elsewhere.
+    read: `from_tensors` does that, for tensors that come from elsewhere.
 
     Attributes:
         values: [nonzeros] bfloat16, float16, float32 or int8, row by row.

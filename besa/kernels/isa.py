@@ -1,8 +1,9 @@
 """Which instruction set the native kernels use.
 
-One library holds them all; the CPU's best is taken, or what `BESA_ISA` in the environment names:
-portable, avx2, avx512, avx512_bf16 or avx512_dpbf16. The last two need the same instructions and
-differ in those that bfloat16 is multiplied with; AMD's CPUs are faster with the last.
+One library holds them all. It takes what this CPU is fastest with, or what `BESA_ISA` in the
+environment names: portable, avx2, avx512, avx512_bf16 or avx512_dpbf16. The last two need the same
+instructions and differ in those that bfloat16 is multiplied with; AMD's CPUs are faster with the
+last.
 
 >>> name, reason = chosen_isa()     # "avx512_bf16", "the best that this CPU has"
 >>> name in (*ISAS, "torch")
@@ -16,20 +17,19 @@ from functools import cache
 
 from besa.errors import BesaError
 from besa.kernels import native
+from besa.kernels.abi import ISAS
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_dpbf16")
+__all__ = ["ISAS", "available", "best_isa", "chosen_isa", "isa_number"]
 
 
-@cache
 def available() -> tuple[str, ...]:
     """Those of `ISAS` that this CPU has; none without the native library."""
     library = native.library()
     return () if library is None else ISAS[: library.besa_last_isa() + 1]
 
 
-@cache
 def best_isa() -> str | None:
-    """The best of `ISAS` on this CPU; None without the native library."""
+    """The one of `ISAS` that this CPU is fastest with; None without the native library."""
     library = native.library()
     return None if library is None else ISAS[library.besa_best_isa()]
 

@@ -1,5 +1,10 @@
-// The C face of the sparse product, on OpenMP's threads. See sparse_linear.h.
+// What Python calls: the sparse product on OpenMP's threads, and what this library was built with.
 
+#include <string>
+
+#include "abi.h"
+#include "api.h"
+#include "isa.h"
 #include "sparse_linear.h"
 
 namespace {
@@ -9,25 +14,31 @@ void on_openmp(void*, int lanes, void (*lane)(void*), void* task) {
     lane(task);
 }
 
+// All that both sides must agree on, in one line: abi.py makes the same.
+std::string describe_abi() {
+    std::string text = "version " + std::to_string(besa::kAbiVersion) + ", job of " +
+                       std::to_string(sizeof(besa::Job)) + " bytes, instruction sets";
+    for (const char* name : besa::kIsaNames) text += std::string(" ") + name;
+    text += ", group sizes";
+    for (const auto size : besa::kGroupSizes) text += " " + std::to_string(size);
+    return text;
+}
+
 }  // namespace
 
-#define BESA_API extern "C" __attribute__((visibility("default")))
+BESA_API const char* besa_abi() {
+    static const std::string text = describe_abi();
+    return text.c_str();
+}
 
 BESA_API int besa_last_isa() { return besa::last_isa(); }
 
 BESA_API int besa_best_isa() { return besa::best_isa(); }
 
-// output = input W^T + bias. See besa::Job for the arguments; returns a besa::Status.
-BESA_API int besa_sparse_linear(const void* values, int values_dtype, std::int64_t count,
-                                const std::uint8_t* bitmask_or_null,
-                                const std::int64_t* row_ptr_or_null, const float* scale_or_null,
-                                std::int64_t group_size, const void* bias_or_null,
-                                const void* input, int input_dtype, void* output,
-                                std::int64_t tokens, std::int64_t rows, std::int64_t cols,
-                                int int8_input, int isa, int threads) {
-    const besa::Job job{values,        count,  bitmask_or_null, row_ptr_or_null, scale_or_null,
-                        group_size,    bias_or_null, input,     output,          tokens,
-                        rows,          cols,   values_dtype,    input_dtype,     int8_input != 0,
-                        threads,       on_openmp, nullptr};
-    return besa::sparse_linear(job, isa);
+// Returns a besa::Status.
+BESA_API int besa_sparse_linear(const besa::Job* job) {
+    if (job->parallel) return besa::sparse_linear(*job);
+    besa::Job own = *job;
+    own.parallel = on_openmp;
+    return besa::sparse_linear(own);
 }

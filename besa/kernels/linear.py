@@ -22,19 +22,13 @@ from torch import Tensor
 
 from besa.errors import BesaError
 from besa.kernels import native
+from besa.kernels.abi import DTYPES, GROUP_SIZES, PROBLEMS, Job
+from besa.kernels.describe import describe
 from besa.kernels.isa import isa_number
 from besa.kernels.packing import expand, expand_reference
 
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
+_DTYPES = {getattr(torch, name): number for name, number in DTYPES.items()}
 _INPUTS = (torch.bfloat16, torch.float16, torch.float32)
-_STATUS = {
-    1: "row_ptr does not fit values and bitmask: the packed weight is corrupt",
-    2: "this CPU lacks the instructions",
-    3: "out of memory",
-}
-
-# Weights times tokens that keep a thread busy for some 10 µs; with fewer, waking it costs more.
-_PER_THREAD = 1 << 17
 
 
 class PackedWeight(Protocol):
@@ -205,33 +199,34 @@ def _native(
         scale = scale.contiguous()
     values = values.contiguous()
     group_size = _group_size(x, scale) if scale is not None and scale.shape[1] > 1 else 0
-    status = library.besa_sparse_linear(
-        values.data_ptr(),
-        _DTYPES[values.dtype],
-        values.numel(),
-        None if bitmask is None else bitmask.data_ptr(),
-        None if row_ptr is None else row_ptr.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        group_size,
-        None if bias is None else bias.data_ptr(),
-        x.data_ptr(),
-        _DTYPES[x.dtype],
-        out.data_ptr(),
-        tokens,
-        rows,
-        cols,
-        int8_input and values.dtype == torch.int8,
-        isa_number(),
-        min(torch.get_num_threads(), 1 + rows * cols * tokens // _PER_THREAD),
+    job = Job(
+        values=values.data_ptr(),
+        bitmask=None if bitmask is None else bitmask.data_ptr(),
+        row_ptr=None if row_ptr is None else row_ptr.data_ptr(),
+        scale=None if scale is None else scale.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        input=x.data_ptr(),
+        output=out.data_ptr(),
+        n_values=values.numel(),
+        tokens=tokens,
+        rows=rows,
+        cols=cols,
+        group_size=group_size,
+        values_dtype=_DTYPES[values.dtype],
+        input_dtype=_DTYPES[x.dtype],
+        int8_input=int8_input and values.dtype == torch.int8,
+        isa=isa_number(),
+        threads=torch.get_num_threads(),
     )
+    status = library.besa_sparse_linear(job)
     if status:
-        raise BesaError(_STATUS[status])
+        raise BesaError(PROBLEMS[status])
     return out
 
 
 def _group_size(x: Tensor, scale: Tensor) -> int:
-    """Columns that share a scale; 32, 64 and 128 never give the same number of several groups."""
-    for size in (32, 64, 128):
+    """Columns that share a scale: no two of the sizes give the same number of several groups."""
+    for size in GROUP_SIZES:
         if -(-x.shape[-1] // size) == scale.shape[1]:
             return size
     raise ValueError(f"scale has {scale.shape[1]} groups, which no group size makes")
@@ -247,32 +242,30 @@ def _check(
 ) -> None:
     """Shapes and types, before a raw pointer leaves Python."""
     if x.dtype not in _INPUTS or x.ndim == 0:
-        raise ValueError(f"x must be bfloat16, float16 or float32 [..., in], not {_name(x)}")
+        raise ValueError(f"x must be bfloat16, float16 or float32 [..., in], not {describe(x)}")
     if values.dtype not in _DTYPES or values.ndim != 1:
-        raise ValueError(f"values must be 1-D bfloat16, float16, float32 or int8: {_name(values)}")
+        raise ValueError(
+            f"values must be 1-D bfloat16, float16, float32 or int8: {describe(values)}"
+        )
     if bitmask.dtype != torch.uint8 or bitmask.ndim != 2 or not bitmask.is_contiguous():
-        raise ValueError(f"bitmask must be a contiguous uint8 matrix, not {_name(bitmask)}")
+        raise ValueError(f"bitmask must be a contiguous uint8 matrix, not {describe(bitmask)}")
     rows, width = bitmask.shape
     if width != -(-x.shape[-1] // 8):
-        raise ValueError(f"x has {x.shape[-1]} columns, but bitmask is {_name(bitmask)}")
+        raise ValueError(f"x has {x.shape[-1]} columns, but bitmask is {describe(bitmask)}")
     if row_ptr.dtype != torch.int64 or row_ptr.shape != (rows + 1,) or not row_ptr.is_contiguous():
-        raise ValueError(f"row_ptr must be int64 [{rows + 1}], not {_name(row_ptr)}")
+        raise ValueError(f"row_ptr must be int64 [{rows + 1}], not {describe(row_ptr)}")
     if (values.dtype == torch.int8) != (scale is not None):
         raise ValueError("scale goes with int8 values, and with them only")
     if scale is not None:
         if scale.dtype != torch.float32 or scale.ndim != 2 or len(scale) != rows:
-            raise ValueError(f"scale must be float32 [{rows}, groups], not {_name(scale)}")
+            raise ValueError(f"scale must be float32 [{rows}, groups], not {describe(scale)}")
         if scale.shape[1] != 1:
             _group_size(x, scale)
     if bias is not None and (bias.shape != (rows,) or not bias.is_floating_point()):
-        raise ValueError(f"bias must be floating point [{rows}], not {_name(bias)}")
+        raise ValueError(f"bias must be floating point [{rows}], not {describe(bias)}")
     for tensor in (values, bitmask, row_ptr, scale, bias):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"x is on {x.device}, but a part of the weight on {tensor.device}")
-
-
-def _name(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
 
 def _fake(x: Tensor, _values: Tensor, bitmask: Tensor, *_rest: object, **_more: object) -> Tensor:

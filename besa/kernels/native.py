@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
-from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -22,33 +21,9 @@ import torch  # noqa: F401  (before the library: see above)
 
 import besa.kernels
 from besa.errors import BesaWarning
+from besa.kernels import abi
 
 NAME = "libbesa_kernels.so"
-
-_SIGNATURES = {
-    # weight, bitmask, row_ptr, rows, cols, element size, threads, wide
-    "besa_pack_mask": [*[c_void_p] * 3, *[c_int64] * 3, *[c_int] * 2],
-    # bitmask, row_ptr, rows, row bytes, threads, wide
-    "besa_row_pointers": [*[c_void_p] * 2, *[c_int64] * 2, *[c_int] * 2],
-    # weight, bitmask, row_ptr, values, rows, cols, element size, n_values, threads, wide; gives a
-    # status
-    "besa_compress": [*[c_void_p] * 4, *[c_int64] * 4, *[c_int] * 2],
-    # values, bitmask, row_ptr, dense, then as above; gives a status
-    "besa_expand": [*[c_void_p] * 4, *[c_int64] * 4, *[c_int] * 2],
-    # values, weight or None, buckets, out, rows, cols, n_buckets, threads
-    "besa_segment_sum_f32": [*[c_void_p] * 4, *[c_int64] * 3, c_int],
-    "besa_last_isa": [],
-    "besa_best_isa": [],
-    # values, dtype, count, bitmask, row_ptr, scale, group_size, bias, input, dtype, output,
-    # tokens, rows, cols, int8_input, isa, threads; gives a status
-    "besa_sparse_linear": [
-        *[c_void_p, c_int, c_int64],
-        *[c_void_p, c_void_p, c_void_p, c_int64, c_void_p],
-        *[c_void_p, c_int, c_void_p],
-        *[c_int64] * 3,
-        *[c_int] * 3,
-    ],
-}
 
 
 def path() -> Path | None:
@@ -77,9 +52,17 @@ def load() -> ctypes.CDLL | str:
         return f"{NAME} was not built with this installation"
     try:
         loaded = ctypes.CDLL(str(file))
-        for name, argtypes in _SIGNATURES.items():
-            function = getattr(loaded, name)
-            function.argtypes, function.restype = argtypes, c_int
-    except (OSError, AttributeError) as error:  # not to be loaded, or of another version
+    except OSError as error:
         return str(error)
+    for name, (arguments, result) in abi.FUNCTIONS.items():
+        function = getattr(loaded, name, None)
+        if function is None:
+            return f"{file} is of another version of besa, without {name}: install besa again"
+        function.argtypes, function.restype = arguments, result
+    built = loaded.besa_abi().decode()
+    if built != abi.DESCRIPTION:
+        return (
+            f"{file} is of another version of besa ({built}; needed: {abi.DESCRIPTION}): install "
+            "besa again"
+        )
     return loaded

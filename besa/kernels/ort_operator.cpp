@@ -27,10 +27,11 @@
 #include <new>
 #include <vector>
 
+#include "abi.h"
+#include "api.h"
+#include "isa.h"
+#include "packing.h"
 #include "sparse_linear.h"
-
-extern "C" void besa_row_pointers(const std::uint8_t* bitmask, std::int64_t* row_ptr,
-                                  std::int64_t rows, std::int64_t width, int threads, int wide);
 
 namespace {
 
@@ -73,13 +74,17 @@ int cpus() {
 
 // As besa.kernels.isa: the best, or what BESA_ISA names.
 int chosen_isa() {
-    static constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16",
-                                             "avx512_dpbf16"};
     const char* wanted = std::getenv("BESA_ISA");
     if (!wanted || !*wanted) return besa::best_isa();
     for (int isa = 0; isa <= besa::last_isa(); ++isa)
-        if (std::strcmp(wanted, kNames[isa]) == 0) return isa;
+        if (std::strcmp(wanted, besa::kIsaNames[isa]) == 0) return isa;
     refuse("BESA_ISA names no instruction set that this CPU has");
+}
+
+bool is_group_size(std::int64_t size) {
+    for (const std::int64_t known : besa::kGroupSizes)
+        if (size == known) return true;
+    return size == 0;  // one scale a row
 }
 
 struct Tensor {
@@ -146,9 +151,8 @@ class Kernel {
         index(values, bitmask, width);
         if ((values.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) != (scale.data != nullptr))
             refuse("SparseMatMul: scale goes with int8 values, and with them only");
-        const bool known = group_size_ == 0 || group_size_ == 32 || group_size_ == 64 ||
-                           group_size_ == 128;
-        if (!known) refuse("SparseMatMul: group_size is 0, 32, 64 or 128");
+        if (!is_group_size(group_size_))
+            refuse("SparseMatMul: group_size is neither 0 nor one that the kernels know");
         const std::int64_t groups =
             group_size_ ? (in_features_ + group_size_ - 1) / group_size_ : 1;
         if (scale.data && scale.shape != std::vector<std::int64_t>{out_features_, groups})
@@ -170,23 +174,24 @@ class Kernel {
 
         besa::Job job{};
         job.values = values.data;
-        job.count = values.count;
         job.bitmask = static_cast<const std::uint8_t*>(bitmask.data);
         job.row_ptr = row_ptr_.data();
         job.scale = static_cast<const float*>(scale.data);
-        job.group_size = group_size_;
         job.input = x.data;
         job.output = y;
+        job.n_values = values.count;
         job.tokens = x.count / in_features_;
         job.rows = out_features_;
         job.cols = in_features_;
+        job.group_size = group_size_;
         job.values_dtype = dtype_of(values.type);
         job.input_dtype = dtype_of(x.type);
         job.int8_input = job.values_dtype == besa::kInt8;
+        job.isa = isa_;
         job.threads = cpus_;
         job.parallel = in_session;
         job.pool = context;
-        switch (besa::sparse_linear(job, isa_)) {
+        switch (besa::sparse_linear(job)) {
             case besa::kOk: return;
             case besa::kNoMemory: throw std::bad_alloc();
             default: refuse("SparseMatMul: values and bitmask disagree: the file is damaged");
@@ -218,7 +223,7 @@ class Kernel {
     void index(const Tensor& values, const Tensor& bitmask, std::int64_t width) {
         const auto* bits = static_cast<const std::uint8_t*>(bitmask.data);
         row_ptr_.resize(out_features_ + 1);
-        besa_row_pointers(bits, row_ptr_.data(), out_features_, width, 1, isa_ >= 2);
+        besa_row_pointers(bits, row_ptr_.data(), out_features_, width, 1, isa_);
         bool stray = false;
         if (in_features_ % 8)
             for (std::int64_t r = 0; r < out_features_; ++r)
@@ -324,7 +329,7 @@ OrtCustomOpDomain* domain() {
 }  // namespace
 
 // What a session calls when it loads the library.
-extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
+BESA_API OrtStatus* RegisterCustomOps(
     OrtSessionOptions* options, const OrtApiBase* base) {
     const OrtApi* found = base->GetApi(kApiVersion);
     if (!found) {

@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from besa.kernels import native
-from besa.kernels.isa import chosen_isa
+from besa.kernels.describe import describe
+from besa.kernels.isa import ISAS, chosen_isa
 
 # For each type of element, the one of its bit patterns, and the bits that tell a zero.
 _PATTERNS = {
@@ -45,7 +46,7 @@ DTYPES = tuple(_PATTERNS)
 _CHUNK = 1 << 22
 
 # Elements that keep a thread busy for about 0.1 ms; with fewer, waking it costs more than it does.
-_PER_THREAD = 1 << 20
+_ELEMENTS_PER_THREAD = 1 << 20
 
 
 def pack_mask(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,7 @@ def pack_mask(weight: Tensor) -> tuple[Tensor, Tensor]:
         cols,
         weight.element_size(),
         _threads(weight.numel()),
-        _wide(),
+        _isa(),
     )
     return bitmask, row_ptr
 
@@ -118,7 +119,7 @@ def row_pointers(bitmask: Tensor) -> Tensor:
     rows, width = bitmask.shape
     row_ptr = torch.empty(rows + 1, dtype=torch.int64)
     library.besa_row_pointers(
-        bitmask.data_ptr(), row_ptr.data_ptr(), rows, width, _threads(bitmask.numel()), _wide()
+        bitmask.data_ptr(), row_ptr.data_ptr(), rows, width, _threads(bitmask.numel()), _isa()
     )
     return row_ptr
 
@@ -165,7 +166,7 @@ def compress(weight: Tensor, bitmask: Tensor, row_ptr: Tensor) -> Tensor:
         weight.element_size(),
         count,
         _threads(weight.numel()),
-        _wide(),
+        _isa(),
     )
     if status != 0:
         raise _unsound()
@@ -216,7 +217,7 @@ def expand(values: Tensor, bitmask: Tensor, row_ptr: Tensor, cols: int) -> Tenso
         dense.element_size(),
         values.numel(),
         _threads(dense.numel()),
-        _wide(),
+        _isa(),
     )
     if status != 0:
         raise _unsound()
@@ -243,11 +244,6 @@ def has_stray_bits(bitmask: Tensor, cols: int) -> bool:
     return cols % 8 != 0 and bool((bitmask[:, -1] >> cols % 8).any())
 
 
-def describe(tensor: Tensor) -> str:
-    """Type, shape and device, for messages."""
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-
-
 def _chunks(bitmask: Tensor, row_ptr: Tensor, cols: int) -> Iterator[tuple[slice, Tensor, slice]]:
     """Some rows at a time, with their bits as bool [rows, cols] and their part of the values."""
     step = _step(cols)
@@ -268,11 +264,11 @@ def _library(tensor: Tensor) -> ctypes.CDLL | None:
 
 
 def _threads(elements: int) -> int:
-    return min(torch.get_num_threads(), 1 + elements // _PER_THREAD)
+    return min(torch.get_num_threads(), 1 + elements // _ELEMENTS_PER_THREAD)
 
 
-def _wide() -> int:
-    return int(chosen_isa()[0].startswith("avx512"))
+def _isa() -> int:
+    return ISAS.index(chosen_isa()[0])
 
 
 def _check_matrix(weight: Tensor) -> None:

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "api.h"
+
 namespace {
 
 constexpr int kBuckets = 256;  // every uint8 has its place, so no bucket can write out of bounds
@@ -32,7 +34,7 @@ void sum_row(const float* values, const float* weight, const std::uint8_t* bucke
 
 // Row-major [rows, cols] values, weight (or null) and buckets; [rows, n_buckets] out, overwritten.
 // n_buckets <= 256; elements in a bucket past it are left out.
-extern "C" __attribute__((visibility("default"))) void besa_segment_sum_f32(
+BESA_API void besa_segment_sum_f32(
     const float* values, const float* weight_or_null, const std::uint8_t* buckets, float* out,
     std::int64_t rows, std::int64_t cols, std::int64_t n_buckets, int threads) {
     (void)threads;  // a build without OpenMP has one

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from besa.kernels import native
+from besa.kernels.describe import describe
 
 MAX_BUCKETS = 256
 
@@ -22,7 +23,7 @@ MAX_BUCKETS = 256
 _CHUNK = 1 << 20
 
 # Elements that keep a thread busy for about 0.1 ms; with fewer, waking it costs more than it does.
-_PER_THREAD = 1 << 17
+_ELEMENTS_PER_THREAD = 1 << 17
 
 
 def segment_sum(
@@ -62,7 +63,7 @@ def segment_sum(
         rows,
         cols,
         n_buckets,
-        min(torch.get_num_threads(), 1 + values.numel() // _PER_THREAD),
+        min(torch.get_num_threads(), 1 + values.numel() // _ELEMENTS_PER_THREAD),
     )
     return out
 
@@ -96,17 +97,13 @@ def _is_plain(tensor: Tensor) -> bool:
 def _check(values: Tensor, buckets: Tensor, n_buckets: int, weight: Tensor | None) -> None:
     """Shapes and types, before a raw pointer leaves Python."""
     if values.ndim != 2 or not values.is_floating_point():
-        raise ValueError(f"values must be a floating-point matrix, not {_name(values)}")
+        raise ValueError(f"values must be a floating-point matrix, not {describe(values)}")
     if buckets.dtype != torch.uint8:
         raise ValueError(f"buckets must be uint8, not {buckets.dtype}")
     for name, tensor in (("buckets", buckets), ("weight", weight)):
         if tensor is None:
             continue
         if tensor.shape != values.shape or tensor.device != values.device:
-            raise ValueError(f"{name} is {_name(tensor)}, but values is {_name(values)}")
+            raise ValueError(f"{name} is {describe(tensor)}, but values is {describe(values)}")
     if not 1 <= n_buckets <= MAX_BUCKETS:
         raise ValueError(f"n_buckets must be 1 to {MAX_BUCKETS}, not {n_buckets}")
-
-
-def _name(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"

@@ -3,7 +3,9 @@
 
 #include <immintrin.h>
 
-#include "sparse_linear.h"
+#include <type_traits>
+
+#include "run.h"
 
 namespace besa {
 namespace {
@@ -83,28 +85,48 @@ struct Int8Lanes {
     static __m256 expand(const Value* p, std::uint8_t mask) { return floats(expand_bytes(p, mask)); }
 };
 
-inline float sum_floats(__m256 acc) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps(acc, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
+// Sums of products in float32.
+struct FloatSums : DefaultTraits {
+    using Acc = __m256;
+    using Sum = float;
+
+    static Acc zero() { return _mm256_setzero_ps(); }
+    static Acc add(Acc a, Acc b) { return _mm256_add_ps(a, b); }
+    static Sum sum(Acc acc) {
+        __m128 half = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps(acc, 1));
+        half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+        return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+    }
+};
+
+// As __m256i an array of accumulators would be stored to memory in every step (GCC).
+typedef std::int32_t Int32x8 __attribute__((vector_size(32)));
+
+// Sums of products in int32.
+struct Int32Sums : DefaultTraits {
+    using Acc = Int32x8;
+    using Sum = std::int64_t;
+
+    static Acc zero() { return Acc{}; }
+    static Acc add(Acc a, Acc b) { return a + b; }
+    static Sum sum(Acc acc) {
+        const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128((__m256i)acc));
+        const __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256((__m256i)acc, 1));
+        alignas(32) std::int64_t lanes[4];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_add_epi64(low, high));
+        return lanes[0] + lanes[1] + lanes[2] + lanes[3];
+    }
+};
 
 template <class Lanes, bool kGrouped = false>
-struct FloatDot {
+struct FloatDot : FloatSums {
     using Value = typename Lanes::Value;
     using X = float;
     using Mask = std::uint8_t;
     using W = __m256;
-    using Acc = __m256;
-    using Sum = float;
-    static constexpr int kStep = 8, kUnroll = 4, kRegisters = 8;
-    static constexpr int kTileRows = 4, kTileTokens = 2, kTileFrom = 17;
-    static constexpr int kOffset = 0;
-    static constexpr bool kInt8Input = false, kRawInput = false, kLate = false;
-    static constexpr bool kSumsOf8 = false;
+    static constexpr int kStep = 8, kAccumulators = 8;
+    static constexpr int kTileRows = 4, kTileTokens = 2;
 
-    static std::int64_t place(std::int64_t j) { return j; }
-    static int popcount(Mask m) { return __builtin_popcount(m); }
     static W expand(const Value* p, Mask m, const Groups& g, std::int64_t col) {
         return scaled(Lanes::expand(p, m), g, col);
     }
@@ -114,18 +136,13 @@ struct FloatDot {
     static W scaled(__m256 w, const Groups& g, std::int64_t col) {
         return kGrouped ? _mm256_mul_ps(w, _mm256_set1_ps(g.scale[col >> g.shift])) : w;
     }
-    static Acc zero() { return _mm256_setzero_ps(); }
     static Acc dot(Acc acc, W w, const X* x) { return _mm256_fmadd_ps(w, _mm256_load_ps(x), acc); }
-    static Acc add(Acc a, Acc b) { return _mm256_add_ps(a, b); }
-    static Sum sum(Acc acc) { return sum_floats(acc); }
 };
-
-// As __m256i an array of accumulators would be stored to memory in every step (GCC).
-typedef std::int32_t Int32x8 __attribute__((vector_size(32)));
 
 // int8 values and activations as 16-bit numbers, whose products are added in pairs.
 template <bool kGrouped>
-struct Int8Pairs {
+struct Int8Pairs : std::conditional_t<kGrouped, FloatSums, Int32Sums> {
+    using Acc = std::conditional_t<kGrouped, __m256, Int32x8>;
     using Value = std::int8_t;
     using X = std::int16_t;
     using Mask = std::uint16_t;
@@ -133,16 +150,10 @@ struct Int8Pairs {
         __m256i w;
         __m256 scale;
     };
-    using Acc = std::conditional_t<kGrouped, __m256, Int32x8>;
-    using Sum = std::conditional_t<kGrouped, float, std::int64_t>;
-    static constexpr int kStep = 16, kUnroll = 4, kRegisters = 8;
-    static constexpr int kTileRows = 4, kTileTokens = 2, kTileFrom = 17;
-    static constexpr int kOffset = 0;
-    static constexpr bool kInt8Input = true, kRawInput = false, kLate = false;
-    static constexpr bool kSumsOf8 = false;
+    static constexpr int kStep = 16, kAccumulators = 8;
+    static constexpr int kTileRows = 4, kTileTokens = 2;
+    static constexpr bool kInt8Input = true;
 
-    static std::int64_t place(std::int64_t j) { return j; }
-    static int popcount(Mask m) { return __builtin_popcount(m); }
     static W expand(const Value* p, Mask m, const Groups& g, std::int64_t col) {
         const std::uint8_t low = static_cast<std::uint8_t>(m), high = m >> 8;
         const __m128i second = expand_bytes(p + __builtin_popcount(low), high);
@@ -155,12 +166,6 @@ struct Int8Pairs {
         return {_mm256_cvtepi8_epi16(bytes),
                 kGrouped ? _mm256_set1_ps(g.scale[col >> g.shift]) : _mm256_setzero_ps()};
     }
-    static Acc zero() {
-        if constexpr (kGrouped)
-            return _mm256_setzero_ps();
-        else
-            return Acc{};
-    }
     static Acc dot(Acc acc, const W& w, const X* x) {
         const __m256i products =
             _mm256_madd_epi16(w.w, _mm256_load_si256(reinterpret_cast<const __m256i*>(x)));
@@ -168,23 +173,6 @@ struct Int8Pairs {
             return _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), w.scale, acc);
         else
             return acc + (Acc)products;
-    }
-    static Acc add(Acc a, Acc b) {
-        if constexpr (kGrouped)
-            return _mm256_add_ps(a, b);
-        else
-            return a + b;
-    }
-    static Sum sum(Acc acc) {
-        if constexpr (kGrouped) {
-            return sum_floats(acc);
-        } else {
-            const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128((__m256i)acc));
-            const __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256((__m256i)acc, 1));
-            alignas(32) std::int64_t lanes[4];
-            _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_add_epi64(low, high));
-            return lanes[0] + lanes[1] + lanes[2] + lanes[3];
-        }
     }
 };
 

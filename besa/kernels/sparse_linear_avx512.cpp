@@ -3,13 +3,16 @@
 
 #include "sparse_linear_avx512.h"
 
+#include <type_traits>
+
 namespace besa {
 namespace {
 
 // int8 values and activations. Both are 16-bit numbers in 32-bit lanes, the upper half of the
 // activation's being zero, so that one multiply-add of pairs is a product that cannot overflow.
 template <bool kGrouped>
-struct Int8Pairs {
+struct Int8Pairs : std::conditional_t<kGrouped, FloatSums, Int32Sums> {
+    using Acc = std::conditional_t<kGrouped, __m512, Int32x16>;
     using Value = std::int8_t;
     using X = std::int32_t;
     using Mask = std::uint16_t;
@@ -17,16 +20,10 @@ struct Int8Pairs {
         __m512i w;
         __m512 scale;
     };
-    using Acc = std::conditional_t<kGrouped, __m512, Int32x16>;
-    using Sum = std::conditional_t<kGrouped, float, std::int64_t>;
-    static constexpr int kStep = 16, kUnroll = 4, kRegisters = kGrouped ? 12 : 24;
-    static constexpr int kTileRows = 4, kTileTokens = 2, kTileFrom = 17;
-    static constexpr int kOffset = 0;
-    static constexpr bool kInt8Input = true, kRawInput = false, kLate = false;
-    static constexpr bool kSumsOf8 = false;
+    static constexpr int kStep = 16, kAccumulators = kGrouped ? 12 : 24;
+    static constexpr int kTileRows = 4, kTileTokens = 2;
+    static constexpr bool kInt8Input = true, kSumsOf8 = false;
 
-    static std::int64_t place(std::int64_t j) { return j; }
-    static int popcount(Mask m) { return __builtin_popcount(m); }
     static W expand(const Value* p, Mask m, const Groups& g, std::int64_t col) {
         return with(_mm512_mask_expand_epi32(fresh_zero(), m, Int8Lanes::load(p)), g, col);
     }
@@ -36,12 +33,6 @@ struct Int8Pairs {
     static W with(__m512i w, const Groups& g, std::int64_t col) {
         return {w, kGrouped ? _mm512_set1_ps(g.scale[col >> g.shift]) : _mm512_setzero_ps()};
     }
-    static Acc zero() {
-        if constexpr (kGrouped)
-            return _mm512_setzero_ps();
-        else
-            return Acc{};
-    }
     static Acc dot(Acc acc, const W& w, const X* x) {
         // The activation's sign would fill its upper half.
         const __m512i low = _mm512_and_si512(_mm512_load_si512(x), _mm512_set1_epi32(0xFFFF));
@@ -50,18 +41,6 @@ struct Int8Pairs {
             return _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), w.scale, acc);
         else
             return acc + (Acc)products;
-    }
-    static Acc add(Acc a, Acc b) {
-        if constexpr (kGrouped)
-            return _mm512_add_ps(a, b);
-        else
-            return a + b;
-    }
-    static Sum sum(Acc acc) {
-        if constexpr (kGrouped)
-            return _mm512_reduce_add_ps(acc);
-        else
-            return sum_int32((__m512i)acc);
     }
 };
 

@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#include "sparse_linear.h"
+#include "run.h"
 
 namespace besa {
 namespace {
@@ -52,15 +52,39 @@ BESA_INLINE inline __m256 sum_8(const V* from) {
     return _mm512_castps512_ps256((__m512)halved(c, c));
 }
 
-BESA_INLINE inline void add_sum_8(const __m512* from, float* to) {
-    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sum_8(from)));
-}
+// Sums of products in float32.
+struct FloatSums : DefaultTraits {
+    using Acc = __m512;
+    using Sum = float;
+    static constexpr bool kSumsOf8 = true;
 
-inline std::int64_t sum_int32(__m512i acc) {
-    const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(acc));
-    const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(acc, 1));
-    return _mm512_reduce_add_epi64(_mm512_add_epi64(low, high));
-}
+    static Acc zero() { return _mm512_setzero_ps(); }
+    static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
+    static Sum sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
+    BESA_INLINE static void add_sums(const Acc* acc, Sum* to) {
+        _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sum_8(acc)));
+    }
+};
+
+// Sums of products in int32.
+struct Int32Sums : DefaultTraits {
+    using Acc = Int32x16;
+    using Sum = std::int64_t;
+    static constexpr bool kSumsOf8 = true;
+
+    static Acc zero() { return Acc{}; }
+    static Acc add(Acc a, Acc b) { return a + b; }
+    static Sum sum(Acc acc) {
+        const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256((__m512i)acc));
+        const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64((__m512i)acc, 1));
+        return _mm512_reduce_add_epi64(_mm512_add_epi64(low, high));
+    }
+    // A tile has few columns enough that its sums are int32.
+    BESA_INLINE static void add_sums(const Acc* acc, Sum* to) {
+        _mm512_storeu_si512(
+            to, _mm512_add_epi64(_mm512_loadu_si512(to), _mm512_cvtepi32_epi64((__m256i)sum_8(acc))));
+    }
+};
 
 // How each value type becomes float32 lanes: 16 of them, whatever is in memory.
 struct Bf16Lanes {
@@ -96,20 +120,14 @@ struct Int8Lanes {
 };
 
 template <class Lanes, bool kGrouped = false>
-struct FloatDot {
+struct FloatDot : FloatSums {
     using Value = typename Lanes::Value;
     using X = float;
     using Mask = std::uint16_t;
     using W = __m512;
-    using Acc = __m512;
-    using Sum = float;
-    static constexpr int kStep = 16, kUnroll = 4, kRegisters = 24;
-    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 17;
-    static constexpr int kOffset = 0;
-    static constexpr bool kInt8Input = false, kRawInput = false, kLate = false;
+    static constexpr int kStep = 16, kAccumulators = 24;
+    static constexpr int kTileRows = 6, kTileTokens = 4;
 
-    static std::int64_t place(std::int64_t j) { return j; }
-    static int popcount(Mask m) { return __builtin_popcount(m); }
     static W expand(const Value* p, Mask m, const Groups& g, std::int64_t col) {
         return scaled(_mm512_mask_expand_epi32(fresh_zero(), m, Lanes::load(p)), g, col);
     }
@@ -120,14 +138,9 @@ struct FloatDot {
         const __m512 w = Lanes::floats(lanes);
         return kGrouped ? _mm512_mul_ps(w, _mm512_set1_ps(g.scale[col >> g.shift])) : w;
     }
-    static Acc zero() { return _mm512_setzero_ps(); }
     static Acc dot(Acc acc, W w, const X* x) {
         return _mm512_fmadd_ps(w, _mm512_load_ps(x), acc);
     }
-    static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
-    static Sum sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
-    static constexpr bool kSumsOf8 = true;
-    BESA_INLINE static void add_sums(const Acc* acc, Sum* to) { add_sum_8(acc, to); }
 };
 
 inline int run_float(const Job& job) {

@@ -1,9 +1,6 @@
 // AVX-512 with VBMI2, BF16 and VNNI (Intel since Cooper and Ice Lake's successors, AMD since Zen 4):
 // values expand in their own width, two or four products a lane and instruction.
 
-#include <immintrin.h>
-
-#include "sparse_linear.h"
 #include "sparse_linear_avx512.h"
 
 namespace besa {
@@ -12,22 +9,18 @@ namespace {
 // bfloat16 values as float32, in two halves: shifting a pair of them left leaves the one at the even
 // place, masking it the one at the odd place. An activation's even columns lie before its odd ones.
 // On Intel's cores this is twice as fast as `Bf16Pairs`.
-struct Bf16Halves {
+struct Bf16Halves : FloatSums {
     using Value = std::uint16_t;
     using X = float;
     using Mask = std::uint32_t;
     struct W {
         __m512 even, odd;
     };
-    using Acc = __m512;
-    using Sum = float;
-    static constexpr int kStep = 32, kUnroll = 4, kRegisters = 24;
-    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 17;
-    static constexpr int kOffset = 0;
-    static constexpr bool kInt8Input = false, kRawInput = false, kLate = false;
+    static constexpr int kStep = 32, kAccumulators = 24;
+    static constexpr int kTileRows = 6, kTileTokens = 4;
 
-    static std::int64_t place(std::int64_t j) { return (j & ~31) | (j & 1) << 4 | (j & 31) >> 1; }
-    static int popcount(Mask m) { return __builtin_popcount(m); }
+    static std::int64_t position(std::int64_t j) { return (j & ~31) | (j & 1) << 4 | (j & 31) >> 1; }
+
     static W expand(const Value* p, Mask m, const Groups&, std::int64_t) {
         return halves(_mm512_mask_expand_epi16(fresh_zero(), m, in_register(p)));
     }
@@ -38,68 +31,48 @@ struct Bf16Halves {
         const __m512i odd = _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), _mm512_castsi512_ps(odd)};
     }
-    static Acc zero() { return _mm512_setzero_ps(); }
     static Acc dot(Acc acc, const W& w, const X* x) {
         acc = _mm512_fmadd_ps(w.even, _mm512_load_ps(x), acc);
         return _mm512_fmadd_ps(w.odd, _mm512_load_ps(x + 16), acc);
     }
-    static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
-    static Sum sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
-    static constexpr bool kSumsOf8 = true;
-    BESA_INLINE static void add_sums(const Acc* acc, Sum* to) { add_sum_8(acc, to); }
 };
 
 // bfloat16 values and activations, two products a lane and instruction (dpbf16ps), which takes
 // subnormal numbers for zero. On AMD's cores this is twice as fast as `Bf16Halves`.
-struct Bf16Pairs {
+struct Bf16Pairs : FloatSums {
     using Value = std::uint16_t;
     using X = std::uint16_t;
     using Mask = std::uint32_t;
     using W = __m512i;
-    using Acc = __m512;
-    using Sum = float;
-    static constexpr int kStep = 32, kUnroll = 4, kRegisters = 24;
-    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 17;
-    static constexpr int kOffset = 0;
-    static constexpr bool kInt8Input = false, kRawInput = true, kLate = false;
+    static constexpr int kStep = 32, kAccumulators = 24;
+    static constexpr int kTileRows = 6, kTileTokens = 4;
+    static constexpr bool kRawInput = true;
 
-    static std::int64_t place(std::int64_t j) { return j; }
-    static int popcount(Mask m) { return __builtin_popcount(m); }
     static W expand(const Value* p, Mask m, const Groups&, std::int64_t) {
         return _mm512_mask_expand_epi16(fresh_zero(), m, in_register(p));
     }
     static W load(const Value* p, const Groups&, std::int64_t) { return _mm512_loadu_si512(p); }
-    static Acc zero() { return _mm512_setzero_ps(); }
     static Acc dot(Acc acc, W w, const X* x) {
         return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_load_si512(x));
     }
-    static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
-    static Sum sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
-    static constexpr bool kSumsOf8 = true;
-    BESA_INLINE static void add_sums(const Acc* acc, Sum* to) { add_sum_8(acc, to); }
 };
 
 // int8 values and activations, four products a lane. The instruction wants one side unsigned: the
 // activations are, with 128 added, and 128 times the sum of the weights is taken off again.
-struct Int8Dot {
+struct Int8Dot : Int32Sums {
     using Value = std::int8_t;
     using X = std::uint8_t;
     using Mask = std::uint64_t;
     using W = __m512i;
-    using Acc = Int32x16;
-    using Sum = std::int64_t;
-    static constexpr int kStep = 64, kUnroll = 4, kRegisters = 20;
+    static constexpr int kStep = 64, kAccumulators = 20;
     static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 8;
     static constexpr int kOffset = 128;
-    static constexpr bool kInt8Input = true, kRawInput = false, kLate = true;
+    static constexpr bool kInt8Input = true, kOffsetAtRowEnd = true;
 
-    static std::int64_t place(std::int64_t j) { return j; }
-    static int popcount(Mask m) { return __builtin_popcountll(m); }
     static W expand(const Value* p, Mask m, const Groups&, std::int64_t) {
         return _mm512_mask_expand_epi8(fresh_zero(), m, in_register(p));
     }
     static W load(const Value* p, const Groups&, std::int64_t) { return _mm512_loadu_si512(p); }
-    static Acc zero() { return Acc{}; }
     static Acc dot(Acc acc, W w, const X* x) {
         return (Acc)_mm512_dpbusd_epi32((__m512i)acc, _mm512_load_si512(x), w);
     }
@@ -107,18 +80,10 @@ struct Int8Dot {
         return (Acc)_mm512_dpbusd_epi32((__m512i)acc,
                                         _mm512_set1_epi8(static_cast<char>(kOffset)), w);
     }
-    static Acc add(Acc a, Acc b) { return a + b; }
-    static Sum sum(Acc acc) { return sum_int32((__m512i)acc); }
-    static constexpr bool kSumsOf8 = true;
-    // A tile has few columns enough that its sums are int32.
-    BESA_INLINE static void add_sums(const Acc* acc, Sum* to) {
-        _mm512_storeu_si512(
-            to, _mm512_add_epi64(_mm512_loadu_si512(to), _mm512_cvtepi32_epi64((__m256i)sum_8(acc))));
-    }
 };
 
 // The same with a scale per group of columns: a step's sums are scaled before they are added up.
-struct Int8GroupDot {
+struct Int8GroupDot : FloatSums {
     using Value = std::int8_t;
     using X = std::uint8_t;
     using Mask = std::uint64_t;
@@ -126,15 +91,11 @@ struct Int8GroupDot {
         __m512i w, offset;
         __m512 scale;
     };
-    using Acc = __m512;
-    using Sum = float;
-    static constexpr int kStep = 64, kUnroll = 2, kRegisters = 12;
-    static constexpr int kTileRows = 4, kTileTokens = 2, kTileFrom = 17;
-    static constexpr int kOffset = 128;
-    static constexpr bool kInt8Input = true, kRawInput = false, kLate = false;  // taken off step by step
+    static constexpr int kStep = 64, kUnroll = 2, kAccumulators = 12;
+    static constexpr int kTileRows = 4, kTileTokens = 2;
+    static constexpr int kOffset = 128;  // taken off step by step
+    static constexpr bool kInt8Input = true;
 
-    static std::int64_t place(std::int64_t j) { return j; }
-    static int popcount(Mask m) { return __builtin_popcountll(m); }
     static W expand(const Value* p, Mask m, const Groups& g, std::int64_t col) {
         return with(_mm512_mask_expand_epi8(fresh_zero(), m, in_register(p)), g, col);
     }
@@ -146,19 +107,14 @@ struct Int8GroupDot {
         const float low = g.scale[least(col >> g.shift, g.last)];
         const float high = g.scale[least((col + 32) >> g.shift, g.last)];
         const __m512i offset =
-            _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(static_cast<char>(128)), w);
+            _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(static_cast<char>(kOffset)), w);
         return {w, offset, _mm512_mask_mov_ps(_mm512_set1_ps(low), 0xFF00, _mm512_set1_ps(high))};
     }
-    static Acc zero() { return _mm512_setzero_ps(); }
     static Acc dot(Acc acc, const W& w, const X* x) {
         const __m512i sums =
             _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_load_si512(x), w.w);
         return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums, w.offset)), w.scale, acc);
     }
-    static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
-    static Sum sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
-    static constexpr bool kSumsOf8 = true;
-    BESA_INLINE static void add_sums(const Acc* acc, Sum* to) { add_sum_8(acc, to); }
 };
 
 }  // namespace

@@ -1,13 +1,14 @@
 // Plain C++ for any CPU. Lanes are small arrays, which compilers turn into whatever vectors the
 // target has.
 
-#include "sparse_linear.h"
+#include <type_traits>
+
+#include "run.h"
 
 namespace besa {
 namespace {
 
 constexpr int kLanes = 8;
-
 
 struct Bf16Value {
     using Value = std::uint16_t;
@@ -27,7 +28,7 @@ struct PlainValue {
 
 // Products and sums of T (float, or int32 for int8 values and activations).
 template <class Get, class T, class Activation, class Total, bool kInt8, bool kGrouped>
-struct Lanes {
+struct Lanes : DefaultTraits {
     using Value = typename Get::Value;
     using X = Activation;
     using Mask = std::uint8_t;
@@ -39,14 +40,10 @@ struct Lanes {
         std::conditional_t<kGrouped, float, T> of[kLanes];
     };
     using Sum = std::conditional_t<kGrouped, float, Total>;
-    static constexpr int kStep = kLanes, kUnroll = 2, kRegisters = 8;
-    static constexpr int kTileRows = 2, kTileTokens = 2, kTileFrom = 17;
-    static constexpr int kOffset = 0;
-    static constexpr bool kInt8Input = kInt8, kRawInput = false, kLate = false;
-    static constexpr bool kSumsOf8 = false;
+    static constexpr int kStep = kLanes, kUnroll = 2, kAccumulators = 8;
+    static constexpr int kTileRows = 2, kTileTokens = 2;
+    static constexpr bool kInt8Input = kInt8;
 
-    static std::int64_t place(std::int64_t j) { return j; }
-    static int popcount(Mask m) { return __builtin_popcount(m); }
     static W expand(const Value* p, Mask m, const Groups& g, std::int64_t col) {
         W w;
         for (int i = 0; i < kLanes; ++i) {

@@ -19,6 +19,7 @@ from torch import Tensor
 from besa.errors import BesaError
 from besa.formats import FormatError, Packed, pack, quantize_int8
 from besa.kernels import native, packing
+from besa.kernels.abi import ISAS
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
@@ -217,7 +218,7 @@ def test_the_same_on_any_threads(monkeypatch, path, dtype):
     expected = packing.pack_mask_reference(weight)
     values = packing.compress_reference(weight, *expected)
     dense = packing.expand_reference(values, *expected, 517)
-    monkeypatch.setattr(packing, "_PER_THREAD", 1)
+    monkeypatch.setattr(packing, "_ELEMENTS_PER_THREAD", 1)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5, 64):
@@ -234,24 +235,47 @@ def test_the_same_on_any_threads(monkeypatch, path, dtype):
 
 
 @pytest.mark.parametrize(
-    ("isa", "wide"), [("portable", 0), ("avx2", 0), ("avx512", 1), ("avx512_bf16", 1), (None, 1)]
+    ("last", "best", "wanted", "used"),
+    [
+        ("avx512_dpbf16", "avx512_dpbf16", "portable", "portable"),
+        ("avx512_dpbf16", "avx512_dpbf16", "avx2", "avx2"),
+        ("avx512_dpbf16", "avx512_dpbf16", "avx512", "avx512"),
+        ("avx512_dpbf16", "avx512_dpbf16", "avx512_bf16", "avx512_bf16"),
+        ("avx512_dpbf16", "avx512_dpbf16", None, "avx512_dpbf16"),
+        ("avx512_dpbf16", "avx512_bf16", None, "avx512_bf16"),
+        ("avx2", "avx2", "portable", "portable"),
+        ("avx2", "avx2", None, "avx2"),
+        ("avx2", "avx2", "avx512", BesaError),
+        ("portable", "portable", None, "portable"),
+        ("portable", "portable", "avx2", BesaError),
+    ],
 )
-def test_the_environment_can_forbid_avx512(monkeypatch, isa, wide):
+def test_the_environment_can_forbid_avx512(monkeypatch, last, best, wanted, used):
+    """On CPUs that have the instruction sets up to `last` and are fastest with `best`."""
     calls = []
-    library = SimpleNamespace(besa_row_pointers=lambda *arguments: calls.append(arguments))
+    library = SimpleNamespace(
+        besa_last_isa=lambda: ISAS.index(last),
+        besa_best_isa=lambda: ISAS.index(best),
+        besa_row_pointers=lambda *arguments: calls.append(arguments),
+    )
     monkeypatch.setattr(native, "library", lambda: library)
     monkeypatch.delenv("BESA_ISA", raising=False)
-    if isa is not None:
-        monkeypatch.setenv("BESA_ISA", isa)
-    packing.row_pointers(torch.zeros(2, 2, dtype=torch.uint8))
-    assert calls[0][-1] == wide
+    if wanted is not None:
+        monkeypatch.setenv("BESA_ISA", wanted)
+    bitmask = torch.zeros(2, 2, dtype=torch.uint8)
+    if used is BesaError:
+        with pytest.raises(BesaError, match=f"BESA_ISA={wanted}, but this CPU has portable"):
+            packing.row_pointers(bitmask)
+    else:
+        packing.row_pointers(bitmask)
+        assert calls[0][-1] == ISAS.index(used)
 
 
 # ---- what is not sound ---------------------------------------------------------------------------
 
 
 @needs_compiler
-@pytest.mark.parametrize("wide", [0, 1])
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize(
     ("bitmask", "row_ptr", "n_values"),
@@ -267,7 +291,7 @@ def test_the_environment_can_forbid_avx512(monkeypatch, isa, wide):
         ([[1] * 10] * 3, [0, 1 << 40, 1 << 41, 30], 30),
     ],
 )
-def test_native_code_stays_within_its_arrays(wide, size, bitmask, row_ptr, n_values):
+def test_native_code_stays_within_its_arrays(isa, size, bitmask, row_ptr, n_values):
     """The C functions alone, on arrays between guards, given what Python would refuse or not."""
     guard = 512
     weight = np.full(3 * 77 * size, 7, np.uint8)
@@ -280,7 +304,7 @@ def test_native_code_stays_within_its_arrays(wide, size, bitmask, row_ptr, n_val
 
     bits, pointers = np.array(bitmask, np.uint8), np.array(row_ptr, np.int64)
     values, dense = guarded(n_values * size), guarded(3 * 77 * size)
-    common = (3, 77, size, n_values, 2, wide)
+    common = (3, 77, size, n_values, 2, ISAS.index(isa))
     layout = (bits.ctypes.data, pointers.ctypes.data)
     for function, source, target in (
         ("besa_compress", weight.ctypes.data, values),

@@ -8,15 +8,16 @@
 #include <cstdlib>
 #include <vector>
 
+#include "abi.h"
+
 int main(int, char** argv) {
     constexpr std::int64_t kRows = 64, kCols = 2048;
     const int dtype = std::atoi(argv[2]), tokens = std::atoi(argv[3]), isa = std::atoi(argv[4]);
     void* library = dlopen(argv[1], RTLD_NOW);
     if (!library) return std::puts(dlerror()), 1;
-    const auto product = reinterpret_cast<int (*)(
-        const void*, int, std::int64_t, const std::uint8_t*, const std::int64_t*, const float*,
-        std::int64_t, const void*, const void*, int, void*, std::int64_t, std::int64_t,
-        std::int64_t, int, int, int)>(dlsym(library, "besa_sparse_linear"));
+    const auto product =
+        reinterpret_cast<int (*)(const besa::Job*)>(dlsym(library, "besa_sparse_linear"));
+    if (!product) return std::puts(dlerror()), 1;
 
     std::vector<std::uint8_t> mask(kRows * kCols / 8), values(kRows * kCols * 4);
     std::vector<std::int64_t> row_ptr{0};
@@ -33,7 +34,21 @@ int main(int, char** argv) {
     const std::vector<float> scale(kRows, 1.0f);
     const std::vector<std::uint16_t> input(tokens * kCols, 0x3F80);  // ones in bfloat16
     std::vector<std::uint16_t> output(tokens * kRows);
-    return product(values.data(), dtype, row_ptr.back(), mask.data(), row_ptr.data(),
-                   dtype == 3 ? scale.data() : nullptr, 0, nullptr, input.data(), 0, output.data(),
-                   tokens, kRows, kCols, 1, isa, 1);
+    besa::Job job{};
+    job.values = values.data();
+    job.bitmask = mask.data();
+    job.row_ptr = row_ptr.data();
+    job.scale = dtype == besa::kInt8 ? scale.data() : nullptr;
+    job.input = input.data();
+    job.output = output.data();
+    job.n_values = row_ptr.back();
+    job.tokens = tokens;
+    job.rows = kRows;
+    job.cols = kCols;
+    job.values_dtype = dtype;
+    job.input_dtype = besa::kBf16;
+    job.int8_input = 1;
+    job.isa = isa;
+    job.threads = 1;
+    return product(&job);
 }

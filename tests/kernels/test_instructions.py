@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 
 from besa.kernels import native
-from besa.kernels.isa import ISAS, best_isa
+from besa.kernels.abi import DTYPES, ISAS
+from besa.kernels.isa import best_isa
+from tests.helpers import REPOSITORY
 
-BFLOAT16, INT8 = 0, 3
+BFLOAT16, INT8 = DTYPES["bfloat16"], DTYPES["int8"]
+HEADERS = REPOSITORY / "besa" / "kernels"
 WEIGHTS = 64 * 2048
 
 # (type, tokens): instructions a weight.
@@ -40,7 +43,8 @@ pytestmark = [
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("count") / "count"
     source = Path(__file__).with_name("count.cpp")
-    subprocess.run(["g++", "-O1", "-std=c++17", str(source), "-o", str(out), "-ldl"], check=True)
+    options = ["-O1", "-std=c++17", f"-I{HEADERS}"]
+    subprocess.run(["g++", *options, str(source), "-o", str(out), "-ldl"], check=True)
     return out
 
 

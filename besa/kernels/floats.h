@@ -1,9 +1,12 @@
-// bfloat16 and float16 to float and back, one value at a time; to nearest, ties to even.
+// bfloat16 and float16 to float and back, one at a time, to nearest, ties to even; and floats of any
+// type in memory.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "abi.h"
 
 namespace besa {
 namespace {
@@ -70,6 +73,22 @@ inline std::uint16_t float_to_fp16(float value) {
 }
 
 #endif
+
+inline float load_float(const void* from, int dtype, std::int64_t i) {
+    switch (dtype) {
+        case kBf16: return bf16_to_float(static_cast<const std::uint16_t*>(from)[i]);
+        case kFp16: return fp16_to_float(static_cast<const std::uint16_t*>(from)[i]);
+        default: return static_cast<const float*>(from)[i];
+    }
+}
+
+inline void store_float(void* to, int dtype, std::int64_t i, float value) {
+    switch (dtype) {
+        case kBf16: static_cast<std::uint16_t*>(to)[i] = float_to_bf16(value); break;
+        case kFp16: static_cast<std::uint16_t*>(to)[i] = float_to_fp16(value); break;
+        default: static_cast<float*>(to)[i] = value;
+    }
+}
 
 }  // namespace
 }  // namespace besa

@@ -1,0 +1,51 @@
+// What the native libraries and their callers agree on: the numbers that stand for types, results and
+// instruction sets, and the description of one product. abi.py says the same in Python. A library
+// tells by besa_abi() what it was built with, so that one of another version is refused when it is
+// loaded.
+
+#pragma once
+
+#include <cstdint>
+
+namespace besa {
+
+// Counts up with every change of an exported function or of what it means.
+constexpr int kAbiVersion = 1;
+
+enum Dtype : int { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3 };
+
+enum Status : int { kOk = 0, kCorrupt = 1, kUnsupported = 2, kNoMemory = 3 };
+
+// Instruction sets, from the least to the most. A CPU that has one has those before it.
+enum Isa : int { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAvx512Dpbf16, kIsas };
+
+constexpr const char* kIsaNames[kIsas] = {"portable", "avx2", "avx512", "avx512_bf16",
+                                          "avx512_dpbf16"};
+
+// How many columns may share a scale, other than a whole row.
+constexpr std::int64_t kGroupSizes[] = {32, 64, 128};
+
+// One product: output = input W^T + bias. Arrays are row-major, and all memory is the caller's.
+struct Job {
+    const void* values;           // [n_values] of values_dtype: the nonzeros of W, or all of it
+    const std::uint8_t* bitmask;  // [rows, ceil(cols / 8)]; null: W is dense
+    const std::int64_t* row_ptr;  // [rows + 1]; null with the bitmask
+    const float* scale;           // [rows] or [rows, groups] for int8 values; else null
+    const void* bias;             // [rows] of input_dtype, or null
+    const void* input;            // [tokens, cols] of input_dtype
+    void* output;                 // [tokens, rows] of input_dtype
+    std::int64_t n_values;
+    std::int64_t tokens, rows, cols;
+    std::int64_t group_size;      // columns that share a scale; 0: the whole row does
+    int values_dtype;             // a Dtype
+    int input_dtype;              // a Dtype, but not kInt8
+    int int8_input;               // for int8 values: 1 quantizes the activations to int8 too
+    int isa;                      // an Isa that this CPU has
+    int threads;                  // at most so many
+
+    // Runs lane(task) `lanes` times, at once where it can. Null: the library's own threads.
+    void (*parallel)(void* pool, int lanes, void (*lane)(void*), void* task);
+    void* pool;
+};
+
+}  // namespace besa

@@ -1,0 +1,95 @@
+// The activations, as the products want them: float32, quantized to int8, or as they are.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+#include "common.h"
+#include "floats.h"
+
+namespace besa {
+namespace {
+
+// X of all tokens: [tokens, stride], with zeros past cols. Made once for a call, by all its threads.
+template <class Traits>
+struct Activations {
+    using X = typename Traits::X;
+    static constexpr int kStep = Traits::kStep;
+
+    Buffer<X> x;
+    Buffer<float> scale;  // [tokens], if they are quantized to int8
+    std::int64_t stride;
+
+    // False if there is no memory.
+    bool prepare(const Job& job) {
+        // Rows one cache line apart from a power of two, or all of them would share one set.
+        const std::int64_t line = 64 / sizeof(X);
+        const std::int64_t padded = (job.cols + kStep - 1) / kStep * kStep;
+        stride = (padded + line - 1) / line * line + line;
+        x = buffer<X>(job.tokens * stride);
+        if (Traits::kInt8Input) scale = buffer<float>(job.tokens);
+        if (!x || (Traits::kInt8Input && !scale)) return false;
+        std::atomic<std::int64_t> next{0};
+        in_lanes(job, worthwhile_threads(job, job.tokens * job.cols), [&] {
+            for (std::int64_t t; (t = next++) < job.tokens;) prepare_token(job, t);
+        });
+        return true;
+    }
+
+    // From column `col` of token t on; `col` is a multiple of kStep.
+    const X* at(std::int64_t t, std::int64_t col) const { return x.get() + t * stride + col; }
+
+   private:
+    void prepare_token(const Job& job, std::int64_t t) {
+        X* to = x.get() + t * stride;
+        const std::int64_t tail = job.cols / kStep * kStep;
+        std::memset(to + tail, 0, (stride - tail) * sizeof(X));
+        switch (job.input_dtype) {  // outside of the loops, which are vectors then
+            case kBf16: convert<kBf16>(job, t, to); break;
+            case kFp16: convert<kFp16>(job, t, to); break;
+            default: convert<kFp32>(job, t, to);
+        }
+    }
+
+    template <int kFrom>
+    void convert(const Job& job, std::int64_t t, X* to) {
+        const auto value = [&job, first = t * job.cols](std::int64_t j) {
+            return load_float(job.input, kFrom, first + j);
+        };
+        if constexpr (Traits::kInt8Input) {
+            scale[t] = quantize(value, job.cols, to);
+        } else if constexpr (Traits::kRawInput) {
+            std::memcpy(to, static_cast<const X*>(job.input) + t * job.cols,
+                        job.cols * sizeof(X));
+        } else {
+            for (std::int64_t j = 0; j < job.cols; ++j) to[Traits::position(j)] = value(j);
+        }
+    }
+
+    // Rounds a token to int8, the largest to 127 or -127; returns its scale, by which the product
+    // is multiplied. A token with NaN or Inf has none: its scale is NaN, and so are its outputs.
+    template <class Value>
+    static float quantize(const Value& value, std::int64_t cols, X* to) {
+        // The bits of sizes are ordered as the sizes are, infinity and NaN above all.
+        std::int32_t bits = 0;
+        for (std::int64_t j = 0; j < cols; ++j) {
+            const std::int32_t size = float_to_bits(value(j)) & 0x7FFFFFFF;
+            bits = size > bits ? size : bits;
+        }
+        const bool finite = bits < 0x7F800000;
+        const float most = bits_to_float(bits);
+        const float inverse = finite && most > 0 ? 127 / most : 0;
+        for (std::int64_t j = 0; j < cols; ++j) {
+            const float scaled = finite ? value(j) * inverse : 0;
+            // Ties to even: adding 1.5 * 2^23 leaves no fraction.
+            const int whole = static_cast<int>((scaled + 12582912.0f) - 12582912.0f);
+            to[Traits::position(j)] = static_cast<X>(whole + Traits::kOffset);
+        }
+        return finite ? most / 127 : __builtin_nanf("");
+    }
+};
+
+}  // namespace
+}  // namespace besa

@@ -1,0 +1,147 @@
+// Reads rows of a packed weight, step by step.
+//
+// A step reads kStep values from wherever the row has got to, although its mask may ask for fewer.
+// Where that could leave the array, or the row is cut short, the row is copied first: whatever masks
+// and row pointers say, nothing out of bounds is touched, and what disagrees is reported.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "common.h"
+#include "traits.h"
+
+namespace besa {
+namespace {
+
+// How many bytes of values are fetched ahead in each row that is read.
+constexpr int kPrefetchBytes = 2048;
+
+// One thread's view of a weight, packed or dense.
+template <class Traits, bool kDense>
+class PackedRows {
+   public:
+    using Value = typename Traits::Value;
+    using Mask = typename Traits::Mask;
+    using W = typename Traits::W;
+    static constexpr int kStep = Traits::kStep;
+
+    // A row, and how far it is read.
+    struct Row {
+        const Value* p;
+        const Value* begin;
+        const std::uint8_t* mask;
+        std::int64_t count;    // of its values
+        std::uintptr_t ahead;  // bytes from what is read to what is fetched for later
+        Groups groups;
+    };
+
+    // At most `slots` rows are open at a time.
+    PackedRows(const Job& job, int slots)
+        : job_(job),
+          mask_bytes_((job.cols + 7) / 8),
+          copies_(buffer<Value>(slots * (job.cols + kStep))) {
+        for (std::int64_t size = job.group_size; size > 1; size /= 2) ++shift_;
+    }
+
+    bool has_memory() const { return copies_ != nullptr; }
+
+    Status status() const { return status_; }
+
+    // Row r from its start, with the use of a slot for a copy.
+    Row open(std::int64_t r, int slot) {
+        const Value* values = static_cast<const Value*>(job_.values);
+        const std::int64_t begin = kDense ? r * job_.cols : job_.row_ptr[r];
+        const std::int64_t end = kDense ? begin + job_.cols : job_.row_ptr[r + 1];
+        Row row{values, values, kDense ? nullptr : job_.bitmask + r * mask_bytes_, 0,
+                kPrefetchBytes, {}};
+        if (begin < 0 || end < begin || end > job_.n_values || end - begin > job_.cols) {
+            status_ = kCorrupt;
+        } else {
+            row.count = end - begin;
+            row.p = values + begin;
+        }
+        if (status_ != kOk || begin + job_.cols + kStep > job_.n_values) {
+            Value* copy = copies_.get() + slot * (job_.cols + kStep);
+            std::copy_n(row.p, row.count, copy);  // not memcpy: values may be null if there are none
+            std::memset(copy + row.count, 0, (job_.cols + kStep - row.count) * sizeof(Value));
+            row.p = copy;
+        }
+        row.begin = row.p;
+        if (job_.group_size) {
+            const std::int64_t groups = (job_.cols + job_.group_size - 1) / job_.group_size;
+            row.groups = {job_.scale + r * groups, groups - 1, shift_};
+        }
+        return row;
+    }
+
+    // The next kStep weights of a row, or fewer at its end: columns from `col` on.
+    template <bool kWhole>
+    BESA_INLINE W next(Row& row, std::int64_t col) const {
+        __builtin_prefetch(reinterpret_cast<const void*>(address(row.p) + row.ahead));
+        if constexpr (kDense && kWhole) {
+            const W w = Traits::load(row.p, row.groups, col);
+            row.p += kStep;
+            return w;
+        } else {
+            Mask mask;
+            if constexpr (kWhole) {
+                __builtin_prefetch(row.mask + col / 8 + kPrefetchBytes / 8);
+                std::memcpy(&mask, row.mask + col / 8, sizeof(Mask));
+            } else
+                mask = tail_mask(row, col);
+            const W w = Traits::expand(row.p, mask, row.groups, col);
+            row.p += popcount(mask);
+            return w;
+        }
+    }
+
+    // After the last step: whether the row had as many values as its mask has bits.
+    void close(const Row& row) {
+        if (row.p - row.begin != row.count) status_ = kCorrupt;
+    }
+
+    // The bytes from where an open row is read to where row r ought to start. For prefetching only.
+    std::uintptr_t distance_to(std::int64_t r, const Row& from) const {
+        return address(start(r)) - address(from.p);
+    }
+
+    static std::uintptr_t address(const Value* p) { return reinterpret_cast<std::uintptr_t>(p); }
+
+   private:
+    const Value* start(std::int64_t r) const {
+        const Value* values = static_cast<const Value*>(job_.values);
+        if (r >= job_.rows) return values;
+        const std::int64_t begin = kDense ? r * job_.cols : job_.row_ptr[r];
+        return begin < 0 || begin > job_.n_values ? values : values + begin;
+    }
+
+    static int popcount(Mask mask) {
+        if constexpr (sizeof(Mask) > 4)
+            return __builtin_popcountll(mask);
+        else
+            return __builtin_popcount(mask);
+    }
+
+    // The bits of a row's last columns, of which there are fewer than kStep.
+    Mask tail_mask(const Row& row, std::int64_t col) const {
+        Mask mask = static_cast<Mask>(~Mask{0});
+        if constexpr (!kDense) {  // byte by byte: what memcpy leaves in memory is slow to load
+            mask = 0;
+            for (std::int64_t i = mask_bytes_; i-- > col / 8;)
+                mask = static_cast<Mask>(mask << 8 | row.mask[i]);
+        }
+        return static_cast<Mask>(mask & ((Mask{1} << (job_.cols - col)) - 1));
+    }
+
+    const Job& job_;
+    std::int64_t mask_bytes_;
+    int shift_ = 0;        // log2 of the group size
+    Buffer<Value> copies_;  // [slots, cols + kStep]: rows at the end of the values
+    Status status_ = kOk;
+};
+
+}  // namespace
+}  // namespace besa

@@ -1,0 +1,52 @@
+// What an instruction set brings to the product.
+//
+// It has a struct of *traits* for each pair of value and activation type that it multiplies in a way
+// of its own, and the loops in direct.h and tiles.h are compiled once for each. Traits derive from
+// DefaultTraits, say what is different, and have:
+//
+//     Value            a packed value                X     an activation, as `dot` wants it
+//     W                kStep weights in registers    Acc   sums of products in registers
+//     Mask             an unsigned integer of kStep bits
+//     Sum              what the lanes of an Acc add up to
+//     kStep            weights that are expanded at a time
+//     kAccumulators    accumulators that fit in registers beside the rest
+//     kTileRows, kTileTokens  the block of a tile's product: that many accumulators
+//
+//     expand(p, mask, groups, col)  the next popcount(mask) values at p, put to where the mask has
+//                      bits, with zeros between; may read kStep values; `groups` scales them if the
+//                      scales are per group of columns
+//     load(p, groups, col)          the same for kStep values without zeros between: a dense weight
+//     dot(acc, w, x)   acc + w * x                   zero()     an Acc of zeros
+//     add(a, b)        a + b                         sum(acc)   the Sum of all lanes
+//     add_sums(acc, to)      adds the sums of 8 accumulators to `to`, if kSumsOf8
+//     add_offset(acc, w)     adds what kOffset adds to the products of w, if kOffsetAtRowEnd
+
+#pragma once
+
+#include <cstdint>
+
+namespace besa {
+namespace {
+
+// The scales of a row whose groups of columns have one each.
+struct Groups {
+    const float* scale;  // the row's
+    std::int64_t last;   // its last group
+    int shift;           // log2 of the group's columns
+};
+
+struct DefaultTraits {
+    static constexpr bool kInt8Input = false;  // activations are quantized, one scale per token
+    static constexpr bool kRawInput = false;   // activations are taken as they are: X is their type
+    static constexpr int kOffset = 0;  // is added to int8 activations, to make them unsigned
+    static constexpr bool kOffsetAtRowEnd = false;  // what it adds is taken off a row's sums
+    static constexpr bool kSumsOf8 = false;
+    static constexpr int kUnroll = 4;     // independent sums of a single row and token
+    static constexpr int kTileFrom = 17;  // tokens from which on tiles were measured to be faster
+
+    // Where column j of a token lies in its row of X.
+    static std::int64_t position(std::int64_t j) { return j; }
+};
+
+}  // namespace
+}  // namespace besa
