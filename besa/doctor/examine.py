@@ -21,7 +21,7 @@ import torch
 
 from besa import machine
 from besa.doctor import speed
-from besa.errors import BesaError
+from besa.errors import BesaError, BesaWarning
 from besa.kernels import native
 from besa.kernels.isa import chosen_isa
 from besa.version import __version__
@@ -137,6 +137,9 @@ def _native() -> Record:
     """Where the native library was loaded from, or why it was not."""
     found = native.load()
     if isinstance(found, str):
+        with warnings.catch_warnings():  # the report says it
+            warnings.simplefilter("ignore", BesaWarning)
+            native.library()
         return {"path": None, "problem": found}
     return {"path": str(Path(found._name).resolve()), "problem": None}
 

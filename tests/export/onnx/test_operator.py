@@ -149,9 +149,10 @@ def test_every_instruction_set_of_this_cpu(
 
 
 def test_an_instruction_set_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    packed = pack(weight(30, 77))
     monkeypatch.setenv("BESA_ISA", "sse9")
     with pytest.raises(BesaError, match="BESA_ISA names no instruction set that this CPU has"):
-        run(tmp_path / "model.onnx", model(pack(weight(30, 77))), tokens(3, 77))
+        run(tmp_path / "model.onnx", model(packed), tokens(3, 77))
 
 
 @pytest.mark.parametrize("count", [1, 5])
