@@ -3,10 +3,9 @@
 abi.h says the same in C++. `native` compares `DESCRIPTION` with what a library says of itself, and
 refuses one that was built from other sources. Needs no torch.
 
->>> from besa.kernels import abi
->>> abi.ISAS.index("avx2")
+>>> ISAS.index("avx2")
 1
->>> abi.Job(tokens=1, rows=64, cols=128).group_size
+>>> Job(tokens=1, rows=64, cols=128).group_size
 0
 """
 

@@ -1,7 +1,6 @@
 """A tensor in a few words, for messages.
 
 >>> import torch
->>> from besa.kernels.describe import describe
 >>> describe(torch.zeros(2, 3))
 'torch.float32 [2, 3] on cpu'
 """
