@@ -28,6 +28,8 @@ from engines import LAYERS, masked
 
 from besa.bench.offline import EngineProcess
 from besa.demo import MODEL
+from besa.model.record import OnnxRecord, read_record
+from besa.typed_json import to_json
 
 VARIANTS = {
     "fp32": [],
@@ -122,10 +124,15 @@ def compare(graphs: dict[str, Path], rounds: int, model: str) -> dict[str, Any]:
         "data_bytes": {n: (d / "model.onnx.data").stat().st_size for n, d in graphs.items()},
         "linear_bytes": {name: linear_bytes(directory) for name, directory in graphs.items()},
         "tokens": {name: answer["tokens"] for name, answer in said.items()},
-        "logits": {
-            n: json.loads((d / "besa.json").read_text())["check"] for n, d in graphs.items()
-        },
+        "logits": {name: logits_check(directory) for name, directory in graphs.items()},
     }
+
+
+def logits_check(directory: Path) -> dict[str, Any]:
+    """How far the logits are from transformers', as the export found."""
+    record = read_record(directory)
+    assert isinstance(record, OnnxRecord)
+    return to_json(record.check)
 
 
 def linear_bytes(directory: Path) -> int:

@@ -27,6 +27,7 @@ from serving_report import engine_name, speed, tables
 
 from besa.bench.results import read_results
 from besa.bench.statistics import coverage
+from besa.report.comparison import Comparison, read_comparison
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,11 +41,11 @@ NAMES = {
 }
 
 
-def table(record: dict[str, Any]) -> str:
+def table(comparison: Comparison) -> str:
     """The table of methods, from benchmarks/table.py."""
-    settings = list(dict.fromkeys(row["setting"] for row in record["rows"]))
-    rows = {(r["method"], r["granularity"], r["setting"]): r for r in record["rows"]}
-    dense = record["dense"]["perplexity"]
+    settings = list(dict.fromkeys(row.setting for row in comparison.rows))
+    rows = {(row.method, row.granularity, row.setting): row for row in comparison.rows}
+    dense = comparison.dense.perplexity
     lines = [
         f"| perplexity | {' | '.join(settings)} |",
         f"| --- |{' --- |' * len(settings)}",
@@ -54,19 +55,20 @@ def table(record: dict[str, Any]) -> str:
         cells = []
         for setting in settings:
             row = rows[method, granularity, setting]
-            cell = f"{row['perplexity']:.2f}"
-            if row["recovered"] is not None and method != "magnitude":
-                cell += f" (closed {row['recovered']:.0%})"
+            cell = f"{row.perplexity:.2f}"
+            if row.recovered is not None and method != "magnitude":
+                cell += f" (closed {row.recovered:.0%})"
             cells.append(cell)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     margins = ", ".join(
-        f"{rows['besa', 'row', s]['margin']:.3f} ± {rows['besa', 'row', s]['margin_se']:.3f} at {s}"
+        f"{rows['besa', 'row', s].margin:.3f} ± {rows['besa', 'row', s].margin_se:.3f} at {s}"
         for s in settings
     )
     lines += [
         "",
-        f"BESA's margin over Wanda in nats a token: {margins}. {record['tokens']:,} tokens, "
-        f"windows of {record['seqlen']}; {record['machine']}; torch {record['versions']['torch']}. "
+        f"BESA's margin over Wanda in nats a token: {margins}. {comparison.tokens:,} tokens, "
+        f"windows of {comparison.seqlen}; {comparison.machine}; "
+        f"torch {comparison.versions['torch']}. "
         "`python benchmarks/table.py --work DIR`.",
     ]
     return "\n".join(lines)
@@ -254,8 +256,10 @@ def section(name: str) -> str:
 
 
 def read(file: str) -> Any:
-    """A result file: a run of `besa bench` as its type, other scripts' records as they are."""
+    """A result file: runs of besa's own commands as their types, other scripts' as they are."""
     path = RESULTS / file
+    if file == "table.json":
+        return read_comparison(path)
     return read_results(path) if file.startswith("serving/") else json.loads(path.read_text())
 
 

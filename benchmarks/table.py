@@ -18,7 +18,7 @@ from besa.demo import MODEL, SEQLEN
 from besa.demo.compare import CONTENDERS, SETTINGS, compare
 from besa.progress import steps_for
 from besa.report import render_comparison
-from besa.report.comparison import to_text
+from besa.report.comparison import write_comparison
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,7 +38,7 @@ def main() -> None:
             MODEL, args.work, settings, contenders, seqlen=SEQLEN, text=args.text, tell=tell
         )
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(to_text(comparison) + "\n", encoding="utf-8")
+    write_comparison(comparison, args.results)
     (args.work / "report.html").write_text(render_comparison(comparison), encoding="utf-8")
     print_comparison(comparison)
 

@@ -11,7 +11,6 @@ reports leave out Python's start and the imports. The ratio is the median of the
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,8 @@ from common import (
     write_words,
 )
 
+from besa.model.record import PruneRecord, read_record
+
 METHODS = ("wanda", "besa")
 MOST_RATIO = 4.0
 BUILT_IN = ROOT / "besa" / "demo" / "model"
@@ -44,10 +45,11 @@ def compare(model: Path, out: Path, rounds: int, options: list[object]) -> dict[
     for _ in range(rounds):
         for method in METHODS:
             run = besa_prune(model, out, "--method", method, "--overwrite", *options)
-            record = json.loads((out / "besa.json").read_text())
+            record = read_record(out)
+            assert isinstance(record, PruneRecord)
             clock[method].append(run.seconds)
-            reported[method].append(record["seconds"])
-            settings = record["settings"]
+            reported[method].append(record.seconds)
+            settings = record.settings
     told = ("samples", "seqlen", "epochs", "sparsity", "granularity", "dtype", "threads")
     return {
         "settings": {name: settings[name] for name in told if name in settings},

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from besa.errors import BesaError
     from besa.progress import steps_for
     from besa.report import render_comparison
-    from besa.report.comparison import to_text
+    from besa.report.comparison import write_comparison
     from besa.writing import write_text
 
     try:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         comparison = compare(
             MODEL, args.out, SETTINGS, CONTENDERS, seqlen=SEQLEN, limit=_WINDOWS, tell=tell
         )
-    write_text(to_text(comparison), args.out / "comparison.json")
+    write_comparison(comparison, args.out / "comparison.json")
     write_text(render_comparison(comparison), args.out / "report.html")
     print_comparison(comparison)
     results = _bench(args.out)

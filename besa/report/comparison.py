@@ -1,6 +1,6 @@
 """The record of a comparison: one model pruned by several methods at several settings.
 
->>> comparison = read(Path("path/to/comparison.json"))
+>>> comparison = read_comparison(Path("path/to/comparison.json"))
 >>> {row.method: row.perplexity for row in comparison.rows if row.setting == "50%"}
 {'magnitude': ..., 'wanda': ..., ...}
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from besa.typed_json import from_json, to_json
+from besa.writing import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,8 @@ class Comparison:
     machine: str | None = None
 
 
-def read(path: Path) -> Comparison:
-    """Reads what `to_text` gave, or an earlier version of besa wrote.
+def read_comparison(path: Path) -> Comparison:
+    """Reads what `write_comparison` wrote, in this version of besa or an earlier one.
 
     Raises:
         ShapeError: it is no comparison.
@@ -78,6 +79,6 @@ def read(path: Path) -> Comparison:
     return from_json(Comparison, json.loads(path.read_text(encoding="utf-8")))
 
 
-def to_text(comparison: Comparison) -> str:
-    """The comparison as JSON."""
-    return json.dumps(to_json(comparison), indent=1)
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Writes the comparison as JSON, whole or not at all."""
+    write_text(json.dumps(to_json(comparison), indent=1) + "\n", path)

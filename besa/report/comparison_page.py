@@ -1,8 +1,9 @@
 """The page that compares methods: what `besa demo` ends with.
 
 >>> from pathlib import Path
->>> from besa.report.comparison import read
->>> render_comparison(read(Path("path/to/comparison.json"))).startswith("<!doctype html>")
+>>> from besa.report.comparison import read_comparison
+>>> comparison = read_comparison(Path("path/to/comparison.json"))
+>>> render_comparison(comparison).startswith("<!doctype html>")
 True
 """
 
