@@ -1,7 +1,8 @@
 """Telemetry is off in every process that besa starts, unless the user turned it on.
 
-    turn_off()                               # here, before the libraries are imported that send it
-    environment = {**switches(), …}          # for another process
+>>> sorted(switches())
+['DO_NOT_TRACK', 'HF_HUB_DISABLE_TELEMETRY', 'ORT_DISABLE_TELEMETRY', 'VLLM_NO_USAGE_STATS']
+>>> turn_off()  # here, before the libraries are imported that send it
 
 The libraries that besa calls report home by default, each until a variable of its own is set.
 """

@@ -1,8 +1,11 @@
 """The engine's command line and environment for a `ServeConfig`: no more than what has to be there.
 
-    command = command_for(config, Path("sparse"))
-    command.arguments    # [python, "-m", "besa.serve.engine", "vllm", "serve", "sparse", …]
-    command.environment  # what is set on top of besa's own environment
+>>> config = ServeConfig("path/to/sparse", engine="transformers", port=8001)
+>>> command = command_for(config, Path("path/to/sparse"))
+>>> command.arguments[1:7]
+('-P', '-m', 'besa.serve.engine', 'transformers', 'serve', 'path/to/sparse')
+>>> "DO_NOT_TRACK" in command.environment  # it is set on top of besa's own environment
+True
 
 What is an engine's own, it says itself (besa.serve.engines). Flags of the user's come last, so that
 they win.

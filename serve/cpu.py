@@ -1,8 +1,19 @@
 """The cores that an engine may compute on, and the memory that its sequences take.
 
-    physical_cores()               # [[0, 2], [4, 6]]: one number for each core, by memory node
-    threads()                      # 4, or fewer where OMP_NUM_THREADS or a container says so
-    longest_sequence(config)       # bytes of keys and values
+>>> cores = sum(map(len, physical_cores()))  # one number for each core, by memory node
+>>> 1 <= threads() <= cores  # fewer where OMP_NUM_THREADS or a container says so
+True
+>>> longest_sequence(
+...     {
+...         "num_hidden_layers": 32,
+...         "num_attention_heads": 32,
+...         "num_key_value_heads": 8,
+...         "hidden_size": 4096,
+...         "max_position_embeddings": 8192,
+...         "dtype": "bfloat16",
+...     }
+... )  # bytes of keys and values
+1073741824
 
 Hyper-threads share the units that the kernels keep busy: only one of each core is used.
 """

@@ -1,8 +1,10 @@
 """The engines that serve: what each has to say of itself, and the one table of them.
 
-    engine = engine_named("vllm")
-    engine.check()                            # BesaError if it cannot serve here
-    engine.launch(config, Path("sparse"))     # its flags and its environment
+>>> list(ENGINES)
+['vllm', 'transformers', 'onnx']
+>>> engine = engine_named("onnx")
+>>> engine.reads_onnx
+True
 
 To add one: a file with a subclass of `Engine`, and a line in `ENGINES`. Its module is imported by
 `besa serve` and by every process of an engine, so it imports heavy packages inside its methods.

@@ -1,13 +1,15 @@
 """`besa serve`: starts an engine, waits until it answers, and ends with it.
 
-    serve(ServeConfig("sparse"))     # until Ctrl-C or SIGTERM; the exit code
-    print(dry_run(ServeConfig("sparse", engine_args=("--tensor-parallel-size", "2"))))
+>>> config = ServeConfig("path/to/sparse", engine="transformers", port=8001)
+>>> print(dry_run(config))
+VLLM_NO_USAGE_STATS=... -m besa.serve.engine transformers serve ... --port 8001 ...
 
-The engine is a process group of its own, so that Ctrl-C reaches besa alone: besa tells the engine
-to stop, which refuses what is new and finishes what it has begun, and after --shutdown-timeout, or
-on a second Ctrl-C, ends whatever is left. Until the engine answers, its log is kept back; if it
-never does, the line that says why is shown. From then on what it writes is shown, and without
---verbose that is only what went wrong.
+`serve(config)` starts what that prints, and returns an exit code after Ctrl-C or SIGTERM.
+
+besa tells the engine to stop, which refuses what is new and finishes what it has begun, and after
+--shutdown-timeout, or on a second Ctrl-C, ends whatever is left. Until the engine answers, its log
+is kept back; if it never does, the line that says why is shown. From then on what it writes is
+shown, and without --verbose that is only what went wrong.
 """
 
 from __future__ import annotations

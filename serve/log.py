@@ -1,6 +1,7 @@
 """The line of an engine's log that says why it ended.
 
-    reason_of(lines)     # "No such option: --prot"
+>>> reason_of(["Usage: transformers serve [OPTIONS]", "error: No such option: --prot"])
+'No such option: --prot'
 
 Engines end with the traceback of the process that noticed, which is seldom the one that failed:
 what counts is the last error that does not point to another one.

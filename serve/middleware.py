@@ -1,9 +1,19 @@
-"""What an HTTP server needs around transformers' own: keys, limits, and clients that go away.
+"""What an HTTP server needs around an engine's application: keys, limits, and clients that go away.
 
-    uvicorn.run(Middleware(app, key="…", model="tiny"))
+>>> async def application(scope, receive, send):
+...     await respond(send, 200, {"status": "ok"})
+>>> async def get(path):
+...     sent = []
+...     async def send(message):
+...         sent.append(message)
+...     scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+...     await Middleware(application, key="secret", model="tiny")(scope, None, send)
+...     return sent[0]["status"]
+>>> asyncio.run(get("/v1/models"))
+401
 
-Pure ASGI, as the middleware of Starlette reads no disconnect while an answer is computed. A client
-that hangs up cancels its request, so that its place in the queue is free for the next.
+Pure ASGI, because the middleware of Starlette reads no disconnect while an answer is computed. A
+client that hangs up cancels its request, so that its place in the queue is free for the next.
 """
 
 from __future__ import annotations

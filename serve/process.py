@@ -1,9 +1,14 @@
 """An engine that runs: started, watched, asked for its health, stopped, and gone.
 
-with RunningEngine(command, config) as engine:
-    engine.wait_until_ready()
-    engine.wait()
-                              # here nothing of it runs any more
+>>> from pathlib import Path
+>>> from besa.serve.command import command_for
+>>> from besa.serve.launch import free_port
+>>> port = free_port("127.0.0.1", 0)
+>>> config = ServeConfig("path/to/sparse", engine="transformers", port=port)
+>>> with RunningEngine(command_for(config, Path("path/to/sparse")), config) as engine:
+...     engine.wait_until_ready()
+...     engine.stop()
+True
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """What `besa serve` was asked for: `ServeConfig`, checked once.
 
-from besa.serve.launch import serve
-from besa.serve.settings import ServeConfig
-
-serve(ServeConfig("sparse", port=8001, engine_args=("--max-model-len", "2048")))
+>>> config = ServeConfig("path/to/sparse", port=8001, engine_args=("--max-model-len", "2048"))
+>>> config.url
+'http://127.0.0.1:8001'
+>>> flag_value(config.engine_args, "--max-model-len")
+'2048'
 """
 
 from __future__ import annotations

@@ -1,9 +1,17 @@
 """An answer on its way to the client: tokens become text, up to the first stop string.
 
-    stream = Stream(tokenizer, stops=["\\n"])
-    stream.extend([72, 105, 10])
-    stream.end()
-    await stream.queue.get()     # "Hi", then None
+>>> from transformers import AutoTokenizer
+>>> tokenizer = AutoTokenizer.from_pretrained("path/to/sparse")
+>>> async def answer(tokens):
+...     stream = Stream(tokenizer, stops=["!"])
+...     stream.extend(tokens)
+...     stream.end()
+...     pieces = []
+...     while (piece := await stream.queue.get()) is not None:
+...         pieces.append(piece)
+...     return "".join(pieces)
+>>> asyncio.run(answer(tokenizer("Hi! And more")["input_ids"]))
+'Hi'
 
 What may be the beginning of a stop string is kept back until it is known not to be one.
 """

@@ -32,8 +32,8 @@ SOURCES = {name: path.read_text(encoding="utf-8") for name, path in modules().it
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 
-# They measure, and that takes seconds.
-SLOW = {"besa.doctor.examine", "besa.doctor.speed"}
+# They measure or start an engine, and that takes seconds.
+SLOW = {"besa.doctor.examine", "besa.doctor.speed", "besa.serve.process"}
 
 CODE = (ast.Call, ast.Assign, ast.Import, ast.ImportFrom, ast.With, ast.Subscript)
 COMMAND = re.compile(rf"^ *(besa (?:{'|'.join(COMMANDS)}) .*)$", re.MULTILINE)
@@ -106,7 +106,7 @@ def test_python_runs(
 
 
 # Rooms whose examples do not run yet.
-NOT_YET = ("besa.pruning", "besa.bench", "besa.demo", "besa.processes", "besa.export", "besa.serve")
+NOT_YET = ("besa.pruning", "besa.bench", "besa.demo", "besa.export")
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if not name.startswith(NOT_YET)])

@@ -36,7 +36,7 @@ class SparseLinear(nn.Module):
         weight_values, weight_bitmask, weight_rows, weight_scale: as a file holds them; casts of
             the module, `.to(torch.float16)` and the like, leave their types as they are.
         row_ptr: int64 [out + 1], in no file; None until a module made on the meta device is
-            loaded and settled.
+            loaded (see `finish_loading`).
         dtype: what the weight becomes when it is unpacked.
         transposed: whether it then is [in, out], as that of GPT-2's `Conv1D`.
     """
@@ -122,7 +122,7 @@ class SparseLinear(nn.Module):
         weight = self.packed.unpack(dtype)
         return weight.T.contiguous() if self.transposed else weight
 
-    def settle(self) -> None:
+    def finish_loading(self) -> None:
         """After its buffers were loaded: checks them, and finds `row_ptr`.
 
         They stay where they were loaded, as all weights of a model do: in the file's memory map on

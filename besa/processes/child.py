@@ -1,13 +1,16 @@
 """A child process that is never left behind, nor anything that it starts.
 
-    with ChildProcess([sys.executable, "-c", "print('hello')"], stdout=subprocess.PIPE) as child:
-        child.popen.communicate()      # ("hello\n", None)
-    # here nothing of it runs any more
+>>> hello = [sys.executable, "-c", "print('hello')"]
+>>> with ChildProcess(hello, stdout=subprocess.PIPE) as child:
+...     child.popen.communicate()
+('hello\\n', None)
+>>> run_to_end(hello, limit=60)
+'hello\\n'
 
-    run_to_end([sys.executable, "-c", "print('hello')"], limit=60)     # "hello\n"
+After the `with` block nothing of the child runs any more.
 
-Each child is in a process group of its own. Ctrl-C on a terminal so reaches the parent alone, which
-decides what comes of its children; and a group can be ended as a whole. The group's leader is a
+Each child is in a process group of its own. So Ctrl-C on a terminal reaches the parent alone, which
+decides what comes of its children, and a group can be ended as a whole. The group's leader is a
 watchdog (besa.processes.watchdog), which ends the group if the parent is gone before it could do so
 itself, even by SIGKILL.
 

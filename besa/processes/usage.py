@@ -1,8 +1,11 @@
 """What the processes of a server use: which they are, their memory, and what they compute.
 
-processes = family(os.getpid())
-memory_of(processes)["steady"]      # bytes
-cpu_seconds(processes)
+>>> import os
+>>> processes = family(os.getpid())
+>>> os.getpid() in processes
+True
+>>> bytes_held = memory_of(processes)["steady"]
+>>> seconds = cpu_seconds(processes)
 
 Nothing is sampled while a measurement runs.
 """

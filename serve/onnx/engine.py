@@ -1,8 +1,8 @@
 """ONNX Runtime GenAI, for the graphs that `besa export --format onnx` writes.
 
-    engine = OnnxEngine()
-    engine.version()                             # "0.18.0"
-    engine.launch(config, Path("onnx")).flags    # ("--log-level", "error")
+>>> engine = OnnxEngine()
+>>> engine.launch(ServeConfig("path/to/onnx"), Path("path/to/onnx")).flags
+('--log-level', 'error')
 
 Its server is besa's own: besa.serve.onnx.server, and the generation behind it
 besa.serve.onnx.generation.

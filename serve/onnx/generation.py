@@ -1,8 +1,7 @@
-"""ONNX Runtime GenAI's engine in a thread of its own: requests in, tokens out to their streams.
+"""ONNX Runtime GenAI in a thread of its own: requests in, tokens out to their streams.
 
-    generation = GenerationThread(Path("onnx"), threads=2)
-    generation.start(Asked(prompt=[72, 105], max_tokens=16), stream)     # in an event loop
-    generation.stop()
+A server makes one `GenerationThread` for its model, and calls its `start(Asked(…), stream)` for
+each request, in an event loop.
 
 On a CPU GenAI's engine batches statically: up to four of the requests that wait begin together, and
 the next ones when all of these have ended. All calls of the engine are made in its thread.

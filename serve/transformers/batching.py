@@ -1,11 +1,11 @@
 """Continuous batching on a CPU: requests join and leave a running batch token by token.
 
-    batches = Batches(model)
-    batches.start([72, 105], generation_config, stream)
+A server makes one `Batches` for its model, and calls its `start(prompt, config, stream)` for each
+request, in an event loop.
 
-It is transformers' own, paged attention and all, with what it needs on a CPU and in a server: a
-cache of a size that fits; sampling as each request asks (transformers gives all of them what the
-first one asked for); and requests that end when their client, or a stop string, says so.
+The batching is transformers' own, paged attention and all, with what it needs on a CPU and in a
+server: a cache of a size that fits; sampling as each request asks (transformers gives all of them
+what the first one asked for); and requests that end when their client, or a stop string, says so.
 
 A packed model of 12 blocks, 1024 wide, on two cores, 24 new tokens for each prompt, in seconds:
 

@@ -1,8 +1,8 @@
 """transformers, which serves everywhere: `transformers serve` with what a server needs around it.
 
-    engine = TransformersEngine()
-    engine.version()                              # "5.19.0"
-    engine.launch(config, Path("sparse")).flags   # ("--continuous-batching", …)
+>>> engine = TransformersEngine()
+>>> engine.launch(ServeConfig("path/to/sparse"), Path("path/to/sparse")).flags[-2:]
+('--log-level', 'error')
 
 Its server is in besa.serve.transformers.server.
 """

@@ -1,13 +1,18 @@
 """A transformers model's linears made sparse before its weights are loaded, and dense afterwards.
 
-    make_sparse(skeleton, ["path/to/sparse/model.safetensors"], packed_config)
-    ...                                          # transformers loads what the files hold
-    settle(model)
-    make_dense(model)                            # where that was asked for
+>>> import besa
+>>> from transformers import AutoModelForCausalLM
+>>> model = AutoModelForCausalLM.from_pretrained("path/to/sparse")
+>>> sum(isinstance(module, SparseLinear) for module in model.modules())
+21
+>>> model = make_dense(model)
+>>> sum(isinstance(module, SparseLinear) for module in model.modules())
+0
 
-`make_sparse` reads all that can be wrong with a packed checkpoint before anything is loaded:
-headers, bitmasks and scales, a tenth of it. Names in files need not be those of the model: they go
-the way through transformers' renaming that they will go when they are loaded.
+`from_pretrained` calls `make_sparse` on the model before it loads the files, and `finish_loading`
+after that. `make_sparse` reads all that can be wrong with a packed checkpoint before anything is
+loaded: headers, bitmasks and scales, a tenth of it. Names in files need not be those of the model:
+they are renamed as transformers renames them when it loads them.
 """
 
 from __future__ import annotations
@@ -63,7 +68,7 @@ def make_sparse(model: nn.Module, files: Sequence[str], config: PackedConfig) ->
         _check_names([name for name in stored if name in parts], targets, model)
 
 
-def settle(model: nn.Module) -> None:
+def finish_loading(model: nn.Module) -> None:
     """Once the weights are loaded: every packed one checked again, and in memory of its own.
 
     Raises:
@@ -72,7 +77,7 @@ def settle(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
             try:
-                module.settle()
+                module.finish_loading()
             except FormatError as error:
                 raise FormatError(f"{name}.weight: {error}") from None
 

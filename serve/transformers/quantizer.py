@@ -1,14 +1,13 @@
 """Packed checkpoints in transformers: packed in memory, or dense on request.
 
-    import besa
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained("path/to/sparse")          # 9 of 16 bits a weight
-    model.save_pretrained("path/to/copy")                                   # packed again
-    dense = AutoModelForCausalLM.from_pretrained(
-        "path/to/sparse", quantization_config=besa.BesaConfig(dense=True)
-    )                                                                       # to train, to convert
-    dense = model.dequantize()                                              # the same, afterwards
+>>> import besa
+>>> from transformers import AutoModelForCausalLM
+>>> model = AutoModelForCausalLM.from_pretrained("path/to/sparse")  # 9 of 16 bits a weight
+>>> model.save_pretrained("copy")  # packed again
+>>> dense = AutoModelForCausalLM.from_pretrained(
+...     "path/to/sparse", quantization_config=besa.BesaConfig(dense=True)
+... )  # to train, to convert
+>>> dense = model.dequantize()  # the same, afterwards
 
 The packed linears are `SparseLinear`s; everything else of the model is as ever, and so are
 `device_map`, `dtype`, `torch.compile` and generation. `dtype` is of what is dense, and of the
@@ -118,9 +117,9 @@ class BesaQuantizer(HfQuantizer):  # type: ignore[misc]
         return kept
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        from besa.serve.transformers.model import make_dense, settle
+        from besa.serve.transformers.model import finish_loading, make_dense
 
-        settle(model)
+        finish_loading(model)
         return make_dense(model) if self.quantization_config.dense else model
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -1,8 +1,12 @@
 """How much of a machine without GPU vLLM gets, where the user does not say.
 
-    thread_binding(ranks=1)                        # "0-1": one thread for each of two cores
-    thread_binding(ranks=2)                        # "0|1": a core for each half of the model
-    cache_gib(Path("sparse"), ranks=1)             # 2: GiB for keys and values
+>>> binding([[0, 1]], ranks=1)  # one thread for each of two cores
+'0-1'
+>>> binding([[0, 1]], ranks=2)  # a core for each half of the model
+'0|1'
+>>> gib = 1 << 30
+>>> cache_space(16 * gib, weights=2 * gib, sequence=None, ranks=1)  # GiB for keys and values
+5
 
 vLLM's own `auto` leaves one core of each rank idle for its other processes. They have nothing to do
 while a step is computed, so that on few cores this costs more than it gives. And its default for

@@ -1,8 +1,9 @@
 """vLLM, the first choice wherever it is installed.
 
-    engine = VllmEngine()
-    engine.version()                              # "0.32.0+cpu"
-    engine.launch(config, Path("sparse")).flags   # ("--shutdown-timeout", "30", …)
+>>> fits("0.32.0+cpu"), fits("0.31.2")
+(True, False)
+>>> ranks_here(("--tensor-parallel-size", "2", "-pp", "2"))
+4
 
 Where the user says nothing, besa sets for vLLM on a CPU the cores, the cache (see
 besa.serve.vllm.cpu) and `--max-model-len auto`, by which vLLM itself shortens the context if not
