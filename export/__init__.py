@@ -1,10 +1,11 @@
 """Packs a pruned checkpoint for serving, and unpacks it again: `besa export`.
 
-from besa.export import ExportConfig, export
-
-result = export("pruned", ExportConfig(out="sparse"))
-print(result.record.sizes)
-export("sparse", ExportConfig(out="dense", format="dense"))
+>>> from besa.export import ExportConfig, export
+>>> result = export("path/to/pruned", ExportConfig(out="sparse"))
+>>> print(result.record.sizes)
+PackedSizes(...)
+>>> export("sparse", ExportConfig(out="dense", format="dense")).out
+PosixPath('dense')
 """
 
 from __future__ import annotations

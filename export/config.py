@@ -1,6 +1,10 @@
 """The settings of an export, and what it gives back.
 
-config = ExportConfig(out="sparse", quantize="int8", group_size=128)
+>>> ExportConfig(out="sparse", quantize="int8", group_size=128).format
+'vllm'
+>>> ExportConfig(out="sparse", group_size=128)
+Traceback (most recent call last):
+besa.errors.BesaError: --group-size is for --quantize int8: give both, or neither
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a packed checkpoint will hold: which linears are packed, which stay dense, and why.
 
-    plan = plan_packing(Checkpoint.open("pruned"), ExportConfig(out="sparse"))
-    plan.packed[0].density, plan.dense[0].reason, plan.pattern
+>>> plan = plan_packing(Checkpoint.open("path/to/pruned"), ExportConfig(out="sparse"))
+>>> plan.packed[0].name, plan.packed[0].density, plan.pattern
+('model.layers.0.self_attn.q_proj', 0.5, 'unstructured')
 
 The weights are read once for it, block by block, before anything is written. So a model that is
 not pruned, a disk that is too small and the config of the result are known at the start.

@@ -1,7 +1,8 @@
 """The model builder of ONNX Runtime GenAI: a checkpoint as a graph of its fused operators.
 
-    build("pruned", Path("out"), precision="int8")
-    build("pruned", Path("out"), precision="fp32", change=lambda graph: …)
+>>> build("path/to/pruned", Path("onnx"), precision="int8")
+>>> sorted(path.name for path in Path("onnx").glob("*.onnx*"))
+['model.onnx', 'model.onnx.data']
 
 It knows some two dozen architectures by name. Besides the graph and its data it writes
 `genai_config.json` and the tokenizer.

@@ -1,6 +1,10 @@
 """The README.md of an ONNX export, from its record.
 
-card = onnx_card(record)           # an OnnxRecord, as besa.model.record.read_record gives it
+>>> from pathlib import Path
+>>> from besa.model.record import read_record
+>>> print(onnx_card(read_record(Path("path/to/onnx"))))
+---
+...
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What onnx.checker says of a graph and its external data.
 
-    check_graph(Path("onnx/model.onnx"))
+>>> check_graph(Path("path/to/onnx/model.onnx"))
 
 It knows the standard operators. ONNX Runtime's own are in a domain of theirs, which it passes over;
 but one of them, SimplifiedLayerNormalization, ONNX Runtime keeps among the standard ones. For the

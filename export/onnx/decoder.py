@@ -1,9 +1,11 @@
 """A decoder graph, fed token by token, and its logits compared with transformers'.
 
-decoder = Decoder(open_session("onnx/model.onnx"), head_size=64)
-decoder(np.array([[5, 7, 300]]))           # logits [1, 3, vocabulary]
-decoder(np.array([[8]]))                   # after a fourth token; the others are in the cache
-compare(decoder, model).error              # 3e-6
+>>> from besa.export.onnx.runtime import open_session
+>>> decoder = Decoder(open_session("path/to/onnx/model.onnx"), head_size=16)
+>>> decoder(np.array([[5, 7, 30]])).shape
+(1, 3, 257)
+>>> decoder(np.array([[8]])).shape         # after a fourth token; the others are in the cache
+(1, 1, 257)
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """`ai.besa::SparseMatMul` in standard operators: a function that travels in small models.
 
-    model.functions[function.identifier()] = function = sparse_matmul("int8", 22)
+>>> function = sparse_matmul("int8", opset=22)
+>>> function.identifier()
+('ai.besa', 'SparseMatMul', '')
 
 A session that has besa's library takes its kernel and leaves the function alone. Without the
 library the function stands in: the same meaning, from the weights made dense while the model loads.

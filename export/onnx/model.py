@@ -1,6 +1,8 @@
 """A checkpoint as an ONNX graph: one that runs anywhere, or one on packed weights.
 
-    result = export_onnx("pruned", ExportConfig(out="onnx", format="onnx", sparse=True), tell)
+>>> config = ExportConfig(out="onnx", format="onnx", precision="int8")
+>>> export_onnx("path/to/pruned", config, tell=lambda event: None).out
+PosixPath('onnx')
 
 Dense: the graph of ONNX Runtime GenAI's model builder, of standard operators where it is asked for
 or the builder does not know the architecture. Sparse: the builder's graph with its products on

@@ -1,6 +1,10 @@
 """Turns the products of a graph into ones with packed weights.
 
-    packed = pack_graph(model, OnnxPacking(values="bfloat16"))     # an onnx_ir.Model, in place
+>>> import onnx_ir
+>>> from pathlib import Path
+>>> from besa.export.onnx.builder import build
+>>> build("path/to/pruned", Path("onnx"), precision="fp32")
+>>> products = pack_graph(onnx_ir.load("onnx/model.onnx"), OnnxPacking(values="bfloat16"))
 
 A MatMul or Gemm whose weight has zeros enough becomes `ai.besa::SparseMatMul` on the values that
 are left and a bitmask (see besa/kernels/ort_operator.cpp). What has too few, the head above all, is

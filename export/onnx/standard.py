@@ -1,6 +1,8 @@
 """A decoder as a graph of the ONNX standard's operators alone, opset 23, by torch.onnx.
 
-    build_standard(Path("pruned"), Path("out"))
+>>> out = Path("onnx")
+>>> out.mkdir()
+>>> build_standard(Path("path/to/pruned"), out)
 
 For every architecture of transformers whose cache is keys and values: its own code is traced
 (torch.onnx.export with dynamo). Inputs and outputs have the names that ONNX Runtime GenAI's builder

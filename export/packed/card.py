@@ -1,7 +1,10 @@
 """The README.md of a packed checkpoint: a Hugging Face model card, from the export's record.
 
-    card = packed_card(record)           # a PackedRecord, as besa.model.record.read_record gives it
-
+>>> from pathlib import Path
+>>> from besa.model.record import read_record
+>>> print(packed_card(read_record(Path("path/to/sparse"))))
+---
+...
 >>> pattern_in_words("2:4")
 '2:4, at most 2 weights in every 4 neighbours along the inputs are kept'
 """

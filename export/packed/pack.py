@@ -1,6 +1,7 @@
 """Packs a pruned checkpoint, block by block: a Hugging Face directory that serves as it is.
 
-    result = pack_checkpoint("pruned", ExportConfig(out="sparse", quantize="int8"))
+>>> pack_checkpoint("path/to/pruned", ExportConfig(out="sparse"), tell=lambda event: None).out
+PosixPath('sparse')
 
 Each linear of the decoder's blocks that has zeros enough is stored without them, as
 besa.formats.checkpoint says; everything else is copied as it is. A block is a shard. Each is read

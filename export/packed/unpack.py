@@ -1,6 +1,8 @@
 """Unpacks a packed checkpoint, block by block: the plain Hugging Face directory that it was.
 
-    result = unpack_checkpoint("sparse", ExportConfig(out="dense", format="dense"), tell)
+>>> config = ExportConfig(out="dense", format="dense")
+>>> unpack_checkpoint("path/to/sparse", config, tell=lambda event: None).out
+PosixPath('dense')
 
 Names, shapes, layouts and floats come back as they were, bit for bit (-0.0 as +0.0). int8 values
 come back as value × scale, rounded once to the model's dtype.
