@@ -1,9 +1,10 @@
 """Every example in a docstring is right: Python runs as doctests, `besa …` parses.
 
 An example is complete by itself, with the names of its own module. It runs in a directory of its
-own. There it finds what users have: a tiny Llama as `path/to/model`, `path/to/pruned` and
-`path/to/sparse`, what `besa demo` compared as `path/to/comparison.json`, and what `besa bench`
-measured as `path/to/results.json`. What it writes, it writes beside `path`: `pruned`, `sparse`.
+own. There it finds what users have: a tiny Llama as `path/to/model`, `path/to/pruned`,
+`path/to/sparse` and `path/to/onnx`, what `besa demo` compared as `path/to/comparison.json`, and
+what `besa bench` measured as `path/to/results.json`. What it writes, it writes beside `path`:
+`pruned`, `sparse`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,13 @@ SOURCES = {name: path.read_text(encoding="utf-8") for name, path in modules().it
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 
-# They measure or start an engine, and that takes seconds.
-SLOW = {"besa.doctor.examine", "besa.doctor.speed", "besa.serve.process"}
+# They measure, trace or start an engine, and that takes seconds.
+SLOW = {
+    "besa.doctor.examine",
+    "besa.doctor.speed",
+    "besa.export.onnx.standard",
+    "besa.serve.process",
+}
 
 CODE = (ast.Call, ast.Assign, ast.Import, ast.ImportFrom, ast.With, ast.Subscript)
 COMMAND = re.compile(rf"^ *(besa (?:{'|'.join(COMMANDS)}) .*)$", re.MULTILINE)
@@ -89,6 +95,15 @@ def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def onnx_model(models: Path) -> None:
+    """Makes `path/to/onnx`, a dense graph."""
+    from besa.export import export
+
+    out = models / "path/to/onnx"
+    export(models / "path/to/pruned", ExportConfig(out=out, format="onnx"))
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -98,15 +113,21 @@ def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_python_runs(
-    name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if ".onnx" in name:
+        request.getfixturevalue("onnx_model")
     (tmp_path / "path").symlink_to(models / "path")
     monkeypatch.chdir(tmp_path)
     assert doctest.testmod(import_module(name), optionflags=OPTIONS).failed == 0
 
 
 # Rooms whose examples do not run yet.
-NOT_YET = ("besa.pruning", "besa.bench", "besa.demo", "besa.export")
+NOT_YET = ("besa.pruning", "besa.bench", "besa.demo")
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if not name.startswith(NOT_YET)])
