@@ -8,10 +8,10 @@ linear has, in place of `NAME.weight`,
     NAME.weight_rows       int32 [out]             0, 1, …, out - 1
     NAME.weight_scale      float32 [out, groups]   with int8 values only
 
-in one file, [out, in] whichever way round the model stores the weight. All else is as it was. Row
-pointers are rebuilt at load. `weight_rows` costs 4 bytes a row and lets an engine slice, fuse and
-reorder rows by its own rules, as it does with any tensor of one number per row, and say afterwards
-which rows it took.
+in one file, and always [out, in], also where the model stores the weight as [in, out]. Other
+tensors are as they were. Row pointers are rebuilt at load. `weight_rows` costs 4 bytes a row and
+lets an engine slice, fuse and reorder rows by its own rules, as it does with any tensor of one
+number per row, and say afterwards which rows it took.
 """
 
 from __future__ import annotations

@@ -32,13 +32,13 @@ class SparseLinear(nn.Module):
     """x W^T + bias with a packed W.
 
     Attributes:
-        in_features, out_features, bias: as those of `nn.Linear`.
+        in_features, out_features, bias: as in `nn.Linear`.
         weight_values, weight_bitmask, weight_rows, weight_scale: as a file holds them; casts of
             the module, `.to(torch.float16)` and the like, leave their types as they are.
         row_ptr: int64 [out + 1], in no file; None until a module made on the meta device is
             loaded (see `finish_loading`).
         dtype: what the weight becomes when it is unpacked.
-        transposed: whether it then is [in, out], as that of GPT-2's `Conv1D`.
+        transposed: whether it then is [in, out], as in GPT-2's `Conv1D`.
     """
 
     bias: nn.Parameter | None

@@ -95,7 +95,7 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values, bitmask and scale: those of a file. `row_ptr` is rebuilt at load."""
+        """Bytes of values, bitmask and scale, as in a file. `row_ptr` is rebuilt at load."""
         scale = 0 if self.scale is None else self.scale.nbytes
         return self.values.nbytes + self.bitmask.nbytes + scale
 
@@ -125,7 +125,7 @@ class Packed:
         """The weight [out, in]: floats bit for bit (-0.0 as +0.0), int8 times its scale.
 
         Args:
-            dtype: of the result; None for that of the values, and float32 if they are int8. The
+            dtype: of the result; None takes the values' type, and float32 if they are int8. The
                 product with the scale is taken in float32 and rounded once.
 
         Raises:

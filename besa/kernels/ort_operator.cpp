@@ -16,14 +16,14 @@
 // The kernels are linked into this library once more, without OpenMP: it needs neither torch nor any
 // other runtime beside it.
 
-#include <onnxruntime_c_api.h>
+#include "ort_api.h"
+
 #include <sched.h>
 
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <vector>
 
@@ -35,37 +35,7 @@
 
 namespace {
 
-// What is asked of ONNX Runtime: its oldest version that shares out a kernel's work to its threads.
-constexpr std::uint32_t kApiVersion = 17;
-
 constexpr int kX = 0, kValues = 1, kBitmask = 2, kScale = 3, kInputs = 4;
-
-const OrtApi* api = nullptr;
-
-struct Refused {
-    OrtStatus* status;
-};
-
-void check(OrtStatus* status) {
-    if (status) throw Refused{status};
-}
-
-[[noreturn]] void refuse(const char* what) {
-    throw Refused{api->CreateStatus(ORT_INVALID_GRAPH, what)};
-}
-
-// Exceptions end here: what calls is C.
-template <class F>
-OrtStatus* guarded(const F& body) {
-    try {
-        body();
-        return nullptr;
-    } catch (const Refused& refused) {
-        return refused.status;
-    } catch (const std::bad_alloc&) {
-        return api->CreateStatus(ORT_FAIL, "SparseMatMul: out of memory");
-    }
-}
 
 int cpus() {
     cpu_set_t set;
@@ -87,34 +57,6 @@ bool is_group_size(std::int64_t size) {
     return size == 0;  // one scale a row
 }
 
-struct Tensor {
-    std::vector<std::int64_t> shape;
-    std::int64_t count = 0;
-    ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-    const void* data = nullptr;
-};
-
-Tensor read(const OrtValue* value) {
-    Tensor tensor;
-    OrtTensorTypeAndShapeInfo* info = nullptr;
-    check(api->GetTensorTypeAndShape(value, &info));
-    const auto release = [](OrtTensorTypeAndShapeInfo* p) {
-        api->ReleaseTensorTypeAndShapeInfo(p);
-    };
-    const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> owner(info, release);
-    std::size_t rank = 0, count = 0;
-    check(api->GetDimensionsCount(info, &rank));
-    tensor.shape.resize(rank);
-    check(api->GetDimensions(info, tensor.shape.data(), rank));
-    check(api->GetTensorShapeElementCount(info, &count));
-    check(api->GetTensorElementType(info, &tensor.type));
-    tensor.count = static_cast<std::int64_t>(count);
-    void* data = nullptr;
-    check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-    tensor.data = data;
-    return tensor;
-}
-
 int dtype_of(ONNXTensorElementDataType type) {
     switch (type) {
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return besa::kBf16;
@@ -122,14 +64,6 @@ int dtype_of(ONNXTensorElementDataType type) {
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return besa::kFp32;
         default: return besa::kInt8;
     }
-}
-
-std::int64_t attribute(const OrtKernelInfo* info, const char* name, std::int64_t otherwise) {
-    std::int64_t value = 0;
-    OrtStatus* status = api->KernelInfoGetAttribute_int64(info, name, &value);
-    if (!status) return value;
-    api->ReleaseStatus(status);
-    return otherwise;
 }
 
 // One node of a session.

@@ -125,7 +125,7 @@ class PackedRows {
             return __builtin_popcount(mask);
     }
 
-    // The bits of a row's last columns, of which there are fewer than kStep.
+    // The bits of a row's last columns, fewer than kStep.
     Mask tail_mask(const Row& row, std::int64_t col) const {
         Mask mask = static_cast<Mask>(~Mask{0});
         if constexpr (!kDense) {  // byte by byte: what memcpy leaves in memory is slow to load

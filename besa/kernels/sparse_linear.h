@@ -13,8 +13,8 @@
 // the weights being zero, that is 9 bits a weight for 16-bit values, and 5 for int8.
 //
 // Multiplying by one token takes about as long as reading the weight takes, so fewer bytes are less
-// time. Multiplying by many is limited by arithmetic, of which the zeros save none: no CPU skips
-// single lanes. Hence two algorithms, and both begin by expanding kStep weights at a time, from their
+// time. Multiplying by many is limited by arithmetic, and zeros save no arithmetic, because no CPU
+// skips single lanes. Hence two algorithms, and both begin by expanding kStep weights at a time, from their
 // values and bits to a register with zeros in their places:
 //
 //     few tokens (decode):    direct.h   each row is expanded in registers and multiplied at once

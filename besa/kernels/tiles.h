@@ -117,8 +117,8 @@ class Tiles {
         store(row, offset, r0, n, t0, tokens);
     }
 
-    // Expands the next `width` steps of a row. Works on copies, which stay in registers: what is
-    // written to the tile could be anything in memory, for all that the compiler knows.
+    // Expands the next `width` steps of a row. Works on copies, which stay in registers: the compiler
+    // has to assume that a write to the tile changes anything else in memory.
     void expand_row(W* to, Row& row_in_memory, std::int64_t s, int width,
                     Acc& offset_in_memory) const {
         Row one = row_in_memory;

@@ -97,7 +97,7 @@ def test_then_torch_serves_with_one_line(tmp_path: Path):
 
 @needs_compiler
 def test_the_job_has_the_same_fields_in_cpp(tmp_path: Path):
-    """Their order and places, of which the library itself says only what they add up to."""
+    """Their order and places; the library itself tells only the size of all."""
     places = "\n".join(
         f'std::printf("{name} %zu\\n", offsetof(besa::Job, {name}));'
         for name, _ in abi.Job._fields_

@@ -1,7 +1,7 @@
 """How many instructions a packed product takes: a count that no busy machine can blur.
 
 callgrind knows no AVX-512, so the AVX2 kernels stand for all: the loops are the same templates. The
-counts are for a weight of which half is zero, in instructions a weight for all tokens together;
+counts are for a weight whose half is zero, in instructions a weight for all tokens together;
 they were taken with GCC 12 and may grow by a tenth before this fails.
 """
 

@@ -172,7 +172,7 @@ def test_nan_and_infinity_go_through(tokens: int):
 
 
 @pytest.mark.usefixtures("isa")
-def test_a_token_of_noughts():
+def test_a_token_of_zeros():
     packed = pack(*quantize_int8(uneven(12, 70, seed=4), 32), group_size=32)
     assert torch.equal(sparse_linear(torch.zeros(3, 70), packed), torch.zeros(3, 12))
 
