@@ -52,8 +52,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from besa.model.blocks import find_linears
-from besa.pruning.allocate import CANDIDATES, AllocatedLinear, RateMask, learn_rates, rank_buckets
-from besa.pruning.masked import Make, masked
+from besa.pruning.allocate import CANDIDATES, RankedMatrix, RateLearner, RateMask, rank_buckets
+from besa.pruning.learn import learn_step
+from besa.pruning.masked import WeightFactory, masked
 
 SPARSITY = 0.5
 CONTENDERS = ("dense", "besa")
@@ -107,9 +108,9 @@ class Block:
         """What a backward pass would bring to the masked weights."""
         return [torch.randn_like(weight) for weight in self.weights]
 
-    def forward(self, _: int, makes: Sequence[Make]) -> Tensor:
+    def forward(self, _: int, weights: Sequence[WeightFactory]) -> Tensor:
         """The block's output with masked weights that are made where they are used."""
-        by_name = {x.name: [make] for x, make in zip(self.linears, makes, strict=True)}
+        by_name = {x.name: [weight] for x, weight in zip(self.linears, weights, strict=True)}
         with masked(self.block, self.linears, by_name):
             return self.call.run(self.block, self.hidden)
 
@@ -123,7 +124,7 @@ def besa_representation(scores: Tensor) -> Tensor:
 
 
 def besa_masked(weight: Tensor, buckets: Tensor, theta: Tensor) -> Tensor:
-    """Masked weight by buckets, as a step of `learn_rates` makes it."""
+    """Masked weight by buckets, as `RateLearner` makes it."""
     beta = theta.softmax(1)
     return RateMask.apply(beta.cumsum(1), weight, buckets, first_kept(beta).to(torch.uint8))
 
@@ -136,19 +137,13 @@ def first_kept(beta: Tensor) -> Tensor:
 
 def besa_steps(block: Block, representation: Sequence[Tensor], target: Tensor) -> Iterator[Any]:
     """Learning steps, by besa.pruning.allocate."""
-    allocated = [
-        AllocatedLinear(weight, buckets)
+    matrices = [
+        RankedMatrix(weight, buckets)
         for weight, buckets in zip(block.weights, representation, strict=True)
     ]
-    return learn_rates(
-        block.forward,
-        [target],
-        allocated,
-        SPARSITY,
-        granularity="row",
-        epochs=1000,
-        generator=torch.Generator().manual_seed(0),
-    )
+    learner = RateLearner(matrices, SPARSITY)
+    while True:
+        yield learn_step(learner, block.forward, 0, target)
 
 
 # ---- the dense way
@@ -175,11 +170,11 @@ def dense_masked(weight: Tensor, order: Tensor, theta: Tensor) -> Tensor:
 
 
 @contextmanager
-def dense_linears(block: Block, makes: Sequence[Make]) -> Iterator[None]:
+def dense_linears(block: Block, weights: Sequence[WeightFactory]) -> Iterator[None]:
     """Inside, each linear of the block masks its weight when it is called."""
     modules = [block.block.get_submodule(x.name) for x in block.linears]
-    for module, make in zip(modules, makes, strict=True):
-        module.forward = lambda x, make=make: nn.functional.linear(x, make())  # type: ignore[assignment,misc]
+    for module, weight in zip(modules, weights, strict=True):
+        module.forward = lambda x, weight=weight: nn.functional.linear(x, weight())  # type: ignore[assignment,misc]
     try:
         yield
     finally:
@@ -188,7 +183,7 @@ def dense_linears(block: Block, makes: Sequence[Make]) -> Iterator[None]:
 
 
 def dense_steps(block: Block, representation: Sequence[Tensor], target: Tensor) -> Iterator[Any]:
-    """Learning steps like those of `learn_rates`, with dense masks."""
+    """Learning steps like those of `RateLearner`, with dense masks."""
     candidates = torch.arange(CANDIDATES, device=target.device) / CANDIDATES
     thetas = [theta.detach().clone().requires_grad_() for theta in block.thetas]
     sizes = torch.tensor([float(x.size) for x in block.linears], device=target.device)

@@ -24,7 +24,8 @@ few near ties fall the other way: hence a least share of equal entries instead o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,16 @@ from common import RESULTS, SHAPES, conditions, llama_block, seconds_of, spread,
 from torch import Tensor
 
 from besa.model.blocks import find_linears
-from besa.model.observe import observe
 from besa.pruning.allocate import rank_buckets
+from besa.pruning.block_run import BlockRun, Pruned, Tensors
+from besa.pruning.budget import Budget
 from besa.pruning.config import Pattern, PruneConfig
-from besa.pruning.masked import Make, masked
-from besa.pruning.methods import (
-    Masks,
-    allocated_masks,
-    besa_masks,
-    magnitude_masks,
-    sparsegpt_weights,
-    wanda_masks,
-)
-from besa.pruning.scores import Hessians, InputNorms, wanda
-from besa.pruning.sparsegpt import sparsegpt
+from besa.pruning.methods import load
+from besa.pruning.methods.besa import allocated_masks
+from besa.pruning.methods.magnitude import magnitude_masks
+from besa.pruning.methods.sparsegpt import sparsegpt
+from besa.pruning.methods.wanda import wanda_masks
+from besa.pruning.scores import wanda
 
 RATE = 0.5
 UNSTRUCTURED, TWO_OF_FOUR = "unstructured", "2:4"
@@ -71,21 +68,13 @@ LEAST_SPARSEGPT = 0.999
 LEAST_LEARNED = 0.99
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """What a method gives: masks, and the weights that they go with."""
-
-    masks: Masks
-    weights: Mapping[str, Tensor]
-
-
 class Bench:
     """A block with its calibration samples and their statistics."""
 
     def __init__(
         self, shape: str, dtype: torch.dtype, device: str, samples: int, tokens: int
     ) -> None:
-        self.device = device
+        self.device, self.dtype = device, dtype
         hidden = SHAPES[shape].hidden
         self.block, self.call = llama_block(SHAPES[shape], dtype, device, tokens)
         self.linears = find_linears(self.block, "block", None)
@@ -97,80 +86,46 @@ class Bench:
             (torch.randn(1, tokens, hidden, generator=generator) * scale).to(device, dtype)
             for _ in range(samples)
         ]
-        self.weights = {
-            x.name: x.matrix(self.block.get_parameter(x.parameter)) for x in self.linears
-        }
-        self.targets: list[Tensor] = []
-        self.norms = InputNorms([], torch.device(device))
-        self.hessians = Hessians([], torch.device(device))
+        self.run = self.block_run()
+
+    def block_run(self) -> BlockRun:
+        """The dense block on all samples, not yet observed."""
+        return BlockRun(
+            stored=copy.deepcopy(self.block),
+            linears=self.linears,
+            calls=[self.call] * len(self.hidden),
+            stream=self.hidden,
+            targets=[],
+            device=torch.device(self.device),
+            dtype=self.dtype,
+            config=PruneConfig(out="nowhere"),
+        )
 
     @torch.no_grad()
-    def gather(self, with_hessians: bool) -> None:
+    def gather(self, hessians: bool) -> None:
         """Runs the dense block on all samples; keeps its outputs and the inputs' statistics."""
-        device = torch.device(self.device)
-        self.norms = InputNorms(self.linears, device)
-        if with_hessians:
-            self.hessians = Hessians(self.linears, device)
+        targets: list[Tensor] = []
+        self.run.observe(hessians, lambda i, output: targets.append(output))
+        self.run.targets = targets
 
-        def see(linear: Any, group: int, inputs: Tensor) -> None:
-            self.norms.add(linear, group, inputs)
-            if with_hessians:
-                self.hessians.add(linear, group, inputs)
-
-        with observe(self.block, self.linears, see):
-            self.targets = [self.call.run(self.block, hidden) for hidden in self.hidden]
-
-    def scored(self) -> dict[str, Tensor]:
-        """Wanda's importance by name."""
-        return {x.name: wanda(self.weights[x.name], self.norms.of(x)) for x in self.linears}
-
-    def prune(self, method: str, pattern_text: str) -> Pruned:
+    @torch.no_grad()
+    def prune(self, method: str, pattern: str) -> Pruned:
         """One method, from weights and statistics to masks."""
-        linears, weights, zeros = self.linears, self.weights, self.zeros
-        pattern = Pattern.parse(pattern_text)
-        if method == "magnitude":
-            return Pruned(magnitude_masks(linears, weights, zeros, RATE, pattern), weights)
-        if method == "wanda":
-            return Pruned(wanda_masks(linears, self.scored(), zeros, RATE, pattern), weights)
-        if method == "sparsegpt":
-            masks, updated = sparsegpt_weights(
-                linears, weights, self.hessians, zeros, RATE, pattern
-            )
-            return Pruned(masks, updated)
+        name, *granularity = method.split()
+        self.run.config = PruneConfig(out="nowhere", granularity=(granularity or ["row"])[0])
+        self.run.generator.manual_seed(0)
+        return load(name).mask(self.run, self.budget(pattern))
 
-        def forward(i: int, makes: Mapping[str, Sequence[Make]]) -> Tensor:
-            with masked(self.block, linears, makes):
-                return self.call.run(self.block, self.hidden[i])
-
-        config = PruneConfig(
-            out="nowhere",
-            pattern=pattern_text,
-            granularity="layer" if method == "besa layer" else "row",
-        )
-        generator = torch.Generator().manual_seed(0)
-        return Pruned(
-            besa_masks(
-                linears, weights, self.scored(), zeros, config, forward, self.targets, generator
-            ),
-            weights,
-        )
+    def budget(self, pattern: str) -> Budget:
+        return Budget(self.zeros, RATE, Pattern.parse(pattern))
 
     @torch.no_grad()
     def error(self, pruned: Pruned) -> float:
         """||dense - pruned||^2 / ||dense||^2 of the block's output over the samples."""
-        dtype = self.hidden[0].dtype
-        kept = {
-            x.name: torch.where(pruned.masks[x.name][0], pruned.weights[x.name][0].to(dtype), 0.0)
-            for x in self.linears
-        }
-        makes = {name: [matrix.clone] for name, matrix in kept.items()}
-        wrong = right = 0.0
-        for hidden, target in zip(self.hidden, self.targets, strict=True):
-            with masked(self.block, self.linears, makes):
-                output = self.call.run(self.block, hidden).float()
-            wrong += (output - target.float()).square().sum().item()
-            right += target.float().square().sum().item()
-        return wrong / right
+        run = self.block_run()
+        run.targets = self.run.targets
+        run.put(pruned)
+        return run.error(len(self.hidden))
 
 
 def measure(bench: Bench, method: str, pattern: str, runs: int) -> tuple[dict[str, Any], Pruned]:
@@ -227,16 +182,16 @@ class Checks:
         print(f"{'ok  ' if row['passed'] else 'FAIL'} {what}: {share:.6f} (at least {least})")
 
 
-def check_simple(bench: Bench, masks: Mapping[tuple[str, str], Masks], checks: Checks) -> None:
+def check_simple(bench: Bench, masks: Mapping[tuple[str, str], Tensors], checks: Checks) -> None:
     """Magnitude and Wanda on the CPU, from the same weights and norms."""
-    weights = {name: weight.cpu() for name, weight in bench.weights.items()}
-    scored = {x.name: wanda(weights[x.name], bench.norms.of(x).cpu()) for x in bench.linears}
+    weights = {name: weight.cpu() for name, weight in bench.run.weights.items()}
+    scored = {x.name: wanda(weights[x.name], bench.run.norms.of(x).cpu()) for x in bench.linears}
     for (method, pattern), on_gpu in masks.items():
-        given = (bench.zeros, RATE, Pattern.parse(pattern))
+        budget = bench.budget(pattern)
         if method == "magnitude":
-            on_cpu = magnitude_masks(bench.linears, weights, *given)
+            on_cpu = magnitude_masks(bench.linears, weights, budget)
         elif method == "wanda":
-            on_cpu = wanda_masks(bench.linears, scored, *given)
+            on_cpu = wanda_masks(bench.linears, scored, budget)
         else:
             continue
         checks.add(f"{method} {pattern}: masks as on the CPU", equal_share(on_gpu, on_cpu))
@@ -247,12 +202,13 @@ def check_projection(bench: Bench, learned: Pruned, checks: Checks) -> None:
 
     The rates are those of the masks learned on the GPU: projecting them must give these masks.
     """
-    scored = {name: scores.cpu() for name, scores in bench.scored().items()}
+    scores = bench.run.scores()
+    scored = {name: tensor.cpu() for name, tensor in scores.items()}
     first = bench.linears[0].name
     checks.add(
         f"besa: rank buckets of {first} as on the CPU",
         equal_share(
-            {first: rank_buckets(bench.scored()[first][0])},
+            {first: rank_buckets(scores[first][0])},
             {first: rank_buckets(scored[first][0])},
         ),
     )
@@ -272,7 +228,7 @@ def check_learning(device: str, shape: str, checks: Checks) -> None:
         masks = []
         for where in (device, "cpu"):
             small = Bench(shape, torch.float32, where, samples=8, tokens=128)
-            small.gather(with_hessians=False)
+            small.gather(hessians=False)
             masks.append(small.prune(method, pattern).masks)
         checks.add(
             f"{method} {pattern}: masks of a small block learned as on the CPU",
@@ -284,8 +240,9 @@ def check_learning(device: str, shape: str, checks: Checks) -> None:
 def check_sparsegpt(bench: Bench, checks: Checks) -> None:
     """SparseGPT on some rows of the first linear, here and on the CPU, from the same Hessian."""
     linear = bench.linears[0]
-    weight = bench.weights[linear.name][0][:SPARSEGPT_ROWS]
-    hessian = bench.hessians.of(linear)[0]
+    weight = bench.run.weights[linear.name][0][:SPARSEGPT_ROWS]
+    assert bench.run.hessians is not None
+    hessian = bench.run.hessians.of(linear)[0]
     zeros = round(RATE * weight.numel())
     for pattern in (UNSTRUCTURED, TWO_OF_FOUR):
         masks = [
@@ -319,10 +276,10 @@ def main() -> None:
     bench = Bench(args.shape, getattr(torch, args.dtype), args.device, args.samples, args.tokens)
     gathering: dict[str, list[float]] = {"norms": [], "norms and Hessians": []}
     for counts in [False, *[True] * args.runs]:
-        for what, with_hessians in (("norms", False), ("norms and Hessians", True)):
+        for what, hessians in (("norms", False), ("norms and Hessians", True)):
 
-            def gather(with_hessians: bool = with_hessians) -> None:
-                bench.gather(with_hessians)
+            def gather(hessians: bool = hessians) -> None:
+                bench.gather(hessians)
 
             taken = seconds_of(gather, args.device)
             if counts:
@@ -330,7 +287,7 @@ def main() -> None:
 
     checks = Checks([])
     results: list[dict[str, Any]] = []
-    masks: dict[tuple[str, str], Masks] = {}
+    masks: dict[tuple[str, str], Tensors] = {}
     for method, pattern in RUNS:
         result, pruned = measure(bench, method, pattern, args.runs)
         results.append(result)

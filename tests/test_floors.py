@@ -18,7 +18,16 @@ FOLDERS = {"besa": ROOT / "besa", "besa.export": ROOT / "export", "besa.serve": 
 # From the ground up. A room may import from its own floor and from those below.
 FLOORS = (
     {
-        *("errors", "machine", "processes", "progress", "settings", "telemetry", "typed_json"),
+        *(
+            "errors",
+            "machine",
+            "methods",
+            "processes",
+            "progress",
+            "settings",
+            "telemetry",
+            "typed_json",
+        ),
         *("version", "writing"),
     },
     {"kernels"},

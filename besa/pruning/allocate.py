@@ -13,14 +13,13 @@ index; the gradient to P is a segment sum over buckets, so that no probability p
 exists; theta starts as a narrow bell around the target, so that learning starts from Wanda's
 mask; and the learned rates are projected so that the block has exactly the zeros asked for.
 
-    buckets = rank_buckets(scores)
-    rates = learn_rates(forward, targets, [AllocatedLinear(weight, buckets), ...], 0.5)
+    learner = RateLearner([RankedMatrix(weight, rank_buckets(scores)), ...], sparsity=0.5)
+    rates = learn(learner, forward, targets, generator=torch.Generator()).value
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,10 +28,8 @@ import torch
 from torch import Tensor
 
 from besa.kernels.segment_sum import segment_sum
+from besa.pruning.learn import Proposal
 from besa.pruning.patterns import row_chunks
-
-# The learning rules do not mind the loss's scale; float16 gradients would vanish without one.
-LOSS_SCALE = 2.0**16
 
 CANDIDATES = 100  # D; bucket numbers fit in uint8
 
@@ -48,12 +45,12 @@ def rank_buckets(scores: Tensor, candidates: int = CANDIDATES) -> Tensor:
     """
     rows, cols = scores.shape
     buckets = torch.empty(rows, cols, dtype=torch.uint8, device=scores.device)
-    of_rank = torch.arange(cols, device=scores.device) * candidates // cols
-    of_rank = of_rank.to(torch.uint8)
+    bucket_of_rank = torch.arange(cols, device=scores.device) * candidates // cols
+    bucket_of_rank = bucket_of_rank.to(torch.uint8)
     for chunk in row_chunks(rows, cols):
         order = scores[chunk].argsort(dim=1, stable=True)
         buckets[chunk] = torch.empty_like(buckets[chunk]).scatter_(
-            1, order, of_rank.expand(order.shape)
+            1, order, bucket_of_rank.expand(order.shape)
         )
     return buckets
 
@@ -80,75 +77,68 @@ class RateMask(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class AllocatedLinear:
-    """A linear whose rates are learned: weight [rows, cols] and its uint8 rank buckets."""
+class RankedMatrix:
+    """A weight [rows, cols] whose rates are learned, and its uint8 rank buckets."""
 
     weight: Tensor
     buckets: Tensor
 
 
-def learn_rates(
-    forward: Callable[[int, Sequence[Callable[[], Tensor]]], Tensor],
-    targets: Sequence[Tensor],
-    linears: Sequence[AllocatedLinear],
-    sparsity: float,
-    *,
-    granularity: str = "row",
-    epochs: int = 1,
-    lr: float = 0.2,
-    width: float = 0.1,
-    penalty: float = 5.0,
-    generator: torch.Generator,
-) -> Iterator[tuple[float, float, list[Tensor]]]:
-    """Learns the rates of one block; yields (loss, overall rate, rates) after each step.
+class RateLearner:
+    """Learns the rates of one block's matrices (`besa.pruning.learn.Learner`).
 
     Args:
-        forward: gives the block's output for batch i with the masked weights; each is given as
-            a function that makes it, so that it need not exist longer than it is used.
-        targets: the dense block's outputs, one tensor a batch.
-        linears: what is masked.
+        matrices: what is masked.
         sparsity: the target rate of the block.
-        granularity: "row" learns a rate per row, "layer" one per linear (per expert).
-        lr: Adam's step on theta, decayed to zero along a cosine.
+        granularity: "row" learns a rate per row, "layer" one per matrix (so one per expert).
+        lr: Adam's first step on theta.
         width: the standard deviation of the bell that theta starts as.
         penalty: the weight of ((rate - sparsity) / sparsity)^2 in the loss.
-        generator: orders the batches.
     """
-    device = linears[0].weight.device
-    candidates = torch.arange(CANDIDATES, device=device) / CANDIDATES
-    start = -((candidates - sparsity) ** 2) / (2 * width**2)
-    rows = [len(x.weight) if granularity == "row" else 1 for x in linears]
-    thetas = [start.repeat(n, 1).requires_grad_() for n in rows]
-    sizes = torch.tensor([x.weight.numel() for x in linears], device=device)
-    shares = sizes / sizes.sum()
-    optimizer = torch.optim.Adam(thetas, lr=lr, betas=(0.9, 0.99))
-    steps = epochs * len(targets)
-    step = 0
-    for _ in range(epochs):
-        for i in torch.randperm(len(targets), generator=generator).tolist():
-            optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
-            betas = [theta.softmax(1) for theta in thetas]
-            rates = [beta @ candidates for beta in betas]
-            masked = []
-            for linear, beta, rate in zip(linears, betas, rates, strict=True):
-                keep = beta.cumsum(1).expand(len(linear.weight), -1)
-                first = (rate.detach() * CANDIDATES).round().expand(len(linear.weight))
-                masked.append(
-                    partial(
-                        RateMask.apply, keep, linear.weight, linear.buckets, first.to(torch.uint8)
-                    )
-                )
-            target = targets[i].to(device)
-            error = (forward(i, masked).float() - target.float()).square().mean()
-            error = error / target.float().square().mean()
-            overall = torch.stack([rate.mean() for rate in rates]) @ shares
-            loss = error + penalty * ((overall - sparsity) / sparsity) ** 2
-            optimizer.zero_grad(set_to_none=True)
-            (loss * LOSS_SCALE).backward()
-            optimizer.step()
-            step += 1
-            yield (
-                float(error.detach()),
-                float(overall.detach()),
-                [r.detach().expand(len(x.weight)) for r, x in zip(rates, linears, strict=True)],
+
+    def __init__(
+        self,
+        matrices: Sequence[RankedMatrix],
+        sparsity: float,
+        granularity: str = "row",
+        *,
+        lr: float = 0.2,
+        width: float = 0.1,
+        penalty: float = 5.0,
+    ) -> None:
+        self.matrices, self.sparsity, self.lr, self.penalty = matrices, sparsity, lr, penalty
+        device = matrices[0].weight.device
+        self.candidates = torch.arange(CANDIDATES, device=device) / CANDIDATES
+        start = -((self.candidates - sparsity) ** 2) / (2 * width**2)
+        rows = [len(x.weight) if granularity == "row" else 1 for x in matrices]
+        self.thetas = [start.repeat(n, 1).requires_grad_() for n in rows]
+        self.optimizer = torch.optim.Adam(self.thetas, lr=lr, betas=(0.9, 0.99))
+        sizes = torch.tensor([x.weight.numel() for x in matrices], device=device)
+        self.shares = sizes / sizes.sum()
+        self.rates: list[Tensor] = []
+
+    def propose(self) -> Proposal:
+        """The weights under the hard masks of the rates as they are."""
+        betas = [theta.softmax(1) for theta in self.thetas]
+        rates = [beta @ self.candidates for beta in betas]
+        weights = []
+        for matrix, beta, rate in zip(self.matrices, betas, rates, strict=True):
+            keep = beta.cumsum(1).expand(len(matrix.weight), -1)
+            first = (rate.detach() * CANDIDATES).round().expand(len(matrix.weight))
+            weights.append(
+                partial(RateMask.apply, keep, matrix.weight, matrix.buckets, first.to(torch.uint8))
             )
+        overall = torch.stack([rate.mean() for rate in rates]) @ self.shares
+        penalty = self.penalty * ((overall - self.sparsity) / self.sparsity) ** 2
+        self.rates = [rate.detach() for rate in rates]
+        return Proposal(weights, overall, penalty)
+
+    def update(self, size: float) -> None:
+        """A step of Adam on theta."""
+        self.optimizer.param_groups[0]["lr"] = self.lr * size
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def result(self) -> list[Tensor]:
+        """The rates of the last proposal, float32 [rows] per matrix."""
+        return [r.expand(len(x.weight)) for r, x in zip(self.rates, self.matrices, strict=True)]

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from besa.errors import BesaError
+from besa.methods import METHODS
 from besa.settings import DTYPES, check_choices, described, setting
 
-METHODS = ("besa", "wanda", "sparsegpt", "magnitude")
 GRANULARITIES = ("row", "layer")
 
 
@@ -50,6 +50,9 @@ class Pattern:
         return 1 - self.n / self.m if self.m else None
 
 
+UNSTRUCTURED = Pattern()
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
     """The settings of a run, checked when they are made.
@@ -63,10 +66,10 @@ class PruneConfig:
     """
 
     out: str | Path = field(metadata=described("output directory", metavar="DIR"))
-    method: str = setting("besa", "%(choices)s (default: %(default)s)", choices=METHODS)
+    method: str = setting("besa", "%(choices)s (default: %(default)s)", choices=tuple(METHODS))
     sparsity: float | None = setting(None, "fraction of weights to prune (default: 0.5)")
     pattern: Pattern = setting(
-        Pattern(),
+        UNSTRUCTURED,
         "unstructured, or N:M: N of every M weights are kept (default: %(default)s)",
         parse=Pattern.parse,
     )

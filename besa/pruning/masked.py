@@ -6,9 +6,15 @@ third. `masked` makes a weight where the block takes it, forgets it after that o
 it anew for the backward pass, so that one matrix and one gradient exist at a time. Of fused
 experts only those that are used are made.
 
-    with masked(block, linears, {"self_attn.q_proj": [lambda: weight * mask], ...}):
-        output = call.run(block, hidden)
-    loss(output).backward()
+>>> from besa.model.blocks import find_linears
+>>> block = nn.Sequential(nn.Linear(16, 8))
+>>> linears = find_linears(block, "block", experts=None)
+>>> keep = torch.ones(8, 16, requires_grad=True)
+>>> with masked(block, linears, {"0": [lambda: block[0].weight.detach() * keep]}):
+...     output = block(torch.randn(4, 16))
+>>> output.sum().backward()
+>>> keep.grad.shape
+torch.Size([8, 16])
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ from torch.utils import _pytree as pytree
 from besa.model.blocks import Linear
 
 # Makes one masked matrix [rows, cols], differentiably, contiguous, with the same values each time.
-Make = Callable[[], Tensor]
+WeightFactory = Callable[[], Tensor]
 
 
 class masked(TorchFunctionMode):
@@ -36,18 +42,21 @@ class masked(TorchFunctionMode):
     Args:
         block: the block, as it is called inside.
         linears: the linears to mask.
-        makes: one `Make` per group, by the linears' names.
+        factories: what makes the weight of each group, by the linears' names.
     """
 
     def __init__(
-        self, block: nn.Module, linears: Sequence[Linear], makes: Mapping[str, Sequence[Make]]
+        self,
+        block: nn.Module,
+        linears: Sequence[Linear],
+        factories: Mapping[str, Sequence[WeightFactory]],
     ) -> None:
         super().__init__()
-        self.makes = {
-            id(block.get_parameter(x.parameter)): (x, list(makes[x.name])) for x in linears
+        self.factories = {
+            id(block.get_parameter(x.parameter)): (x, list(factories[x.name])) for x in linears
         }
         self.parameters = [block.get_parameter(x.parameter) for x in linears]  # keeps the ids
-        self.alive: dict[int, tuple[weakref.ref[Tensor], Make]] = {}
+        self.alive: dict[int, tuple[weakref.ref[Tensor], WeightFactory]] = {}
         self.hooks = saved_tensors_hooks(self._pack, self._unpack)
 
     def __enter__(self) -> masked:
@@ -67,12 +76,12 @@ class masked(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.__getitem__ and (known := self.makes.get(id(args[0]))):
-            linear, makes = known
+        if func is Tensor.__getitem__ and (known := self.factories.get(id(args[0]))):
+            linear, factories = known
             if args[0].ndim == 3 and isinstance(args[1], int | Tensor) and _is_single(args[1]):
-                matrix = self._made(makes[int(args[1])])
+                matrix = self._made(factories[int(args[1])])
                 return matrix.mT if linear.transposed else matrix
-        if getattr(func, "__name__", "") == "__get__" and id(args[0]) in self.makes:
+        if getattr(func, "__name__", "") == "__get__" and id(args[0]) in self.factories:
             attribute = func(*args)
             if not isinstance(attribute, Tensor):  # .shape, .dtype: those of the parameter
                 return attribute
@@ -80,38 +89,40 @@ class masked(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
-        known = self.makes.get(id(tensor))
+        """The masked weight in a parameter's place; any other tensor as it is."""
+        known = self.factories.get(id(tensor))
         if known is None:
             return tensor
-        linear, makes = known
-        if len(makes) == 1:
-            matrix = self._made(makes[0]).unsqueeze(0)
+        linear, factories = known
+        if len(factories) == 1:
+            matrix = self._made(factories[0]).unsqueeze(0)
         else:
-            matrix = self._made(lambda: torch.stack([make() for make in makes]))
+            matrix = self._made(lambda: torch.stack([factory() for factory in factories]))
         return linear.stored(matrix, tensor)
 
-    def _made(self, make: Make) -> Tensor:
-        made = make()
-        self.alive[made.untyped_storage().data_ptr()] = (weakref.ref(made), make)
-        return made
+    def _made(self, factory: WeightFactory) -> Tensor:
+        """A new masked weight; its factory is remembered while it lives."""
+        weight = factory()
+        self.alive[weight.untyped_storage().data_ptr()] = (weakref.ref(weight), factory)
+        return weight
 
-    def _pack(self, tensor: Tensor) -> Tensor | Make:
+    def _pack(self, tensor: Tensor) -> Tensor | WeightFactory:
         """What autograd keeps of a tensor: of a masked weight, or a view of one, how to make it."""
-        reference, make = self.alive.get(tensor.untyped_storage().data_ptr(), (None, None))
+        reference, factory = self.alive.get(tensor.untyped_storage().data_ptr(), (None, None))
         if reference is None or reference() is None:  # another tensor, perhaps in a freed place
             return tensor
-        assert make is not None
+        assert factory is not None
         layout = (tensor.size(), tensor.stride(), tensor.storage_offset())
-        return partial(_remade, make, layout)
+        return partial(_made_again, factory, layout)
 
     @staticmethod
-    def _unpack(kept: Tensor | Make) -> Tensor:
+    def _unpack(kept: Tensor | WeightFactory) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept()
 
 
 @torch.no_grad()
-def _remade(make: Make, layout: tuple[Any, Any, Any]) -> Tensor:
-    return make().as_strided(*layout)
+def _made_again(factory: WeightFactory, layout: tuple[Any, Any, Any]) -> Tensor:
+    return factory().as_strided(*layout)
 
 
 def _is_single(index: int | Tensor) -> bool:

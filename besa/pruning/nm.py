@@ -6,21 +6,21 @@ instead, towards the same block objective and through the same straight-through 
 Wanda's, and the gradient of the loss to its mask, dL/dM = dL/dW' * W, moves it. The step is
 divided by the gradient's root mean square over the matrix, so that no model needs its own.
 
-    for loss, masks in learn_choice(forward, targets, weights, scores, n=2, m=4, ...):
-        ...
+    learner = ChoiceLearner(weights, scores, Pattern(2, 4))
+    masks = learn(learner, forward, targets, generator=torch.Generator()).value
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from besa.pruning.allocate import LOSS_SCALE
+from besa.pruning.config import Pattern
+from besa.pruning.learn import Proposal
 from besa.pruning.patterns import n_of_m
 
 
@@ -38,56 +38,45 @@ class ChoiceMask(torch.autograd.Function):
         return (grads[0] * weight).float(), None, None
 
 
-def learn_choice(
-    forward: Callable[[int, Sequence[Callable[[], Tensor]]], Tensor],
-    targets: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    scores: Sequence[Tensor],
-    n: int,
-    m: int,
-    *,
-    epochs: int = 1,
-    lr: float = 0.1,
-    generator: torch.Generator,
-) -> Iterator[tuple[float, list[Tensor]]]:
-    """Learns the masks of one block; yields (loss, masks) after each step.
+class ChoiceLearner:
+    """Learns the N:M masks of one block's matrices (`besa.pruning.learn.Learner`).
 
     Args:
-        forward: gives the block's output for batch i with the masked weights, each given as a
-            function that makes it.
-        targets: the dense block's outputs, one tensor a batch.
-        weights: [rows, cols], cols divisible by m.
+        weights: [rows, cols], cols divisible by M.
         scores: where the importances start, positive float32 [rows, cols].
-        lr: how far a typical weight's log-importance moves in the first step; decays to zero
-            along a cosine.
-        generator: orders the batches.
-
-    Returns:
-        bool masks [rows, cols], n of every m neighbours True.
+        pattern: N:M.
+        lr: how far a typical weight's log-importance moves in the first step.
     """
-    importances = [s.clamp_min(torch.finfo(torch.float32).tiny).log() for s in scores]
-    for importance in importances:
-        importance.requires_grad_()
-    masks = [n_of_m(x.detach(), n, m) for x in importances]
-    steps = epochs * len(targets)
-    step = 0
-    for _ in range(epochs):
-        for i in torch.randperm(len(targets), generator=generator).tolist():
-            masked = [
-                partial(ChoiceMask.apply, x, weight, mask)
-                for x, weight, mask in zip(importances, weights, masks, strict=True)
-            ]
-            target = targets[i].to(weights[0].device).float()
-            loss = (forward(i, masked).float() - target).square().mean() / target.square().mean()
-            (loss * LOSS_SCALE).backward()
-            size = lr * (1 + math.cos(math.pi * step / steps)) / 2
-            with torch.no_grad():
-                for j, importance in enumerate(importances):
-                    gradient = importance.grad
-                    if gradient is not None:
-                        scale = gradient.square().mean().sqrt().clamp_min(1e-30)
-                        importance -= size * gradient / scale
-                        importance.grad = None
-                    masks[j] = n_of_m(importance, n, m)
-            step += 1
-            yield float(loss.detach()), masks
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        scores: Sequence[Tensor],
+        pattern: Pattern,
+        *,
+        lr: float = 0.1,
+    ) -> None:
+        self.weights, self.pattern, self.lr = weights, pattern, lr
+        smallest = torch.finfo(torch.float32).tiny
+        self.importances = [x.clamp_min(smallest).log().requires_grad_() for x in scores]
+
+    def propose(self) -> Proposal:
+        """The weights under the masks of the importances as they are."""
+        parts = zip(self.importances, self.weights, self.result(), strict=True)
+        weights = [partial(ChoiceMask.apply, *part) for part in parts]
+        return Proposal(weights, 1 - self.pattern.n / self.pattern.m)
+
+    @torch.no_grad()
+    def update(self, size: float) -> None:
+        """Moves the importances, each matrix by `lr * size` in the root mean square."""
+        for importance in self.importances:
+            gradient = importance.grad
+            if gradient is not None:  # an expert that no token of the batch reached
+                scale = gradient.square().mean().sqrt().clamp_min(1e-30)
+                importance -= self.lr * size * gradient / scale
+                importance.grad = None
+
+    def result(self) -> list[Tensor]:
+        """Bool masks [rows, cols], N of every M neighbours True."""
+        n, m = self.pattern.n, self.pattern.m
+        return [n_of_m(importance.detach(), n, m) for importance in self.importances]

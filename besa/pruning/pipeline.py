@@ -5,18 +5,16 @@
     result = prune("path/to/model", PruneConfig(out="pruned", sparsity=0.5))
     print(result.sparsity, result.record.blocks[0].error)
 
-For each block: load it, run it dense on the calibration stream, score its weights, choose the
-masks, write the block out, run it pruned, and hand its output to the next block. The stream has
+For each block: load it, run it dense on the calibration stream, let the method choose what goes,
+put what is left into the block, measure it, and hand its output to the next block. The stream has
 thus already gone through the pruned blocks, and a block's target is what the dense block makes of
 that same stream.
 """
 
 from __future__ import annotations
 
-import copy
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,45 +22,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from besa.data.texts import documents_from
-from besa.data.windows import calibration_windows, token_stream
-from besa.errors import BesaError
 from besa.machine import give_memory_back
-from besa.model.blocks import Linear, expert_count, find_linears
+from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
 from besa.model.finite import check_finite
-from besa.model.loading import load_tokenizer, max_positions, pick_device
-from besa.model.observe import observe
+from besa.model.loading import pick_device
 from besa.model.record import PruneRecord, write_record
 from besa.model.replay import Call, capture
 from besa.model.workspace import Workspace, check_free
 from besa.progress import REPLAY, WRITTEN, Event, Tell
 from besa.pruning.activations import Activations
+from besa.pruning.block_run import BlockRun, Pruned
+from besa.pruning.budget import budgets
+from besa.pruning.calibration import calibration_samples
 from besa.pruning.config import PruneConfig
-from besa.pruning.masked import Make, masked
-from besa.pruning.methods import (
-    Masks,
-    besa_masks,
-    magnitude_masks,
-    sparsegpt_weights,
-    wanda_masks,
-)
+from besa.pruning.learn import Step
+from besa.pruning.methods import load, wanda
+from besa.pruning.plan import plan_of
 from besa.pruning.record import block_record, linear_record, run_record, settings_of
-from besa.pruning.scores import Hessians, InputNorms, wanda
 from besa.report import model_card, render
 from besa.writing import write_text
 
 # Tokens that go through a block at once: enough to keep the cores busy, few enough to fit.
 _BATCH_TOKENS = 512
 
-# Windows to draw each sample from, where the text has so many: a long text is not read to its end.
-_POOL = 16
+# A block's error is measured on the first of so many parts of its batches.
+_ERROR_PARTS = 8
 
 # What to do when a block's numbers leave the range of the computation's dtype.
-OVERFLOW = "try --dtype float32, or mend the checkpoint"
-
-# The share of the batches on which a block's error is measured for the record.
-_JUDGED = 8
+_OVERFLOW = "try --dtype float32, or mend the checkpoint"
 
 
 @dataclass(frozen=True)
@@ -84,7 +72,7 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
     Args:
         model: directory with config.json and safetensors, or a hub id.
         config: the settings.
-        tell: is given every step's event (block, phase, loss, rate) for display.
+        tell: is given every step's event for display.
 
     Raises:
         BesaError: something that the user can mend; what was finished stays in `OUT.partial`
@@ -96,13 +84,13 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
     device = pick_device(config.device)
     checkpoint = Checkpoint.open(model)
     dtype = _dtype(config.dtype, device, checkpoint.dtype)
-    plan = _plan(checkpoint, config)
-    windows = _calibration(checkpoint, config)
+    plan = plan_of(checkpoint, config)
+    windows = calibration_samples(checkpoint, config)
     settings = settings_of(model, config, checkpoint, windows, device, dtype)
     with Workspace.open(out, settings, config.overwrite, checkpoint.nbytes) as workspace:
-        run = _Run(checkpoint, config, plan, workspace, device, dtype, tell)
+        pipeline = _Pipeline(checkpoint, config, plan, workspace, device, dtype, tell)
         with workspace.interruptible():
-            shards = run.all_blocks(windows)
+            shards = pipeline.all_blocks(windows)
         record = run_record(checkpoint, settings, shards, time.monotonic() - started, device)
         workspace.write_index(shards)
         checkpoint.copy_companions(workspace.path)
@@ -113,8 +101,18 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
     return PruneResult(out, record)
 
 
+def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The dtype of the computation."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cpu" or stored == torch.float32:
+        return torch.float32
+    return torch.bfloat16  # float16 too: its range is too small for gradients
+
+
 @dataclass
-class _Run:
+class _Pipeline:
     """One pass over the blocks."""
 
     checkpoint: Checkpoint
@@ -132,19 +130,19 @@ class _Run:
         batches = windows.split(max(1, _BATCH_TOKENS // windows.shape[1]))
         with self.checkpoint.loaded_base() as base:
             hidden, calls = capture(base, list(self.checkpoint.blocks), batches)
-        where = self.workspace.path if self.config.activations == "disk" else None
-        stream = Activations.of(hidden, self.dtype, where, "stream")
+        directory = self.workspace.path if self.config.activations == "disk" else None
+        stream = Activations.of(hidden, self.dtype, directory, "stream")
         del hidden
         for index in range(len(self.plan)):
-            row = self._on_device([batch[index] for batch in calls])
+            block_calls = self._on_device([batch[index] for batch in calls])
             name = f"block-{index:05d}"
             if (finished := self.workspace.finished(name)) is None:
-                tensors, record = self._prune_block(index, stream, row)
+                tensors, record = self._prune_block(index, stream, block_calls)
                 shard = self.workspace.shard(index + 2, len(self.plan) + 1)
                 finished = self.workspace.finish(name, shard, tensors, {"record": record})
                 self._event(index, WRITTEN, record=record)
             else:
-                self._replay(index, finished, stream, row)
+                self._replay(index, finished, stream, block_calls)
             shards.append(finished)
             give_memory_back()
         stream.close()
@@ -164,209 +162,123 @@ class _Run:
                 finished = self.workspace.finish("others", shard, tensors, {})
         return finished
 
-    def _event(self, index: int, phase: str, **more: Any) -> None:
-        event = Event(phase, block=index, blocks=len(self.plan), **more)
-        if event.done == event.total:  # the log keeps ends of phases
-            self.workspace.log(event.as_json())
-        self.tell(event)
-
-    def _hand_on(
-        self, index: int, phase: str, block: nn.Module, stream: Activations, calls: list[Call]
-    ) -> None:
-        """Sends the stream through a pruned block."""
-        for i, call in enumerate(calls):
-            stream[i] = call.run(block, stream[i].to(self.device))
-            check_finite(stream[i], f"the output of the pruned block {index}", OVERFLOW)
-            self._event(index, phase, done=i + 1, total=len(calls))
-
-    def _replay(
-        self, index: int, finished: dict[str, Any], stream: Activations, calls: list[Call]
-    ) -> None:
-        """Goes through a block that an earlier run finished."""
-        shard = self.workspace.path / finished["file"]
-        stored = self.checkpoint.load_block(index, dict.fromkeys(finished["keys"], shard))
-        block = copy.deepcopy(stored).to(self.device, self.dtype)
-        self.checkpoint.unload_block(index)
-        self._hand_on(index, REPLAY, block, stream, calls)
-
     def _prune_block(
         self, index: int, stream: Activations, calls: list[Call]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Prunes one block and sends the stream through it; gives its tensors and its record."""
         started = time.monotonic()
-        name = f"{self.checkpoint.blocks_name}.{index}"
-        linears = self.plan[index]
-        stored = self.checkpoint.load_block(index)
-        for own_name, value in stored.named_parameters():
-            check_finite(value, f"{name}.{own_name}", "mend the checkpoint")
-        block = copy.deepcopy(stored).to(self.device, self.dtype)
-
-        learns = self.config.method == "besa"
-        judged = calls[: max(1, len(calls) // _JUDGED)]
-        dense = Activations.like(stream, len(calls if learns else judged), "dense")
-        norms = InputNorms(linears, self.device)
-        hessians = Hessians(linears if self.config.method == "sparsegpt" else [], self.device)
-
-        def see(linear: Linear, group: int, inputs: Tensor) -> None:
-            norms.add(linear, group, inputs)
-            if hessians.sums:
-                hessians.add(linear, group, inputs)
-
-        with observe(block, linears, see):
-            for i, call in enumerate(calls):
-                output = call.run(block, stream[i].to(self.device))
-                check_finite(output, f"the output of {name}", OVERFLOW)
-                if i < len(dense):
-                    dense[i] = output
-                self._event(index, "statistics", done=i + 1, total=len(calls))
-
-        rate, pattern = self.config.rate, self.config.pattern
-        zeros = self._budget(index)
-        weights = {x.name: x.matrix(block.get_parameter(x.parameter)) for x in linears}
-        scored = {x.name: wanda(weights[x.name], norms.of(x)) for x in linears}
-        uniform = wanda_masks(linears, scored, zeros, rate, pattern)
-        own = {x.name: x.matrix(stored.get_parameter(x.parameter)) for x in linears}
-        masks, updated = uniform, own
-        losses: list[float] = []
-        if self.config.method == "magnitude":
-            masks = magnitude_masks(linears, weights, zeros, rate, pattern)
-        elif self.config.method == "sparsegpt":
-            masks, updated = sparsegpt_weights(linears, weights, hessians, zeros, rate, pattern)
-        elif self.config.method == "besa" and linears:
-            masks, losses = self._besa(index, block, weights, scored, stream, dense, calls, zeros)
-        del scored
+        method, linears = load(self.config.method), self.plan[index]
+        budget = budgets(self.plan, self.config)[index]
+        measured = max(1, len(calls) // _ERROR_PARTS)  # batches
+        targets = Activations.like(stream, len(calls) if method.targets else measured, "dense")
+        run = self._block_run(index, self._load(index), linears, stream, calls, targets)
+        self._observe(index, run, targets, method.hessians)
+        pruned = method.mask(run, budget)
 
         error_wanda = None
-        if masks is not uniform:
-            self._put(block, linears, weights, uniform)
-            error_wanda = self._error(block, judged, stream, dense)
-        # What is stored is what is measured and handed on: rounded to the checkpoint's dtype.
-        self._put(stored, linears, updated, masks)
-        changed = {x.parameter: stored.get_parameter(x.parameter).data for x in linears}
-        for linear in linears:
-            parameter = block.get_parameter(linear.parameter)
-            parameter.data = changed[linear.parameter].to(self.device, self.dtype)
-        error = self._error(block, judged, stream, dense)
-        self._hand_on(index, "hand on", block, stream, calls)
-        dense.close()
+        if linears and self.config.method != "wanda":
+            run.put(wanda.mask(run, budget))
+            error_wanda = run.error(measured)
+        run.put(pruned)
+        error = run.error(measured)
+        self._hand_on(index, "hand on", run, stream)
+        targets.close()
 
-        rows = [linear_record(x, changed[x.parameter], norms.unseen(x)) for x in linears]
-        record = block_record(index, name, linears, rows)
+        record = self._record(index, run, pruned, error, error_wanda, time.monotonic() - started)
         tensors = self.checkpoint.stored_tensors(index)
         self.checkpoint.unload_block(index)
-        return tensors, {
-            **record,
-            "error": error,
-            "error_wanda": error_wanda,
-            "loss": losses,
-            "seconds": round(time.monotonic() - started, 3),
-        }
+        return tensors, record
 
-    def _budget(self, index: int) -> int:
-        """Zeros for a block, so that all blocks together have the target's to the weight."""
-        sizes = [sum(x.size for x in linears) for linears in self.plan]
-        before, upto = sum(sizes[:index]), sum(sizes[: index + 1])
-        return round(self.config.rate * upto) - round(self.config.rate * before)
+    def _load(self, index: int) -> nn.Module:
+        """A block as the checkpoint has it, without NaN or Inf."""
+        block = self.checkpoint.load_block(index)
+        for parameter, value in block.named_parameters():
+            check_finite(value, f"{self._name(index)}.{parameter}", "mend the checkpoint")
+        return block
 
-    def _put(
-        self,
-        block: nn.Module,
-        linears: Sequence[Linear],
-        weights: Mapping[str, Tensor],
-        masks: Masks,
-    ) -> None:
-        """Puts masked weights into a block, in its own dtype and layout."""
-        for linear in linears:
-            parameter = block.get_parameter(linear.parameter)
-            weight = weights[linear.name].to(parameter.device, parameter.dtype)
-            kept = torch.where(masks[linear.name].to(parameter.device), weight, 0.0)
-            parameter.data = linear.stored(kept, parameter).contiguous()
-
-    def _error(
-        self, block: nn.Module, calls: list[Call], stream: Activations, dense: Activations
-    ) -> float:
-        """||dense - pruned||^2 / ||dense||^2 over the given batches."""
-        wrong = right = 0.0
-        for i, call in enumerate(calls):
-            target = dense[i].to(self.device).float()
-            output = call.run(block, stream[i].to(self.device)).float()
-            wrong += (output - target).square().sum().item()
-            right += target.square().sum().item()
-        return wrong / right if right else 0.0
-
-    def _besa(
+    def _block_run(
         self,
         index: int,
-        block: nn.Module,
-        weights: Mapping[str, Tensor],
-        scored: Mapping[str, Tensor],
+        stored: nn.Module,
+        linears: Sequence[Linear],
         stream: Activations,
-        dense: Activations,
         calls: list[Call],
-        zeros: int,
-    ) -> tuple[Masks, list[float]]:
-        """Learned masks, and the mean loss of each epoch."""
-        linears, epochs = self.plan[index], self.config.epochs
-        losses: list[float] = []
+        targets: Sequence[Tensor] = (),
+    ) -> BlockRun:
+        def on_step(step: Step) -> None:
+            told = {"done": step.done, "total": step.total, "loss": step.loss, "rate": step.rate}
+            self._event(index, "learn", **told)
 
-        def forward(i: int, makes: Mapping[str, Sequence[Make]]) -> Tensor:
-            with masked(block, linears, makes):
-                return calls[i].run(block, stream[i].to(self.device))
-
-        def tell(loss: float, rate: float) -> None:
-            losses.append(loss)
-            done, total = len(losses), epochs * len(calls)
-            self._event(index, "learn", done=done, total=total, loss=loss, rate=rate)
-
-        generator = torch.Generator().manual_seed(self.config.seed + index)
-        masks = besa_masks(
-            linears, weights, scored, zeros, self.config, forward, dense, generator, tell
+        return BlockRun(
+            stored=stored,
+            linears=linears,
+            calls=calls,
+            stream=stream,
+            targets=targets,
+            device=self.device,
+            dtype=self.dtype,
+            config=self.config,
+            generator=torch.Generator().manual_seed(self.config.seed + index),
+            on_step=on_step,
         )
-        return masks, torch.tensor(losses).view(epochs, -1).mean(1).tolist()
 
+    def _observe(self, index: int, run: BlockRun, targets: Activations, hessians: bool) -> None:
+        """Runs the dense block: gathers its inputs' statistics, and its outputs as targets."""
 
-def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device.type == "cpu" or stored == torch.float32:
-        return torch.float32
-    return torch.bfloat16  # float16 too: its range is too small for gradients
+        def on_output(i: int, output: Tensor) -> None:
+            check_finite(output, f"the output of {self._name(index)}", _OVERFLOW)
+            if i < len(targets):
+                targets[i] = output
+            self._event(index, "statistics", done=i + 1, total=len(run.calls))
 
+        run.observe(hessians, on_output)
 
-def _plan(checkpoint: Checkpoint, config: PruneConfig) -> list[list[Linear]]:
-    """The linears to prune, block by block; everything that cannot be is refused here."""
-    pattern = config.pattern
-    experts = expert_count(checkpoint.config)
-    plan = []
-    for index, block in enumerate(checkpoint.blocks):
-        name = f"{checkpoint.blocks_name}.{index}"
-        linears = find_linears(block, name, experts, config.exclude)
-        if config.include:
-            linears = [x for x in linears if re.search(config.include, f"{name}.{x.name}")]
-        for linear in linears:
-            if pattern.m and linear.cols % pattern.m:
-                raise BesaError(
-                    f"{name}.{linear.name} has {linear.cols} inputs, which {pattern.m} does not "
-                    f"divide: leave it dense with --exclude '{re.escape(linear.name)}', or "
-                    "choose another pattern"
-                )
-        plan.append(linears)
-    if not any(plan):
-        if config.include or config.exclude:
-            raise BesaError("--include and --exclude leave no linear to prune")
-        kind = type(checkpoint.blocks[0]).__name__
-        raise BesaError(f"{kind} has no linear that besa knows how to prune")
-    return plan
+    def _hand_on(self, index: int, phase: str, run: BlockRun, stream: Activations) -> None:
+        """Sends the stream through a pruned block."""
+        for i in range(len(stream)):
+            stream[i] = run.output(i)
+            check_finite(stream[i], f"the output of the pruned block {index}", _OVERFLOW)
+            self._event(index, phase, done=i + 1, total=len(stream))
 
+    def _replay(
+        self, index: int, finished: dict[str, Any], stream: Activations, calls: list[Call]
+    ) -> None:
+        """Sends the stream through a block that an earlier run finished."""
+        shard = self.workspace.path / finished["file"]
+        stored = self.checkpoint.load_block(index, dict.fromkeys(finished["keys"], shard))
+        run = self._block_run(index, stored, [], stream, calls)
+        self.checkpoint.unload_block(index)
+        self._hand_on(index, REPLAY, run, stream)
 
-def _calibration(checkpoint: Checkpoint, config: PruneConfig) -> Tensor:
-    """Token windows [samples, seqlen]."""
-    most = max_positions(checkpoint.directory) or 2048
-    seqlen = config.seqlen or min(2048, most)
-    if seqlen > most:
-        raise BesaError(f"{checkpoint.directory} takes {most} tokens at once: lower --seqlen")
-    tokenizer = load_tokenizer(checkpoint.directory)
-    documents = documents_from(config.calibration, "calibration")
-    stream = token_stream(tokenizer, documents, limit=_POOL * config.samples * seqlen)
-    return calibration_windows(stream, config.samples, seqlen, config.seed)
+    def _name(self, index: int) -> str:
+        """A block's name in the model: "model.layers.0"."""
+        return f"{self.checkpoint.blocks_name}.{index}"
+
+    def _event(self, index: int, phase: str, **more: Any) -> None:
+        """Tells of a step in a block; the log keeps the ends of phases."""
+        event = Event(phase, block=index, blocks=len(self.plan), **more)
+        if event.done == event.total:
+            self.workspace.log(event.as_json())
+        self.tell(event)
+
+    def _record(
+        self,
+        index: int,
+        run: BlockRun,
+        pruned: Pruned,
+        error: float,
+        error_wanda: float | None,
+        seconds: float,
+    ) -> dict[str, Any]:
+        """What besa.json says of a block."""
+        linears = [
+            linear_record(x, run.stored.get_parameter(x.parameter).data, run.norms.unseen(x))
+            for x in run.linears
+        ]
+        return {
+            **block_record(index, self._name(index), run.linears, linears),
+            "error": error,
+            "error_wanda": error_wanda,
+            "loss": pruned.losses,
+            "seconds": round(seconds, 3),
+        }

@@ -11,10 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-METHODS = {"besa": "BESA", "wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "Magnitude"}
+from besa.methods import METHODS
 
 
 def method_name(method: object) -> str:
+    """How the field writes a method; one that this version does not know stays as it is."""
     return METHODS.get(str(method), str(method))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from besa.model.blocks import Linear
-from besa.pruning.allocate import CANDIDATES, AllocatedLinear, RateMask, learn_rates, rank_buckets
-from besa.pruning.methods import allocated_masks
-from besa.pruning.nm import ChoiceMask, learn_choice
+from besa.pruning.allocate import CANDIDATES, RankedMatrix, RateLearner, RateMask, rank_buckets
+from besa.pruning.config import Pattern
+from besa.pruning.learn import Step, learn
+from besa.pruning.masked import WeightFactory
+from besa.pruning.methods.besa import allocated_masks
+from besa.pruning.nm import ChoiceLearner, ChoiceMask
 from besa.pruning.patterns import counts_for, lowest_pruned, n_of_m
 
 
@@ -161,8 +164,8 @@ class Uneven:
         ]
         self.size = sum(w.numel() for w in self.weights)
 
-    def forward(self, i: int, makes: Sequence[Callable[[], Tensor]]) -> Tensor:
-        return self.output(i, [make() for make in makes])
+    def forward(self, i: int, weights: Sequence[WeightFactory]) -> Tensor:
+        return self.output(i, [factory() for factory in weights])
 
     def output(self, i: int, masked: Sequence[Tensor]) -> Tensor:
         return (self.batches[i] @ masked[0].T).tanh() @ masked[1].T
@@ -175,20 +178,28 @@ class Uneven:
     def learn(
         self, sparsity: float = 0.5, granularity: str = "row", epochs: int = 8, seed: int = 0
     ) -> list[tuple[float, float, list[Tensor]]]:
-        allocated = [
-            AllocatedLinear(w, rank_buckets(s))
-            for w, s in zip(self.weights, self.scores, strict=True)
+        """The error, the overall rate and all rates of each step."""
+        matrices = [
+            RankedMatrix(w, rank_buckets(s)) for w, s in zip(self.weights, self.scores, strict=True)
         ]
-        steps = learn_rates(
+        learner = RateLearner(matrices, sparsity, granularity)
+        steps: list[tuple[float, float, list[Tensor]]] = []
+
+        def on_step(step: Step) -> None:
+            steps.append((step.loss, step.rate, [rate.clone() for rate in learner.result()]))
+
+        learned = learn(
+            learner,
             self.forward,
             self.targets,
-            allocated,
-            sparsity,
-            granularity=granularity,
             epochs=epochs,
             generator=torch.Generator().manual_seed(seed),
+            on_step=on_step,
         )
-        return [(loss, overall, [r.clone() for r in rates]) for loss, overall, rates in steps]
+        assert all(torch.equal(a, b) for a, b in zip(learned.value, steps[-1][2], strict=True))
+        means = np.mean(np.reshape([loss for loss, _, _ in steps], (epochs, -1)), axis=1)
+        np.testing.assert_allclose(learned.losses, means, rtol=1e-5)
+        return steps
 
     def masks(self, rates: Sequence[Tensor], sparsity: float) -> list[Tensor]:
         scored = {x.name: s.unsqueeze(0) for x, s in zip(self.linears, self.scores, strict=True)}
@@ -301,17 +312,18 @@ Choices = list[tuple[float, list[Tensor]]]
 
 
 def choose(uneven: Uneven, n: int, m: int, epochs: int = 8, seed: int = 0) -> Choices:
-    steps = learn_choice(
+    learner = ChoiceLearner(uneven.weights, uneven.scores, Pattern(n, m))
+    steps: Choices = []
+    learned = learn(
+        learner,
         uneven.forward,
         uneven.targets,
-        uneven.weights,
-        uneven.scores,
-        n,
-        m,
         epochs=epochs,
         generator=torch.Generator().manual_seed(seed),
+        on_step=lambda step: steps.append((step.loss, learner.result())),
     )
-    return [(loss, [mask.clone() for mask in masks]) for loss, masks in steps]
+    assert all(torch.equal(a, b) for a, b in zip(learned.value, steps[-1][1], strict=True))
+    return steps
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2)])
@@ -348,16 +360,13 @@ def test_scores_of_nought_and_linears_out_of_use(uneven: Uneven):
     scores = [score.clone() for score in uneven.scores]
     scores[0][:, :8] = 0
     unused = random(4, 8)
-    steps = learn_choice(
-        lambda i, masked: uneven.forward(i, masked[:2]),
+    learned = learn(
+        ChoiceLearner([*uneven.weights, unused], [*scores, unused.abs()], Pattern(2, 4)),
+        lambda i, weights: uneven.forward(i, weights[:2]),
         uneven.targets,
-        [*uneven.weights, unused],
-        [*scores, unused.abs()],
-        2,
-        4,
         generator=torch.Generator().manual_seed(0),
     )
-    *_, (loss, masks) = steps
-    assert np.isfinite(loss)
+    masks = learned.value
+    assert np.isfinite(learned.losses).all()
     assert all((mask.reshape(-1, 4).sum(1) == 2).all() for mask in masks)
     assert torch.equal(masks[2], n_of_m(unused.abs(), 2, 4))

@@ -28,9 +28,10 @@ from besa.model.blocks import expert_count, find_linears
 from besa.model.checkpoint import Checkpoint
 from besa.model.observe import observe
 from besa.model.replay import capture
+from besa.pruning.calibration import calibration_samples
 from besa.pruning.config import PruneConfig
 from besa.pruning.patterns import lowest_pruned, n_of_m
-from besa.pruning.pipeline import PruneResult, _calibration
+from besa.pruning.pipeline import PruneResult
 from besa.pruning.pipeline import prune as prune_model
 from besa.pruning.scores import InputNorms
 from tests.helpers import (
@@ -76,7 +77,7 @@ def windows_of(model: Path, calibration: Path) -> Tensor:
     config = PruneConfig(
         out="-", calibration=str(calibration), samples=SAMPLES, seqlen=SEQLEN, device="cpu"
     )
-    return _calibration(Checkpoint.open(model), config)
+    return calibration_samples(Checkpoint.open(model), config)
 
 
 def is_prunable(key: str, tensor: Tensor) -> bool:

@@ -13,17 +13,14 @@ from torch import Tensor
 
 from besa.errors import BesaError
 from besa.model.blocks import Linear
+from besa.pruning.budget import Budget
 from besa.pruning.config import Pattern
-from besa.pruning.methods import (
-    allocated_masks,
-    even_shares,
-    magnitude_masks,
-    sparsegpt_weights,
-    wanda_masks,
-)
+from besa.pruning.methods.besa import allocated_masks
+from besa.pruning.methods.magnitude import magnitude_masks
+from besa.pruning.methods.sparsegpt import inverse_factor, sparsegpt, sparsegpt_weights
+from besa.pruning.methods.wanda import wanda_masks
 from besa.pruning.patterns import lowest_pruned_overall
 from besa.pruning.scores import Hessians, InputNorms, magnitude, wanda
-from besa.pruning.sparsegpt import inverse_factor, sparsegpt
 
 CPU = torch.device("cpu")
 DENSE = Pattern()
@@ -122,7 +119,8 @@ def test_wanda_is_its_formula(name: str):
     norms = InputNorms([layer], CPU)
     norms.add(layer, 0, x)
     scored = {"q": wanda(weight, norms.of(layer))}
-    masks = wanda_masks([layer], scored, round(rate * layer.size), rate, pattern)
+    budget = Budget(round(rate * layer.size), rate, pattern)
+    masks = wanda_masks([layer], scored, budget)
     expected = wanda_by_loops(weight[0].numpy(), x.numpy(), round(rate * 16), pattern)
     assert np.array_equal(masks["q"][0], expected)
 
@@ -132,12 +130,12 @@ def test_magnitude_is_its_formula(name: str):
     layer, pattern = linear("q", 2, 6, 16), Pattern.parse(name)
     rate = 0.4 if pattern.sparsity is None else pattern.sparsity
     weight = random(2, 6, 16)
-    zeros = round(rate * layer.size)
-    masks = magnitude_masks([layer], {"q": weight}, zeros, rate, pattern)
+    budget = Budget(round(rate * layer.size), rate, pattern)
+    masks = magnitude_masks([layer], {"q": weight}, budget)
     if pattern.m:
         expected = [wanda_by_loops(w.numpy(), np.ones((1, 16)), 0, pattern) for w in weight]
     else:
-        shares = even_shares([layer], zeros, rate)["q"]
+        shares = budget.shares([layer])["q"]
         expected = [
             (w.abs() > w.abs().flatten().sort().values[share - 1]).numpy()
             for w, share in zip(weight, shares, strict=True)
@@ -152,7 +150,7 @@ def test_columns_that_never_fire_go_first_in_wanda():
     norms = InputNorms([layer], CPU)
     norms.add(layer, 0, x)
     scored = {"q": wanda(random(1, 8, 16) + 5, norms.of(layer))}
-    masks = wanda_masks([layer], scored, 8, 1 / 16, DENSE)
+    masks = wanda_masks([layer], scored, Budget(8, 1 / 16))
     assert not masks["q"][0, :, 3].any()
     assert int((~masks["q"]).sum()) == 8
 
@@ -184,12 +182,15 @@ def test_exactly_the_zeros_that_were_asked_for(method: str, rate: float):
     scored = {x.name: wanda(weights[x.name], norms.of(x)) for x in SHAPES}
     total = sum(x.size for x in SHAPES)
     for zeros in {round(rate * total), round(rate * total) + 1, 0, total}:
+        budget = Budget(zeros, rate)
         if method == "wanda":
-            masks = wanda_masks(SHAPES, scored, zeros, rate, DENSE)
+            masks = wanda_masks(SHAPES, scored, budget)
         elif method == "magnitude":
-            masks = magnitude_masks(SHAPES, weights, zeros, rate, DENSE)
+            masks = magnitude_masks(SHAPES, weights, budget)
         elif method == "sparsegpt":
-            masks, updated = sparsegpt_weights(SHAPES, weights, hessians, zeros, rate, DENSE)
+            result = sparsegpt_weights(SHAPES, weights, hessians, budget)
+            masks, updated = result.masks, result.weights
+            assert updated is not None
             assert all(torch.equal(updated[n] == 0, ~masks[n]) for n in masks)
         else:
             rates = [random(x.groups * x.rows).sigmoid() for x in SHAPES]
@@ -209,20 +210,20 @@ def test_every_group_of_m_keeps_n(method: str, name: str):
     linears = [x for x in SHAPES if x.name in weights]
     rate = pattern.sparsity
     assert rate is not None
-    zeros = round(rate * sum(x.size for x in linears))
+    budget = Budget(round(rate * sum(x.size for x in linears)), rate, pattern)
     if method == "wanda":
         scored = {x.name: wanda(weights[x.name], norms.of(x)) for x in linears}
-        masks = wanda_masks(linears, scored, zeros, rate, pattern)
+        masks = wanda_masks(linears, scored, budget)
     elif method == "magnitude":
-        masks = magnitude_masks(linears, weights, zeros, rate, pattern)
+        masks = magnitude_masks(linears, weights, budget)
     else:
-        masks, _ = sparsegpt_weights(linears, weights, hessians, zeros, rate, pattern)
+        masks = sparsegpt_weights(linears, weights, hessians, budget).masks
     for mask in masks.values():
         assert (mask.reshape(-1, pattern.m).sum(1) == pattern.n).all()
 
 
-def test_even_shares_follow_the_sizes():
-    shares = even_shares(SHAPES, 500, 500 / sum(x.size for x in SHAPES))
+def test_shares_follow_the_sizes():
+    shares = Budget(500, 500 / sum(x.size for x in SHAPES)).shares(SHAPES)
     assert sum(map(sum, shares.values())) == 500
     for x in SHAPES:
         for share in shares[x.name]:
@@ -230,8 +231,8 @@ def test_even_shares_follow_the_sizes():
 
 
 def test_a_block_without_linears_is_left_alone():
-    assert wanda_masks([], {}, 0, 0.5, DENSE) == {}
-    assert magnitude_masks([], {}, 0, 0.5, DENSE) == {}
+    assert wanda_masks([], {}, Budget(0, 0.5)) == {}
+    assert magnitude_masks([], {}, Budget(0, 0.5)) == {}
 
 
 def test_allocated_masks_follow_the_rates_and_the_scores():
@@ -348,7 +349,7 @@ def test_sparsegpt_reconstructs_better_than_wanda_and_than_its_own_mask_alone(na
     norms = InputNorms([layer], CPU)
     norms.add(layer, 0, x)
     scored = {"q": wanda(weight.unsqueeze(0), norms.of(layer))}
-    by_wanda = weight * wanda_masks([layer], scored, zeros, rate, pattern)["q"][0]
+    by_wanda = weight * wanda_masks([layer], scored, Budget(zeros, rate, pattern))["q"][0]
     own = reconstruction_error(x, weight, updated)
     assert own < reconstruction_error(x, weight, weight * mask)
     assert own < reconstruction_error(x, weight, by_wanda)
@@ -434,14 +435,16 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_not_updated():
     hessians = Hessians([layer], CPU)
     for group in (0, 2):
         hessians.add(layer, group, inputs(40, 16, seed=group))
-    zeros = layer.size // 2
-    masks, updated = sparsegpt_weights([layer], weights, hessians, zeros, 0.5, DENSE)
-    by_magnitude = magnitude_masks([layer], weights, zeros, 0.5, DENSE)["experts"]
+    budget = Budget(layer.size // 2, 0.5)
+    result = sparsegpt_weights([layer], weights, hessians, budget)
+    by_magnitude = magnitude_masks([layer], weights, budget)["experts"]
+    masks, updated = result.masks, result.weights
     mask = masks["experts"]
+    assert updated is not None
     assert torch.equal(mask[1], by_magnitude[1])
     assert torch.equal(updated["experts"][1][mask[1]], weights["experts"][1][mask[1]])
     assert not torch.equal(updated["experts"][0][mask[0]], weights["experts"][0][mask[0]])
-    assert pruned(masks) == zeros
+    assert pruned(masks) == budget.zeros
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -451,4 +454,4 @@ def test_statistics_that_overflow_are_an_error_and_no_endless_loop(value: float)
     hessians.of(layer)[0] = hessian_of(inputs(20, 8))
     hessians.of(layer)[0, 2, 2] = value
     with pytest.raises(BesaError, match=r"mlp\.down_proj"):
-        sparsegpt_weights([layer], {layer.name: random(1, 4, 8)}, hessians, 16, 0.5, DENSE)
+        sparsegpt_weights([layer], {layer.name: random(1, 4, 8)}, hessians, Budget(16, 0.5))

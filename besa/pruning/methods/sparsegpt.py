@@ -1,23 +1,33 @@
-"""SparseGPT: masks a weight and updates what is left to make up for what is gone.
+"""SparseGPT: masks weights and updates what is left to make up for what is gone.
 
 Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
 arXiv 2301.00774, Algorithm 1. Columns are visited from left to right; a pruned weight's error is
 spread over the columns still to come by the inverse Hessian's Cholesky factor. The mask of a
 block of columns is chosen when the block is reached, from the weights as updated so far, by
-w^2 / [H^-1]_jj^2.
+w^2 / [H^-1]_jj^2. Experts that saw no token are pruned by magnitude, and not updated.
 
-    pruned, mask = sparsegpt(weight, x.T @ x, zeros=weight.numel() // 2)
+>>> x = torch.randn(64, 16)
+>>> pruned, mask = sparsegpt(torch.randn(4, 16), x.T @ x, zeros=32)
+>>> int((pruned == 0).sum())
+32
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
-from besa.pruning.config import Pattern
+from besa.errors import BesaError
+from besa.model.blocks import Linear
+from besa.pruning.block_run import BlockRun, Pruned
+from besa.pruning.budget import Budget
+from besa.pruning.config import UNSTRUCTURED, Pattern
+from besa.pruning.methods import Method
+from besa.pruning.methods.magnitude import magnitude_masks
 from besa.pruning.patterns import n_of_m
-
-_DENSE = Pattern()
+from besa.pruning.scores import Hessians
 
 
 def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
@@ -49,7 +59,7 @@ def sparsegpt(
     weight: Tensor,
     hessian: Tensor,
     zeros: int,
-    pattern: Pattern = _DENSE,
+    pattern: Pattern = UNSTRUCTURED,
     blocksize: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """Prunes one matrix to exactly `zeros` zeros (ignored for N:M) and updates the rest.
@@ -100,3 +110,45 @@ def sparsegpt(
             errors[:, j] = error
         weight[:, stop:] -= errors @ factor[start:stop, stop:]
     return torch.where(mask, weight, 0.0), mask
+
+
+def sparsegpt_weights(
+    linears: Sequence[Linear], weights: Mapping[str, Tensor], hessians: Hessians, budget: Budget
+) -> Pruned:
+    """Masks of the linears, which all lose the same share, and new weights in float32.
+
+    Args:
+        weights: [groups, rows, cols] by name.
+
+    Raises:
+        BesaError: a linear's statistics overflowed.
+    """
+    shares = budget.shares(linears)
+    by_magnitude = magnitude_masks(linears, weights, budget)
+    masks, updated = {}, {}
+    for linear in linears:
+        kept, matrices = [], []
+        for group, matrix in enumerate(weights[linear.name]):
+            hessian = hessians.of(linear)[group]
+            if not hessian.isfinite().all():
+                raise BesaError(
+                    f"the inputs of {linear.name} are too large for SparseGPT's statistics: "
+                    "choose another method"
+                )
+            if hessian.any():
+                share = shares[linear.name][group]
+                matrix, mask = sparsegpt(matrix, hessian, share, budget.pattern)
+            else:
+                mask = by_magnitude[linear.name][group]
+            kept.append(mask)
+            matrices.append(matrix.float())
+        masks[linear.name], updated[linear.name] = torch.stack(kept), torch.stack(matrices)
+    return Pruned(masks, updated)
+
+
+def mask_and_update(run: BlockRun, budget: Budget) -> Pruned:
+    assert run.hessians is not None
+    return sparsegpt_weights(run.linears, run.weights, run.hessians, budget)
+
+
+METHOD = Method(mask_and_update, hessians=True)

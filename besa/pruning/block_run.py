@@ -1,0 +1,148 @@
+"""One decoder block on the calibration stream: what a method sees of it, and what it can do to it.
+
+run = BlockRun(name="model.layers.0", stored=block, linears=linears, calls=calls, ...)
+run.observe(hessians=False, on_output=lambda i, output: targets.append(output))
+run.put(load("wanda").mask(run, budget))
+print(run.error(len(targets)))
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from besa.model.blocks import Linear
+from besa.model.observe import observe
+from besa.model.replay import Call
+from besa.pruning.config import PruneConfig
+from besa.pruning.learn import OnStep
+from besa.pruning.masked import WeightFactory, masked
+from besa.pruning.scores import Hessians, InputNorms, wanda
+
+Tensors = dict[str, Tensor]  # [groups, rows, cols] by the linears' names
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a method makes of a block's linears.
+
+    Attributes:
+        masks: bool [groups, rows, cols] by name, True where a weight is kept.
+        weights: the new weights by name, shaped like the masks; None: those of the checkpoint.
+        losses: the mean loss of each epoch, if anything was learned.
+    """
+
+    masks: Tensors
+    weights: Tensors | None = None
+    losses: list[float] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class BlockRun:
+    """A block, its linears and its batches.
+
+    Attributes:
+        stored: the block as the checkpoint has it; `put` changes it.
+        linears: what is pruned.
+        calls: how the model calls the block, batch by batch.
+        stream: what enters it, [batch, tokens, width] each.
+        targets: what the dense block makes of that, for all batches or the first ones.
+        device, dtype: of the computation.
+        config: the settings of the run.
+        generator: for what a method draws at random.
+        on_step: is told of every step of learning.
+        block: the block that runs, on the device and in the computation's dtype.
+        weights: its dense weights [groups, rows, cols] by the linears' names.
+        norms, hessians: statistics of the linears' inputs, once they are observed.
+    """
+
+    stored: nn.Module
+    linears: Sequence[Linear]
+    calls: Sequence[Call]
+    stream: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    device: torch.device
+    dtype: torch.dtype
+    config: PruneConfig
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    on_step: OnStep = lambda step: None
+    block: nn.Module = field(init=False)
+    weights: Tensors = field(init=False)
+    norms: InputNorms = field(init=False)
+    hessians: Hessians | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.block = copy.deepcopy(self.stored).to(self.device, self.dtype)
+        self.weights = self._matrices(self.block)
+        self.norms = InputNorms(self.linears, self.device)
+        self._stored_weights = self._matrices(self.stored)
+
+    def _matrices(self, block: nn.Module) -> Tensors:
+        """The weights as they are now; what is put into the block later does not change them."""
+        return {x.name: x.matrix(block.get_parameter(x.parameter).data) for x in self.linears}
+
+    def observe(self, hessians: bool, on_output: Callable[[int, Tensor], None]) -> None:
+        """Runs the block on all batches and gathers statistics of its linears' inputs.
+
+        Args:
+            hessians: X^T X, too.
+            on_output: is given each batch's index and the block's output.
+        """
+        self.norms = InputNorms(self.linears, self.device)
+        self.hessians = Hessians(self.linears, self.device) if hessians else None
+
+        def on_input(linear: Linear, group: int, inputs: Tensor) -> None:
+            self.norms.add(linear, group, inputs)
+            if self.hessians is not None:
+                self.hessians.add(linear, group, inputs)
+
+        with observe(self.block, self.linears, on_input):
+            for i in range(len(self.calls)):
+                on_output(i, self.output(i))
+
+    def scores(self) -> Tensors:
+        """Wanda's importance of every weight, float32 [groups, rows, cols] by name."""
+        return {x.name: wanda(self.weights[x.name], self.norms.of(x)) for x in self.linears}
+
+    def output(
+        self, i: int, weights: Mapping[str, Sequence[WeightFactory]] | None = None
+    ) -> Tensor:
+        """What the block makes of batch `i`, [batch, tokens, width].
+
+        Args:
+            weights: used instead of the block's own, with gradients: by the linears' names, for
+                each group what makes its matrix [rows, cols].
+        """
+        hidden = self.stream[i].to(self.device)
+        if weights is None:
+            return self.calls[i].run(self.block, hidden)
+        with masked(self.block, self.linears, weights):
+            return self.calls[i].run(self.block, hidden)
+
+    def put(self, pruned: Pruned) -> None:
+        """Puts pruned weights into the stored block, and into the running one what is stored.
+
+        So what is measured and handed on is rounded to the checkpoint's dtype.
+        """
+        weights = pruned.weights or self._stored_weights
+        for linear in self.linears:
+            stored = self.stored.get_parameter(linear.parameter)
+            weight = weights[linear.name].to(stored.device, stored.dtype)
+            kept = torch.where(pruned.masks[linear.name].to(stored.device), weight, 0.0)
+            stored.data = linear.stored(kept, stored).contiguous()
+            running = self.block.get_parameter(linear.parameter)
+            running.data = stored.data.to(self.device, self.dtype)
+
+    def error(self, batches: int) -> float:
+        """||dense - pruned||^2 / ||dense||^2 of the block's output over the first batches."""
+        wrong = right = 0.0
+        for i in range(batches):
+            target = self.targets[i].to(self.device).float()
+            output = self.output(i).float()
+            wrong += (output - target).square().sum().item()
+            right += target.square().sum().item()
+        return wrong / right if right else 0.0

@@ -1,0 +1,41 @@
+"""The text that a run is calibrated on, as token windows.
+
+>>> from besa.demo import MODEL
+>>> config = PruneConfig(out="pruned", samples=4, seqlen=128)
+>>> calibration_samples(Checkpoint.open(MODEL), config).shape
+torch.Size([4, 128])
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from besa.data.texts import documents_from
+from besa.data.windows import calibration_windows, token_stream
+from besa.errors import BesaError
+from besa.model.checkpoint import Checkpoint
+from besa.model.loading import load_tokenizer, max_positions
+from besa.pruning.config import PruneConfig
+
+# Tokens in a sample where neither the user nor the model says how many.
+_SEQLEN = 2048
+
+# Windows that each sample is drawn from: a text longer than that is not read to its end.
+_WINDOWS_PER_SAMPLE = 16
+
+
+def calibration_samples(checkpoint: Checkpoint, config: PruneConfig) -> Tensor:
+    """Token ids int64 [samples, seqlen].
+
+    Raises:
+        BesaError: the model takes fewer tokens at once, or the text has too few.
+    """
+    most = max_positions(checkpoint.directory) or _SEQLEN
+    seqlen = config.seqlen or min(_SEQLEN, most)
+    if seqlen > most:
+        raise BesaError(f"{checkpoint.directory} takes {most} tokens at once: lower --seqlen")
+    tokenizer = load_tokenizer(checkpoint.directory)
+    documents = documents_from(config.calibration, "calibration")
+    limit = _WINDOWS_PER_SAMPLE * config.samples * seqlen
+    stream = token_stream(tokenizer, documents, limit=limit)
+    return calibration_windows(stream, config.samples, seqlen, config.seed)
