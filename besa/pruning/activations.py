@@ -1,7 +1,10 @@
 """The calibration stream between blocks: a list of tensors, in memory or in a mapped file.
 
-stream = Activations.of(hidden, torch.float32, directory=None, name="stream")
-stream[0] = block(stream[0])
+>>> hidden = [torch.ones(1, 4, 8), torch.ones(1, 4, 8)]
+>>> stream = Activations.of(hidden, torch.float32, directory=None, name="stream")
+>>> stream[0] = 2 * stream[0]
+>>> stream[0].mean(), stream[1].mean()
+(tensor(2.), tensor(1.))
 """
 
 from __future__ import annotations

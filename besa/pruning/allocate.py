@@ -13,8 +13,14 @@ index; the gradient to P is a segment sum over buckets, so that no probability p
 exists; theta starts as a narrow bell around the target, so that learning starts from Wanda's
 mask; and the learned rates are projected so that the block has exactly the zeros asked for.
 
-    learner = RateLearner([RankedMatrix(weight, rank_buckets(scores)), ...], sparsity=0.5)
-    rates = learn(learner, forward, targets, generator=torch.Generator()).value
+>>> from besa.pruning.learn import learn
+>>> weight, inputs = torch.randn(8, 200), torch.randn(4, 16, 200)
+>>> learner = RateLearner([RankedMatrix(weight, rank_buckets(weight.abs()))], sparsity=0.5)
+>>> def forward(i, weights):
+...     return inputs[i] @ weights[0]().T
+>>> learned = learn(learner, forward, inputs @ weight.T, generator=torch.Generator())
+>>> learned.value[0].shape  # of the first matrix, a rate per row
+torch.Size([8])
 """
 
 from __future__ import annotations

@@ -1,9 +1,23 @@
 """One decoder block on the calibration stream: what a method sees of it, and what it can do to it.
 
-run = BlockRun(name="model.layers.0", stored=block, linears=linears, calls=calls, ...)
-run.observe(hessians=False, on_output=lambda i, output: targets.append(output))
-run.put(load("wanda").mask(run, budget))
-print(run.error(len(targets)))
+>>> from besa.model.blocks import find_linears
+>>> from besa.pruning.budget import Budget
+>>> from besa.pruning.methods import load
+>>> block, targets = nn.Sequential(nn.Linear(16, 8)), []
+>>> run = BlockRun(
+...     stored=block,
+...     linears=find_linears(block, "block", experts=None),
+...     calls=[Call((), {})],
+...     stream=[torch.randn(1, 4, 16)],
+...     targets=targets,
+...     device=torch.device("cpu"),
+...     dtype=torch.float32,
+...     config=PruneConfig(out="pruned"),
+... )
+>>> run.observe(hessians=False, on_output=lambda i, output: targets.append(output))
+>>> run.put(load("wanda").mask(run, Budget(zeros=64, rate=0.5)))
+>>> int((block[0].weight == 0).sum()), 0 < run.error(batches=1) < 1
+(64, True)
 """
 
 from __future__ import annotations

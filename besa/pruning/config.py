@@ -1,6 +1,9 @@
 """The settings of a pruning run.
 
-config = PruneConfig(out="pruned", method="besa", sparsity=0.6)
+>>> PruneConfig(out="pruned", method="wanda", sparsity=0.6).rate
+0.6
+>>> PruneConfig(out="pruned", pattern="2:4").pattern
+Pattern(n=2, m=4)
 """
 
 from __future__ import annotations

@@ -3,10 +3,8 @@
 BESA's objective (arXiv 2402.16880, equation 2): the squared error of the block's output over that
 of the dense block, plus what the learner adds to it. What is learned is the learner's own:
 `besa.pruning.allocate` learns how sparse each row is, `besa.pruning.nm` which N of every M
-neighbours stay. Both give masked weights with straight-through gradients to their parameters.
-
-    learned = learn(RateLearner(matrices, 0.5), forward, targets, generator=torch.Generator())
-    rates, losses = learned.value, learned.losses
+neighbours stay. Both give masked weights with straight-through gradients to their parameters, and
+their examples show the loop at work.
 """
 
 from __future__ import annotations

@@ -6,8 +6,14 @@ instead, towards the same block objective and through the same straight-through 
 Wanda's, and the gradient of the loss to its mask, dL/dM = dL/dW' * W, moves it. The step is
 divided by the gradient's root mean square over the matrix, so that no model needs its own.
 
-    learner = ChoiceLearner(weights, scores, Pattern(2, 4))
-    masks = learn(learner, forward, targets, generator=torch.Generator()).value
+>>> from besa.pruning.learn import learn
+>>> weight, inputs = torch.randn(8, 16), torch.randn(4, 16, 16)
+>>> learner = ChoiceLearner([weight], [weight.abs()], Pattern(2, 4))
+>>> def forward(i, weights):
+...     return inputs[i] @ weights[0]().T
+>>> learned = learn(learner, forward, inputs @ weight.T, generator=torch.Generator())
+>>> learned.value[0].sum(1)  # of the first matrix, the weights kept per row
+tensor([8, 8, 8, 8, 8, 8, 8, 8])
 """
 
 from __future__ import annotations

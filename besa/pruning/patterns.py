@@ -5,8 +5,11 @@ are fractions of *pruned* weights. Unstructured masks prune each row's least imp
 many as `counts_for` hands out; N:M masks keep the N most important of every M neighbours along
 the inputs.
 
-    counts = counts_for(torch.full((4096,), 0.5), cols=4096, total=8_388_608)
-    mask = lowest_pruned(scores, counts)
+>>> counts = counts_for(torch.tensor([0.25, 0.5]), cols=8, total=8)
+>>> counts
+tensor([3, 5])
+>>> lowest_pruned(torch.rand(2, 8), counts).sum(1)
+tensor([5, 3])
 """
 
 from __future__ import annotations

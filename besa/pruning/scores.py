@@ -6,10 +6,12 @@ Large Language Models", arXiv 2306.11695): s_ij = |W_ij| * ||X_j||_2 over the ca
 Both are fed by `besa.model.observe.observe` and keep one entry per group, so that an expert's
 weights are judged by the tokens routed to it.
 
-    norms = InputNorms(linears, device)
-    with observe(block, linears, norms.add):
-        call.run(block, hidden)
-    scores = wanda(weight, norms.of(linear))
+>>> linear = Linear("q_proj", "q_proj.weight", groups=1, rows=2, cols=2, transposed=False)
+>>> norms = InputNorms([linear], torch.device("cpu"))
+>>> norms.add(linear, 0, torch.tensor([[3.0, 0.0], [4.0, 1.0]]))
+>>> wanda(torch.tensor([[[1.0, -2.0], [2.0, 3.0]]]), norms.of(linear))
+tensor([[[ 5.,  2.],
+         [10.,  3.]]])
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """The pruning methods: one file each, which ends in its `METHOD`.
 
-To add one, write `besa/pruning/methods/NAME.py` and name it in `besa/methods.py`.
+To add one, write `besa/pruning/methods/NAME.py` and name it in `besa/methods.py`. The example of
+`besa.pruning.block_run` prunes a block with one.
 
-    pruned = load("wanda").mask(run, budget)
+>>> load("sparsegpt").hessians, load("besa").targets
+(True, True)
 
 Pruning a block has up to three steps: a mask is chosen, the weights that it keeps are updated, the
 block's output is reconstructed by learning them. A step gives a `Pruned`, and the next one goes

@@ -6,7 +6,11 @@ learned (`besa.pruning.allocate`) and projected, so that the block has exactly t
 within a row the least important weights go, as in Wanda. N:M: the rate of every row is fixed, and
 the choice within the groups is learned (`besa.pruning.nm`).
 
-    pruned = load("besa").mask(run, Budget(zeros=8_000_000, rate=0.5))
+>>> linears = [Linear("q_proj", "q_proj.weight", 1, 4, 8, transposed=False)]
+>>> rates = torch.tensor([0.25, 0.5, 0.5, 0.75])  # as they were learned
+>>> masks = allocated_masks(linears, {"q_proj": torch.rand(1, 4, 8)}, [rates], zeros=16)
+>>> masks["q_proj"].sum(2)  # kept, by row
+tensor([[6, 4, 4, 2]])
 """
 
 from __future__ import annotations

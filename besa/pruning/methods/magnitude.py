@@ -3,7 +3,10 @@
 Han et al., "Learning both Weights and Connections for Efficient Neural Networks", arXiv
 1506.02626. It looks at no text: the least that a method must beat.
 
-    masks = magnitude_masks(linears, weights, Budget(zeros=8_000_000, rate=0.5))
+>>> linears = [Linear("q_proj", "q_proj.weight", 1, 4, 8, transposed=False)]
+>>> masks = magnitude_masks(linears, {"q_proj": torch.randn(1, 4, 8)}, Budget(zeros=10, rate=0.3))
+>>> int((~masks["q_proj"]).sum())
+10
 """
 
 from __future__ import annotations

@@ -4,7 +4,10 @@ Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
 2306.11695. A weight's importance is |W_ij| * ||X_j||_2 over the calibration tokens
 (`besa.pruning.scores`). Experts that saw no token are pruned by magnitude.
 
-    masks = wanda_masks(linears, scores, Budget(zeros=8_000_000, rate=0.5))
+>>> linears = [Linear("q_proj", "q_proj.weight", 1, 4, 8, transposed=False)]
+>>> masks = wanda_masks(linears, {"q_proj": torch.rand(1, 4, 8)}, Budget(zeros=16, rate=0.5))
+>>> masks["q_proj"].sum(2)  # kept, by row
+tensor([[4, 4, 4, 4]])
 """
 
 from __future__ import annotations
