@@ -14,6 +14,7 @@ shown, and without --verbose that is only what went wrong.
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import signal
@@ -79,30 +80,30 @@ def serve(config: ServeConfig) -> int:
         _say(f"runs {command}")
     else:
         _say(f"{command.engine} {command.version} loads {config.name} {_HINT}")
-    with _stops() as stops:
+    with _stop_signals() as stops:
         try:
             with RunningEngine(command, config) as engine:
-                with _sign_of_life(config):
+                with _spinner(config):
                     engine.wait_until_ready()
                 print(announcement(config), flush=True)
                 try:
-                    return _ended(engine, command)
-                except _Stop:
-                    stops.again()
+                    return _wait_for_end(engine, command)
+                except _StopSignal:
+                    stops.rearm()
                     _drain(engine, config)
         except EngineError as error:
             raise error if config.verbose else BesaError(f"{error} {_HINT}") from None
-        except _Stop:  # while it started, or for the second time
+        except _StopSignal:  # while it started, or for the second time
             _say("stopped at once")
     return 0
 
 
-def _sign_of_life(config: ServeConfig) -> AbstractContextManager[object]:
+def _spinner(config: ServeConfig) -> AbstractContextManager[object]:
     """Something that moves on a terminal, unless the engine's log does."""
     return nullcontext() if config.verbose else Console(stderr=True).status("starting")
 
 
-def _ended(engine: RunningEngine, command: EngineCommand) -> int:
+def _wait_for_end(engine: RunningEngine, command: EngineCommand) -> int:
     """Waits for an engine that nobody told to stop."""
     code = engine.wait()
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -155,7 +156,7 @@ def free_port(host: str, port: int) -> int:
         except PermissionError:
             raise BesaError(f"--port {port} is not yours to use: take one above 1023") from None
         except OSError as error:
-            if error.errno == 98:
+            if error.errno == errno.EADDRINUSE:
                 raise BesaError(f"port {port} of {host} is in use: give another --port") from None
             raise BesaError(f"cannot listen on {host}:{port}: {error.strerror}") from None
         return int(listener.getsockname()[1])
@@ -164,39 +165,39 @@ def free_port(host: str, port: int) -> int:
 def announcement(config: ServeConfig) -> str:
     """Where the server is, and a line that tries it."""
     body = {"model": config.name, "prompt": "Once upon a time", "max_tokens": 32}
-    words = ["curl", f"{config.url}/v1/completions", "-H", "Content-Type: application/json"]
-    line = shlex.join([*words, "-d", json.dumps(body)])
+    command = ["curl", f"{config.url}/v1/completions", "-H", "Content-Type: application/json"]
+    line = shlex.join([*command, "-d", json.dumps(body)])
     if config.api_key is not None:  # which one, its owner knows
         line += ' -H "Authorization: Bearer $BESA_API_KEY"'
     return f"{config.url}/v1 serves {config.name}\n{line}"
 
 
-def _say(words: str) -> None:
-    print(f"besa serve: {words}", file=sys.stderr, flush=True)
+def _say(message: str) -> None:
+    print(f"besa serve: {message}", file=sys.stderr, flush=True)
 
 
-class _Stop(Exception):
+class _StopSignal(Exception):
     """SIGINT, SIGTERM or SIGHUP came."""
 
 
-class _Stops:
-    """Signals that raise `_Stop`: the first, and after `again` one more."""
+class _SignalHandler:
+    """Raises `_StopSignal` for the first signal, and after `rearm` for one more."""
 
     def __init__(self) -> None:
         self.armed = True
 
-    def again(self) -> None:
+    def rearm(self) -> None:
         self.armed = True
 
     def __call__(self, _number: int, _frame: FrameType | None) -> None:
         if self.armed:
             self.armed = False
-            raise _Stop
+            raise _StopSignal
 
 
 @contextmanager
-def _stops() -> Iterator[_Stops]:
-    stops = _Stops()
+def _stop_signals() -> Iterator[_SignalHandler]:
+    stops = _SignalHandler()
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         numbers.append(signal.SIGHUP)

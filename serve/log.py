@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-# vLLM's processes and loggers put in front of a line who they are.
+# vLLM's processes and loggers begin a line with their own names.
 _PREFIX = re.compile(r"^(\([^()]*\bpid=\d+[^()]*\) ?)?([A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?")
 _EXCEPTION = re.compile(r"^(?:[\w.]*\.)?(\w*(?:Error|Exception|Exit)): (.+)")
 _USAGE = re.compile(r"^(?:[\w .-]+: )?error: (.+)", re.IGNORECASE)

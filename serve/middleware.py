@@ -33,12 +33,12 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 # No prompt for a model that fits on one machine is longer.
 _MOST_BYTES = 32 << 20
 
-# The others load other models, throw this one away, or are not for text.
-_OPEN = ("/health", "/v1/models", "/v1/completions", "/v1/chat/completions")
+# transformers' other endpoints load other models, throw this one away, or are not for text.
+_ENDPOINTS = ("/health", "/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
 class Middleware:
-    """Lets requests through to `app` that may and can be answered.
+    """Lets those requests through to `app` that are allowed and that it can answer.
 
     Args:
         app: transformers' ASGI application.
@@ -61,24 +61,24 @@ class Middleware:
             await self.app(scope, receive, send)
             return
         path = scope["path"].rstrip("/")
-        if path != "/health" and not self._may(scope):
+        if path != "/health" and not self._is_authorized(scope):
             await respond(send, 401, problem("the API key is missing or wrong", 401))
-        elif path not in _OPEN:
-            served = ", ".join(_OPEN)
+        elif path not in _ENDPOINTS:
+            served = ", ".join(_ENDPOINTS)
             await respond(send, 404, problem(f"there is no {path} here, only {served}", 404))
         elif path == "/v1/models" and scope["method"] == "GET":
             await respond(send, 200, self.models)
         else:
-            await self._pass_on(scope, receive, send)
+            await self._forward(scope, receive, send)
 
-    def _may(self, scope: MutableMapping[str, Any]) -> bool:
+    def _is_authorized(self, scope: MutableMapping[str, Any]) -> bool:
         if self.key is None or scope["method"] == "OPTIONS":
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, shown = given.partition(b" ")
+        header = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, shown = header.partition(b" ")
         return scheme.lower() == b"bearer" and secrets.compare_digest(shown, self.key.encode())
 
-    async def _pass_on(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def _forward(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         body = b""
         while True:
             message = await receive()
@@ -91,21 +91,21 @@ class Middleware:
             if not message.get("more_body"):
                 break
 
-        given = False
-        gone = asyncio.Event()
+        delivered = False
+        disconnected = asyncio.Event()
 
         async def receive_again() -> Message:
-            nonlocal given
-            if not given:
-                given = True
+            nonlocal delivered
+            if not delivered:
+                delivered = True
                 return {"type": "http.request", "body": body, "more_body": False}
-            await gone.wait()
+            await disconnected.wait()
             return {"type": "http.disconnect"}
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
-            gone.set()
+            disconnected.set()
 
         work = asyncio.ensure_future(self.app(scope, receive_again, send))
         watcher = asyncio.create_task(watch())

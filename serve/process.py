@@ -99,7 +99,8 @@ class RunningEngine(ChildProcess):
             if self.popen.poll() is not None:
                 raise self._failure()
             time.sleep(_POLL_SECONDS)
-        # Healthy is not yet able: kernels that lack a shape say so when they are first called.
+        # A healthy engine may still be unable to compute: kernels that lack a shape fail with the
+        # first call.
         body = {"model": self.config.name, "prompt": "a", "max_tokens": 1}
         if (status := self._ask("POST", "/v1/completions", body)) is None or status >= 500:
             raise self._failure()
@@ -110,11 +111,11 @@ class RunningEngine(ChildProcess):
         return EngineError(self.command.engine, self.reason() or "its log does not say why")
 
     def _let_log_end(self) -> None:
-        """What a process wrote last may still be on its way."""
+        """Waits for the last lines that the process wrote, which may still be on their way."""
         self._reader.join(timeout=2)
 
     def reason(self) -> str | None:
-        """What the engine's log says of its end."""
+        """Why it ended, from the engine's log; None if no line tells."""
         return reason_of(list(self.log))
 
     def wait(self) -> int:
@@ -124,7 +125,11 @@ class RunningEngine(ChildProcess):
         return code
 
     def stop(self) -> bool:
-        """Has the engine finish what it does and end; False if it took too long and was killed."""
+        """Has the engine finish its requests and end.
+
+        Returns:
+            Whether it has ended; False if that takes too long.
+        """
         self.shown = self.config.verbose
         self.popen.terminate()
         try:

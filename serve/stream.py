@@ -31,7 +31,7 @@ from transformers.cli.serving.utils import (
 
 
 class Stream(DirectStreamer):  # type: ignore[misc]
-    """In the place of transformers' streamers, whichever way the tokens are generated.
+    """In the place of transformers' streamers, for every way to generate tokens.
 
     Attributes:
         queue: text, what a parser makes of it, an error; None is the end.
@@ -51,7 +51,7 @@ class Stream(DirectStreamer):  # type: ignore[misc]
         self.text = ""
         self.stopped = False
         self.on_cancel: Callable[[], None] = lambda: None
-        self._kept = ""
+        self._held_back = ""
         self._begun = False
         self._ended = False
 
@@ -74,12 +74,12 @@ class Stream(DirectStreamer):  # type: ignore[misc]
                 return
             self.tokens.append(token)
             self.total_tokens += 1
-            self._kept += self._decode_stream.step(self._tokenizer, token) or ""
-            end = first_stop(self._kept, self.stops)
+            self._held_back += self._decode_stream.step(self._tokenizer, token) or ""
+            end = first_stop(self._held_back, self.stops)
             self.stopped = end is not None
-            self._release(
-                len(self._kept) - beginning(self._kept, self.stops) if end is None else end
-            )
+            if end is None:
+                end = len(self._held_back) - stop_prefix_length(self._held_back, self.stops)
+            self._release(end)
 
     def end(self) -> None:
         """Lets go of what was kept back, and ends the queue."""
@@ -87,21 +87,21 @@ class Stream(DirectStreamer):  # type: ignore[misc]
             return
         self._ended = True
         if not self.stopped:
-            self._release(len(self._kept))
+            self._release(len(self._held_back))
         super().end()
 
     def fail(self, error: object) -> None:
         """Ends the queue with an error. transformers puts its words between quotes, as they are."""
         self._ended = True
-        words = str(error).replace("\\", "/").replace('"', "'").replace("\n", " ")
-        self._enqueue(_StreamError(words))
+        message = str(error).replace("\\", "/").replace('"', "'").replace("\n", " ")
+        self._enqueue(_StreamError(message))
 
     def cancel(self) -> None:
         super().cancel()
         self.on_cancel()
 
     def _release(self, length: int) -> None:
-        text, self._kept = self._kept[:length], self._kept[length:]
+        text, self._held_back = self._held_back[:length], self._held_back[length:]
         if not text:
             return
         self.text += text
@@ -117,7 +117,7 @@ def first_stop(text: str, stops: Sequence[str]) -> int | None:
     return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
-def beginning(text: str, stops: Sequence[str]) -> int:
+def stop_prefix_length(text: str, stops: Sequence[str]) -> int:
     """How many characters at the end of `text` may be the beginning of a stop string."""
     return max(
         (

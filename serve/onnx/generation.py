@@ -1,7 +1,7 @@
 """ONNX Runtime GenAI in a thread of its own: requests in, tokens out to their streams.
 
-A server makes one `GenerationThread` for its model, and calls its `start(Asked(…), stream)` for
-each request, in an event loop.
+A server makes one `GenerationThread` for its model, and calls its `start(request, stream)` for each
+`GenerationRequest`, in an event loop.
 
 On a CPU GenAI's engine batches statically: up to four of the requests that wait begin together, and
 the next ones when all of these have ended. All calls of the engine are made in its thread.
@@ -29,8 +29,8 @@ _EVENTS = 64
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a request asks for; None for what genai_config.json says.
+class GenerationRequest:
+    """What is to be generated; None for what genai_config.json says.
 
     Attributes:
         prompt: token numbers.
@@ -65,7 +65,7 @@ class GenerationThread:
         ends = described["model"]["eos_token_id"]
         self._ends = set(ends if isinstance(ends, list) else [ends])
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._running: list[_Running] = []
+        self._running: list[_Generation] = []
         self._engine: Any = None
         self.failed: str | None = None
         loaded: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
@@ -74,12 +74,12 @@ class GenerationThread:
         )
         self._thread.start()
         if (error := loaded.get()) is not None:
-            words = str(error).splitlines() or [type(error).__name__]
-            raise BesaError(f"{directory} cannot be loaded: {words[0]}") from None
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise BesaError(f"{directory} cannot be loaded: {lines[0]}") from None
 
-    def start(self, asked: Asked, stream: Stream) -> None:
+    def start(self, asked: GenerationRequest, stream: Stream) -> None:
         """Has a prompt continued; what comes of it arrives in the stream's queue."""
-        running = _Running(asked, stream)
+        running = _Generation(asked, stream)
         stream.on_cancel = lambda: self._work.put(lambda: self._cancel(running))
         self._work.put(lambda: self._begin(running))
 
@@ -123,7 +123,7 @@ class GenerationThread:
                 self._running.clear()
         del events, self._engine
 
-    def _begin(self, running: _Running) -> None:
+    def _begin(self, running: _Generation) -> None:
         asked, og = running.asked, self._og
         options = og.RequestOptions()
         options.set_max_session_tokens(len(asked.prompt) + asked.max_tokens)
@@ -161,7 +161,7 @@ class GenerationThread:
         elif stream.stopped:
             self._cancel(running)
 
-    def _cancel(self, running: _Running) -> None:
+    def _cancel(self, running: _Generation) -> None:
         """Ends a request early; its place in the batch is free when the others have ended."""
         if running not in self._running:
             return
@@ -169,15 +169,15 @@ class GenerationThread:
         running.stream.end()
         self._forget(running)
 
-    def _forget(self, running: _Running) -> None:
+    def _forget(self, running: _Generation) -> None:
         self._running.remove(running)
         running.request.close()
 
 
-class _Running:
+class _Generation:
     """A request on its way."""
 
-    def __init__(self, asked: Asked, stream: Stream) -> None:
+    def __init__(self, asked: GenerationRequest, stream: Stream) -> None:
         self.asked, self.stream = asked, stream
         self.request: Any = None
         self.turn = 0

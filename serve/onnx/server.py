@@ -4,7 +4,7 @@
 
 Completions and chat completions, streamed or not; keys, closed connections and closed endpoints as
 in front of transformers' server (besa.serve.middleware), and the same fields refused
-(besa.serve.handlers). `ignore_eos` and `min_tokens` are understood besides, which load generators
+(besa.serve.requests). `ignore_eos` and `min_tokens` are understood besides, which load generators
 ask for.
 """
 
@@ -28,17 +28,17 @@ from transformers import AutoTokenizer
 from transformers.cli.serving.utils import _StreamError
 
 from besa.serve.cpu import threads
-from besa.serve.handlers import answer_errors, check
 from besa.serve.middleware import Middleware
-from besa.serve.onnx.generation import Asked, GenerationThread
+from besa.serve.onnx.generation import GenerationRequest, GenerationThread
+from besa.serve.requests import answer_errors, check
 from besa.serve.stream import Stream
 
 # Of the legacy API, where a request does not say it.
 _MOST_TOKENS = 16
 
-# What changes the answer, and this engine does not do, besides what no server of besa's does. A
-# seed it takes only where it batches dynamically, which is on GPUs.
-_REFUSED: dict[str, tuple[Any, ...]] = {
+# Fields that change the answer and that GenAI does not heed, with the values that ask for nothing.
+# It takes a seed only where it batches dynamically, which is on GPUs.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "logit_bias": ({},),
     "min_p": (0,),
@@ -62,14 +62,14 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--threads", type=int, help="default: one for each core")
-    ours = parser.parse_args(arguments)
-    generation = GenerationThread(ours.directory, ours.threads or threads())
+    args = parser.parse_args(arguments)
+    generation = GenerationThread(args.directory, args.threads or threads())
     try:
         uvicorn.run(
-            application(ours.directory, ours.served_model_name, generation),
-            host=ours.host,
-            port=ours.port,
-            log_level=ours.log_level,
+            application(args.directory, args.served_model_name, generation),
+            host=args.host,
+            port=args.port,
+            log_level=args.log_level,
             access_log=False,
             timeout_graceful_shutdown=int(os.environ.get("BESA_SHUTDOWN_TIMEOUT", "30")),
         )
@@ -106,14 +106,11 @@ class _Api:
         self.tokenizer, self.name, self.generation = tokenizer, name, generation
 
     async def answer(self, body: dict[str, Any], chat: bool) -> Any:
-        check(body)
-        for field, harmless in _REFUSED.items():
-            if body.get(field) is not None and body[field] not in harmless:
-                raise HTTPException(400, f"{field}={body[field]!r} is not supported by this server")
+        check(body, _UNSUPPORTED)
         if body.get("model", self.name) != self.name:
             raise HTTPException(404, f"there is no model {body['model']}, only {self.name}")
         prompt = self._messages(body) if chat else self._prompt(body)
-        asked = self._asked(body, prompt, chat)
+        asked = self._generation_request(body, prompt, chat)
         stream = Stream(self.tokenizer, body.get("stop") or [])
         answer = _Answer(self.name, chat, asked, stream)
         self.generation.start(asked, stream)
@@ -154,7 +151,9 @@ class _Api:
             raise HTTPException(400, str(error).splitlines()[0]) from error
         return list(found["input_ids"])
 
-    def _asked(self, body: dict[str, Any], prompt: list[int], chat: bool) -> Asked:
+    def _generation_request(
+        self, body: dict[str, Any], prompt: list[int], chat: bool
+    ) -> GenerationRequest:
         longest = self.generation.longest
         if not prompt:
             raise HTTPException(400, "the prompt is empty")
@@ -169,13 +168,13 @@ class _Api:
             most = longest if chat else _MOST_TOKENS
         most = min(most, longest - len(prompt))
         least = most if body.get("ignore_eos") else int(body.get("min_tokens") or 0)
-        return Asked(
+        return GenerationRequest(
             prompt,
             most,
             min(least, most),
             temperature=_number(body, "temperature"),
             top_p=_number(body, "top_p"),
-            top_k=_whole(body, "top_k"),
+            top_k=_whole_number(body, "top_k"),
         )
 
 
@@ -184,7 +183,7 @@ def _number(body: dict[str, Any], field: str) -> float | None:
     return None if value is None else float(value)  # `check` has seen it
 
 
-def _whole(body: dict[str, Any], field: str) -> int | None:
+def _whole_number(body: dict[str, Any], field: str) -> int | None:
     value = body.get(field)
     if value is not None and (type(value) is not int or value < 0):
         raise HTTPException(400, f"{field} is a whole number, 0 or more")
@@ -194,7 +193,7 @@ def _whole(body: dict[str, Any], field: str) -> int | None:
 class _Answer:
     """A stream of text as the API words it."""
 
-    def __init__(self, name: str, chat: bool, asked: Asked, stream: Stream) -> None:
+    def __init__(self, name: str, chat: bool, asked: GenerationRequest, stream: Stream) -> None:
         self.chat, self.asked, self.stream = chat, asked, stream
         self.head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -211,7 +210,7 @@ class _Answer:
             parts.append(item)
         text = "".join(parts)
         said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": self._why()}
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": self._finish_reason()}
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self.head, "object": kind, "choices": [choice], "usage": self._usage()}
 
@@ -228,23 +227,25 @@ class _Answer:
                 yield self._event({"delta": {"content": item}} if self.chat else {"text": item})
             else:
                 last: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
-                yield self._event(last, self._why())
+                yield self._event(last, self._finish_reason())
                 if usage:
                     yield self._event(None)
             yield "data: [DONE]\n\n"
         finally:
             self.stream.cancel()  # of no effect on what has ended
 
-    def _event(self, said: dict[str, Any] | None, why: str | None = None) -> str:
+    def _event(self, said: dict[str, Any] | None, finish_reason: str | None = None) -> str:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         chunk: dict[str, Any] = {**self.head, "object": kind}
         if said is None:
             chunk |= {"choices": [], "usage": self._usage()}
         else:
-            chunk["choices"] = [{"index": 0, **said, "logprobs": None, "finish_reason": why}]
+            chunk["choices"] = [
+                {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
+            ]
         return f"data: {json.dumps(chunk)}\n\n"
 
-    def _why(self) -> str:
+    def _finish_reason(self) -> str:
         full = len(self.stream.tokens) >= self.asked.max_tokens
         return "length" if full and not self.stream.stopped else "stop"
 

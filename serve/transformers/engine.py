@@ -18,6 +18,9 @@ from besa.machine import has_nvidia_gpu
 from besa.serve.engines import Engine, Generated, Launch, OfflineModel, need
 from besa.serve.settings import ServeConfig
 
+# The versions whose server has the parts that besa replaces; see besa.serve.transformers.server.
+SERVER_VERSIONS = "5.19 to 5.24"
+
 
 class TransformersEngine(Engine):
     """`transformers serve`, changed in its process where clients count on more."""

@@ -69,7 +69,7 @@ def make_sparse(model: nn.Module, files: Sequence[str], config: PackedConfig) ->
 
 
 def finish_loading(model: nn.Module) -> None:
-    """Once the weights are loaded: every packed one checked again, and in memory of its own.
+    """Checks every packed weight, and finds its row pointers, once all are loaded.
 
     Raises:
         FormatError: a weight that was not loaded, or not as the files have it.
@@ -161,7 +161,10 @@ def _check_complete(model: Any, stored: set[str]) -> None:
 
 
 def _check_names(parts: Sequence[str], targets: Mapping[str, list[str]], model: nn.Module) -> None:
-    """Parts that are renamed otherwise than their weight would not be found, and go unnoticed."""
+    """Raises a BesaError for a part that is renamed otherwise than its weight.
+
+    It would not be found, and nothing would say so.
+    """
     known = model.state_dict()
     for part, found in _targets(parts, model).items():
         weight, _, kind = part.rpartition("_")

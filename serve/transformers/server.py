@@ -2,18 +2,18 @@
 
     python -m besa.serve.engine transformers serve DIR --served-model-name tiny --port 8000
 
-The server and all of its flags are transformers' own (5.19 to 5.24): completions and chat
-completions, streamed or not. It looks its parts up by name when it starts, and besa puts its own in
+The server and all of its flags are transformers' own: completions and chat completions, streamed or
+not. It looks its parts up by name when it starts, and besa puts its own in
 the place of six of them:
 
 - one model, from a directory, under a name that is no path (`/v1/models` lists it and it alone);
 - API keys, closed connections, closed endpoints (besa.serve.middleware);
 - requests batched on a CPU; stop strings cut off, prompts that do not fit refused, sampling as each
   request asks, cancelled requests ended (besa.serve.transformers.generation);
-- an end of patience with requests that do not end, once it is told to stop;
+- a limit of time for requests that have begun, once the server is told to stop;
 - bad requests answered with status 400 in OpenAI's words, streams ended with `[DONE]`, fields that
   would have been ignored (`n`, `logprobs`, …) refused, and `ignore_eos` heeded, which load
-  generators ask for (besa.serve.handlers).
+  generators ask for (besa.serve.transformers.handlers).
 
 Not there: `/metrics`, `/v1/responses`, log probabilities, more than one choice, structured output.
 """
@@ -36,9 +36,11 @@ from transformers.cli import serve as command
 from transformers.cli.serving import chat_completion, completion, model_manager, server, utils
 
 from besa.errors import BesaError
-from besa.serve.handlers import ChatRequests, CompletionRequests, answer_errors
 from besa.serve.middleware import Middleware
+from besa.serve.requests import answer_errors
+from besa.serve.transformers.engine import SERVER_VERSIONS
 from besa.serve.transformers.generation import Generation
+from besa.serve.transformers.handlers import ChatRequests, CompletionRequests
 
 
 def run(arguments: list[str]) -> None:
@@ -50,12 +52,12 @@ def run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="transformers serve", add_help=False, allow_abbrev=False)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--served-model-name", required=True)
-    ours, flags = parser.parse_known_args(arguments)
+    args, flags = parser.parse_known_args(arguments)
 
-    name: str = ours.served_model_name
+    name: str = args.served_model_name
     key = os.environ.get("BESA_API_KEY") or None
     drain_seconds = int(os.environ.get("BESA_SHUTDOWN_TIMEOUT", "30"))
-    _replace(name, ours.directory, key, drain_seconds)
+    _replace(name, args.directory, key, drain_seconds)
     _quiet_access_log()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command.Serve)
@@ -65,9 +67,9 @@ def run(arguments: list[str]) -> None:
             [*flags, "--", name], prog_name="transformers serve", standalone_mode=False
         )
     except Exception as error:
-        if (words := getattr(error, "format_message", None)) is None:
+        if (usage_error := getattr(error, "format_message", None)) is None:
             raise
-        print(f"error: {words()}", file=sys.stderr)
+        print(f"error: {usage_error()}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -115,7 +117,9 @@ def _replace(name: str, directory: Path, key: str | None, drain_seconds: int) ->
         (uvicorn, "Config", partial(uvicorn.Config, timeout_graceful_shutdown=drain_seconds)),
     ):
         if not hasattr(module, part):
-            raise BesaError(f"{module.__name__}.{part} is gone: install transformers 5.19 to 5.24")
+            raise BesaError(
+                f"{module.__name__}.{part} is gone: install transformers {SERVER_VERSIONS}"
+            )
         setattr(module, part, replacement)
 
 

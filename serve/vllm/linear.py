@@ -1,11 +1,11 @@
 """Packed linears in vLLM: the quantization method "besa".
 
 A packed weight has as many values as it has nonzeros, so no parameter of a known shape can take
-it. Each linear registers empty placeholders instead, whose own loaders keep what arrives until all
-parts of a source weight are there. Which of its rows this rank holds, and where, is asked of vLLM's
-own loader of that layer: `weight_rows` goes through it as any tensor of one number per row would,
-so that fused projections, tensor parallelism and replicated heads are vLLM's business. The columns
-of row-parallel layers are found the same way. After loading, the parts of a layer become one packed
+it. Each linear registers empty placeholders instead. Their loaders keep the parts of a source
+weight until all of them are there. vLLM's own loader of that layer then tells which rows this rank
+holds, and where: `weight_rows` goes through it like any tensor with one number for each row. So
+fused projections, tensor parallelism and replicated heads stay vLLM's business. The columns of
+row-parallel layers are found the same way. After loading, the parts of a layer become one packed
 weight.
 """
 
@@ -45,7 +45,7 @@ _DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float
 
 @register_quantization_config(QUANT_METHOD)
 class BesaConfig(QuantizationConfig):  # type: ignore[misc]
-    """What vLLM asks of a quantization method."""
+    """The quantization method, as vLLM asks for it."""
 
     def __init__(self, config: PackedConfig) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """Registers the placeholders of what the checkpoint may hold of this layer."""
+        """Registers a placeholder for each tensor that the checkpoint may hold of this layer."""
         self.loader: Callable[..., None] = attributes["weight_loader"]
         self.columns = (input_size_per_partition, input_size)
         self.rows = sum(output_partition_sizes)
@@ -132,11 +132,11 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for name, tensor in placeholders.items():
             parameter = Parameter(tensor, requires_grad=False)
             layer.register_parameter(name, parameter)
-            set_weight_attrs(parameter, {"weight_loader": partial(self._arrives, name)})
+            set_weight_attrs(parameter, {"weight_loader": partial(self._load_part, name)})
             if name in ("weight_rows", "weight"):  # a model may reorder rows before it loads them
                 set_weight_attrs(parameter, {"output_dim": 0})
 
-    def _arrives(self, name: str, _: Parameter, loaded: Tensor, *shard: Any, **more: Any) -> None:
+    def _load_part(self, name: str, _: Parameter, loaded: Tensor, *shard: Any, **more: Any) -> None:
         """Takes one part of a source; with the last one, packs what this rank needs of it."""
         source = self.sources.setdefault(repr((shard, more)), _Source())
         source.parts[name] = loaded
@@ -147,14 +147,14 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             wanted.add("weight_scale")
         if "weight" not in source.parts and not wanted <= set(source.parts):
             return
-        taken = self._local(0, source.parts["weight_rows"], self.rows, *shard, **more)
-        source.slots = (taken >= 0).nonzero()[:, 0]
-        whole = self._whole(source.parts)
+        rows = self._on_this_rank(0, source.parts["weight_rows"], self.rows, *shard, **more)
+        source.slots = (rows >= 0).nonzero()[:, 0]
+        whole = self._checked_source(source.parts)
         # A copy, so that the checkpoint's file does not stay mapped.
-        source.packed = self._own_columns(take_rows(whole, taken[source.slots])).clone()
+        source.packed = self._own_columns(take_rows(whole, rows[source.slots])).clone()
         source.parts.clear()
 
-    def _whole(self, parts: dict[str, Tensor]) -> Packed:
+    def _checked_source(self, parts: dict[str, Tensor]) -> Packed:
         """The source as the checkpoint has it, checked."""
         in_features = self.columns[1]
         if "weight" in parts:
@@ -174,13 +174,13 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         own, every = self.columns
         if own == every:
             return packed
-        taken = self._local(None, torch.arange(every, dtype=torch.int32), own)
-        return take_columns(packed, int(taken[0]), int(taken[-1]) + 1)
+        columns = self._on_this_rank(None, torch.arange(every, dtype=torch.int32), own)
+        return take_columns(packed, int(columns[0]), int(columns[-1]) + 1)
 
-    def _local(
+    def _on_this_rank(
         self, output_dim: int | None, numbers: Tensor, size: int, *shard: Any, **more: Any
     ) -> Tensor:
-        """Where vLLM's loader puts `numbers` in `size` places of this rank; -1 where nowhere."""
+        """Which of `numbers` vLLM's loader gives to this rank: int64 [size], -1 where none."""
         probe = Parameter(torch.full((size,), -1, dtype=torch.int32), requires_grad=False)
         attributes = {"output_dim": 0} if output_dim is not None else {"input_dim": 0}
         set_weight_attrs(probe, attributes)
@@ -188,8 +188,8 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return probe.data.long()
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Makes one packed weight of what arrived."""
-        packed = self._joined().to(layer.get_parameter("weight_rows").device)
+        """Makes one packed weight of the parts that were loaded."""
+        packed = self._stacked_sources().to(layer.get_parameter("weight_rows").device)
         if packed.values.is_floating_point():  # the type that the engine runs the model in
             packed = replace(packed, values=packed.values.to(self.dtype))
         for name in ("weight_values", "weight_bitmask", "weight_rows", "weight", "weight_scale"):
@@ -207,7 +207,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         self.sources.clear()
 
-    def _joined(self) -> Packed:
+    def _stacked_sources(self) -> Packed:
         """The sources, one below the other in the order of the rows that they fill."""
         slots, ready = [], []
         for source in sorted(self.sources.values(), key=_first_slot):

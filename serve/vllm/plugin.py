@@ -18,14 +18,14 @@ from besa.serve.vllm.engine import VERSIONS, version_warning
 def register() -> None:
     """Makes vLLM know packed checkpoints; a warning where this vLLM is not one that besa knows."""
     found = _version()
-    if (words := version_warning(found)) is not None:
-        warnings.warn(words, BesaWarning, stacklevel=2)
+    if (message := version_warning(found)) is not None:
+        warnings.warn(message, BesaWarning, stacklevel=2)
     try:
         import besa.serve.vllm.linear  # noqa: F401 - registers itself
     except (ImportError, AttributeError) as error:
-        words = f"packed models cannot be loaded into vLLM {found} ({error})"
-        todo = f"install vllm>={VERSIONS[0]},<{VERSIONS[1]}, or a besa that knows this one"
-        warnings.warn(f"{words}: {todo}", BesaWarning, stacklevel=2)
+        message = f"packed models cannot be loaded into vLLM {found} ({error})"
+        remedy = f"install vllm>={VERSIONS[0]},<{VERSIONS[1]}, or a besa that knows this one"
+        warnings.warn(f"{message}: {remedy}", BesaWarning, stacklevel=2)
 
 
 def _version() -> str:

@@ -16,7 +16,7 @@ pytest.importorskip("fastapi")  # transformers' server, whose streams these are,
 from transformers import AutoTokenizer
 from transformers.cli.serving.utils import _GenerationCancelled, _StreamError
 
-from besa.serve.stream import Stream, beginning, first_stop
+from besa.serve.stream import Stream, first_stop, stop_prefix_length
 
 
 @pytest.fixture(scope="module")
@@ -164,4 +164,4 @@ def test_an_error_ends_it(tokenizer: Any):
 )
 def test_where_stop_strings_are(text: str, stops: list[str], first: int | None, open_end: int):
     assert first_stop(text, stops) == first
-    assert beginning(text, stops) == open_end
+    assert stop_prefix_length(text, stops) == open_end
