@@ -1,4 +1,11 @@
-"""What is exported: a plain checkpoint, with its zeros stored like any other weight."""
+"""What is exported: a plain checkpoint, with its zeros stored like any other weight.
+
+>>> open_plain("path/to/pruned").blocks_name
+'model.layers'
+>>> open_plain("path/to/sparse")
+Traceback (most recent call last):
+besa.errors.BesaError: path/to/sparse is packed already: ...
+"""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_python_runs(
 
 
 # Rooms whose examples do not run yet.
-NOT_YET = ("besa.pruning", "besa.bench", "besa.demo")
+NOT_YET = ("besa.pruning", "besa.bench")
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if not name.startswith(NOT_YET)])

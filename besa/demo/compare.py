@@ -1,7 +1,11 @@
 """Prunes one model by several methods at several settings and compares what is left.
 
-comparison = compare(MODEL, Path("demo"), SETTINGS, CONTENDERS, seqlen=256)
-Path("demo/report.html").write_text(render_comparison(comparison), encoding="utf-8")
+>>> methods = [("wanda", None), ("magnitude", None)]
+>>> found = compare(
+...     Path("path/to/model"), Path("demo"), {"2:4": SETTINGS["2:4"]}, methods, seqlen=32, limit=8
+... )
+>>> [(row.method, row.setting, row.recovered is None) for row in found.rows]
+[('wanda', '2:4', True), ('magnitude', '2:4', False)]
 """
 
 from __future__ import annotations

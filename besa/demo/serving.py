@@ -1,6 +1,6 @@
 """What `besa demo` ends with: the pruned model packed, served beside the dense one, and measured.
 
-results = serve_and_measure(Path("besa-demo/besa-row-50"), Path("besa-demo"), print)
+It packs what BESA left of the embedded model, and is one run of `besa bench` on it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""The record of a packed checkpoint, from the plan and what was written."""
+"""The record of a packed checkpoint, from the plan and what was written.
+
+>>> from pathlib import Path
+>>> from besa.model.record import read_record
+>>> read_record(Path("path/to/sparse")).linears[0]
+PackedLinearRecord(name='model.layers.0.self_attn.q_proj', kind='q_proj', ...)
+"""
 
 from __future__ import annotations
 
