@@ -2,7 +2,7 @@
 
 >>> machine()                 # '2 cores, Intel(R) Xeon(R) Processor, 2 threads'
 '... cores, ...'
->>> memory()["total"] > memory()["available"]
+>>> memory().total > memory().available
 True
 
 psutil tells what every system knows. The rest is read from where Linux tells it: what a system does
@@ -21,7 +21,6 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -138,25 +137,27 @@ def openmp_runtimes() -> list[str]:
     return sorted({str(Path(path).resolve()) for path in mapped if _OPENMP.search(path)})
 
 
-def gpus() -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that torch can use; its memory is in bytes."""
+
+    name: str
+    memory: int
+    compute_capability: str
+    driver: str | None
+
+
+def gpus() -> list[Gpu]:
     """The GPUs that torch can use."""
     import torch
 
     if not torch.cuda.is_available():
         return []
     driver = _driver()
-    found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found.append(
-            {
-                "name": properties.name,
-                "memory": properties.total_memory,
-                "compute_capability": f"{properties.major}.{properties.minor}",
-                "driver": driver,
-            }
-        )
-    return found
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        Gpu(each.name, each.total_memory, f"{each.major}.{each.minor}", driver) for each in found
+    ]
 
 
 def has_nvidia_gpu() -> bool:

@@ -22,7 +22,7 @@ def machine() -> Machine:
         core_share=here.core_share(),
         cpu_features=tuple(sorted(name for name, has in here.cpu_features().items() if has)),
         memory=here.memory().total,
-        gpus=tuple(gpu["name"] for gpu in here.gpus()),
+        gpus=tuple(gpu.name for gpu in here.gpus()),
         system=f"{platform.system()} {platform.release()}",
         threads=os.environ.get("OMP_NUM_THREADS"),
     )

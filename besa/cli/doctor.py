@@ -12,10 +12,15 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from besa.typed_json import to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from besa.doctor.report import DoctorReport, System
+    from besa.machine import Gpu, Memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,98 +33,107 @@ def run(args: argparse.Namespace) -> int:
     with Console(stderr=True).status("measuring, a few seconds", refresh_per_second=4):
         from besa.doctor.examine import examine
 
-        record = examine()
+        report = examine()
     if args.json:
-        print(json.dumps(record))
+        print(json.dumps(to_json(report)))
         return 0
     # A pipe has no width: do not fold its lines, unless someone wishes it.
     free = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    _print(record, Console(width=10_000 if free else None, highlight=False))
+    _print(report, Console(width=10_000 if free else None, highlight=False))
     return 0
 
 
-def _print(record: dict[str, Any], console: Console) -> None:
+def _print(report: DoctorReport, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _lines(record):
+    for name, value in _lines(report):
         table.add_row(name, Text(value))
     with console.capture() as shown:
         console.print(table)
-        for warning in record["warnings"]:
+        for warning in report.warnings:
             console.print(Text.assemble("\n", ("warning: ", "yellow"), warning))
     # A table fills its last column with spaces.
     print("\n".join(line.rstrip() for line in shown.get().splitlines()))
 
 
-def _lines(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _lines(report: DoctorReport) -> Iterator[tuple[str, str]]:
     """Each thing and what there is to say about it."""
+    prefix = report.prefix + "/"  # long, and the same for most paths
+    yield "besa", f"{report.besa}, Python {report.versions['python']}"
+    yield "", f"in {report.prefix}"
+    yield from _system_lines(report.system, report.cpu_features)
+    for index, path in enumerate(report.openmp):
+        yield "" if index else "OpenMP", path.removeprefix(prefix)
+    yield "memory", _memory(report.system.memory)
+    for index, gpu in enumerate(report.gpus):
+        yield "" if index else "GPU", _gpu(gpu)
+    if not report.gpus:
+        yield "GPU", "none that torch can use"
+    kernel = report.kernel
+    yield "kernels", ": ".join(x for x in (kernel.isa, kernel.reason) if x)
+    if report.native.path:
+        yield "", report.native.path.removeprefix(prefix)
+    yield from _speed_lines(report)
+    versions = {name: number for name, number in report.versions.items() if name != "python"}
+    yield "packages", ", ".join(f"{name} {number}" for name, number in versions.items() if number)
+    if lacking := [name for name, number in versions.items() if not number]:
+        yield "", f"not installed: {', '.join(lacking)}"
+
+
+def _system_lines(system: System, features: dict[str, bool]) -> Iterator[tuple[str, str]]:
     from besa.report.formatting import size
 
-    system, memory = record["system"], record["system"]["memory"]
-    features = record["cpu_features"]
-    prefix = record["prefix"] + "/"  # long, and the same for most paths
-    yield "besa", f"{record['besa']}, Python {record['versions']['python']}"
-    yield "", f"in {record['prefix']}"
-    yield "system", f"{system['os']}, {system['architecture']}"
-    yield "CPU", f"{system['cpu']}, {_cores(system)}, {size(system['cache'])} of cache"
+    yield "system", f"{system.os}, {system.architecture}"
+    yield "CPU", f"{system.cpu}, {_cores(system)}, {size(system.cache)} of cache"
     if features:
         yield "", " ".join(name for name, there in features.items() if there) or "no extensions"
     if lacking := [name for name, there in features.items() if not there]:
         yield "", f"without {' '.join(lacking)}"
-    setting = system["omp_num_threads"]
+    setting = system.omp_num_threads
     told = f"OMP_NUM_THREADS={setting}" if setting else "OMP_NUM_THREADS is not set"
-    yield "threads", f"{system['threads']} ({told})"
-    for index, path in enumerate(record["openmp"]):
-        yield "" if index else "OpenMP", path.removeprefix(prefix)
-    words = [size(memory["total"]), f"{size(memory['available'])} available"]
-    if memory["limit"] is not None:
-        words.append(f"{size(memory['limit'])} granted to this container")
-    if memory["swap_used"]:
-        words.append(f"{size(memory['swap_used'])} swapped out")
-    yield "memory", ", ".join(words)
-    yield from _gpu_lines(record)
-    kernel = record["kernel"]
-    yield "kernels", ": ".join(x for x in (kernel["isa"], kernel["reason"]) if x)
-    if record["native"]["path"]:
-        yield "", record["native"]["path"].removeprefix(prefix)
-    yield from _speed_lines(record)
-    versions = {k: v for k, v in record["versions"].items() if k != "python"}
-    yield "packages", ", ".join(f"{name} {v}" for name, v in versions.items() if v)
-    if lacking := [name for name, version in versions.items() if not version]:
-        yield "", f"not installed: {', '.join(lacking)}"
+    yield "threads", f"{system.threads} ({told})"
 
 
-def _gpu_lines(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _cores(system: System) -> str:
+    words = f"{system.cores} core{'s' if system.cores != 1 else ''}"
+    if system.core_share is not None:
+        words += f" (of which a container grants {system.core_share:g})"
+    return words
+
+
+def _memory(memory: Memory) -> str:
     from besa.report.formatting import size
 
-    for index, gpu in enumerate(record["gpus"]):
-        words = f"{gpu['name']}, {size(gpu['memory'])}, compute capability "
-        words += f"{gpu['compute_capability']}, driver {gpu['driver'] or 'unknown'}"
-        yield "" if index else "GPU", words
-    if not record["gpus"]:
-        yield "GPU", "none that torch can use"
+    words = [size(memory.total), f"{size(memory.available)} available"]
+    if memory.limit is not None:
+        words.append(f"{size(memory.limit)} granted to this container")
+    if memory.swap_used:
+        words.append(f"{size(memory.swap_used)} swapped out")
+    return ", ".join(words)
 
 
-def _speed_lines(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    limit = record["read_bandwidth"]
-    threads = f"{limit['threads']} thread{'s' if limit['threads'] != 1 else ''}"
-    yield "reading", f"{limit['bytes_per_second'] / 1e9:.1f} GB/s from memory, {threads}"
-    if figure := record["dense_against_sparse"]:
+def _gpu(gpu: Gpu) -> str:
+    from besa.report.formatting import size
+
+    return (
+        f"{gpu.name}, {size(gpu.memory)}, compute capability {gpu.compute_capability}, "
+        f"driver {gpu.driver or 'unknown'}"
+    )
+
+
+def _speed_lines(report: DoctorReport) -> Iterator[tuple[str, str]]:
+    limit = report.read_bandwidth
+    threads = f"{limit.threads} thread{'s' if limit.threads != 1 else ''}"
+    yield "reading", f"{limit.bytes_per_second / 1e9:.1f} GB/s from memory, {threads}"
+    if figure := report.dense_against_sparse:
         yield (
             "1 token",
-            f"{figure['rows']}×{figure['cols']}, {figure['sparsity']:.0%} zeros: "
-            f"F.linear {1e3 * figure['dense_seconds']:.2g} ms, "
-            f"besa {1e3 * figure['sparse_seconds']:.2g} ms ({figure['speedup']:.1f}×, "
-            f"{figure['share_of_read_bandwidth']:.0%} of the read limit)",
+            f"{figure.rows}×{figure.cols}, {figure.sparsity:.0%} zeros: "
+            f"F.linear {1e3 * figure.dense_seconds:.2g} ms, "
+            f"besa {1e3 * figure.sparse_seconds:.2g} ms ({figure.speedup:.1f}×, "
+            f"{figure.share_of_read_bandwidth:.0%} of the read limit)",
         )
-
-
-def _cores(system: dict[str, Any]) -> str:
-    words = f"{system['cores']} core{'s' if system['cores'] != 1 else ''}"
-    if system["core_share"] is not None:
-        words += f" (of which a container grants {system['core_share']:g})"
-    return words

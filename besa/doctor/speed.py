@@ -1,10 +1,9 @@
 """How fast this machine is, in two seconds: what memory allows, and what packed weights gain.
 
->>> figure = dense_against_sparse(room())
->>> print(f"packed weights are {figure['speedup']:.1f} times as fast as dense ones")
+>>> nbytes = bytes_to_measure()
+>>> figure = dense_against_sparse(nbytes, read_bandwidth(nbytes))
+>>> print(f"packed weights are {figure.speedup:.1f} times as fast as dense ones")
 packed weights are ... times as fast as dense ones
->>> read_bandwidth(room()) > 1e8
-True
 
 A model generates text at the speed at which its weights are read: for one token each weight is
 used once, and no cache holds them all. So both measure on more memory than the caches have.
@@ -17,11 +16,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle
 from statistics import median
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from besa.doctor.report import DenseAgainstSparse
 from besa.formats import pack
 from besa.kernels import sparse_linear
 from besa.machine import cache_size, memory
@@ -35,7 +35,7 @@ _SECONDS, _TIMES = 0.4, 5
 T = TypeVar("T")
 
 
-def room() -> int:
+def bytes_to_measure() -> int:
     """How many bytes to measure on: far more than the caches hold, of what memory there is."""
     wanted = max(512 * 2**20, 2 * (cache_size() or 0))
     return min(wanted, memory().available // 4)
@@ -62,14 +62,12 @@ def readers(nbytes: int) -> list[Callable[[], object]]:
 
 
 @torch.no_grad()
-def dense_against_sparse(nbytes: int) -> dict[str, Any]:
+def dense_against_sparse(nbytes: int, bandwidth: float) -> DenseAgainstSparse:
     """One token through matrices of bfloat16, dense and then packed.
 
     Args:
         nbytes: how much memory the matrices of each kind take.
-
-    Returns:
-        What was done, median seconds a matrix, and the bytes of a packed one.
+        bandwidth: what `read_bandwidth` measured.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(SIZE, SIZE, dtype=torch.bfloat16, generator=generator)
@@ -85,18 +83,19 @@ def dense_against_sparse(nbytes: int) -> dict[str, Any]:
         [packed.clone() for _ in range(_count(nbytes, packed.nbytes))],
         lambda matrix: sparse_linear(token, matrix),
     )
-    return {
-        "tokens": 1,
-        "rows": SIZE,
-        "cols": SIZE,
-        "sparsity": SPARSITY,
-        "dtype": "bfloat16",
-        "threads": torch.get_num_threads(),
-        "dense_seconds": dense,
-        "sparse_seconds": sparse,
-        "speedup": dense / sparse,
-        "bytes": packed.nbytes,
-    }
+    return DenseAgainstSparse(
+        tokens=1,
+        rows=SIZE,
+        cols=SIZE,
+        sparsity=SPARSITY,
+        dtype="bfloat16",
+        threads=torch.get_num_threads(),
+        dense_seconds=dense,
+        sparse_seconds=sparse,
+        speedup=dense / sparse,
+        bytes=packed.nbytes,
+        share_of_read_bandwidth=packed.nbytes / sparse / bandwidth,
+    )
 
 
 def _count(nbytes: int, each: int) -> int:

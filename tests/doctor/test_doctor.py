@@ -16,9 +16,12 @@ import pytest
 import torch
 
 from besa import __version__
-from besa.doctor.examine import PACKAGES, advice
+from besa.doctor.advice import advice
+from besa.doctor.examine import PACKAGES
+from besa.doctor.report import DoctorReport
 from besa.kernels import native
 from besa.kernels.isa import ISAS
+from besa.typed_json import from_json
 from tests.helpers import REPOSITORY
 
 WITHOUT_KERNELS = """
@@ -205,12 +208,24 @@ def test_on_a_terminal(tmp_path: Path):
 
 
 HEALTHY: dict[str, Any] = {
+    "besa": "1.0",
     "system": {
+        "os": "Linux 6.1",
+        "architecture": "x86_64",
+        "cpu": "a CPU",
         "cores": 8,
         "core_share": None,
         "threads": 8,
-        "memory": {"swap_used": 0},
+        "omp_num_threads": None,
+        "cache": None,
+        "memory": {"total": 2**34, "available": 2**33, "limit": None, "swap_used": 0},
     },
+    "cpu_features": {},
+    "gpus": [],
+    "prefix": "/usr",
+    "versions": {},
+    "read_bandwidth": {"bytes_per_second": 1e10, "threads": 8},
+    "dense_against_sparse": None,
     "native": {"path": "/lib.so", "problem": None},
     "kernel": {"isa": "avx2", "reason": "the best that this CPU has"},
     "openmp": ["/torch/libgomp.so.1"],
@@ -219,7 +234,10 @@ HEALTHY: dict[str, Any] = {
 
 ILLS = {
     "no library": ({"native": {"problem": "gone"}}, r"\(gone\).*install a C\+\+ compiler"),
-    "isa": ({"kernel": {"reason": "BESA_ISA=avx2"}}, "BESA_ISA=avx2 may hold .* back: unset it"),
+    "isa": (
+        {"kernel": {"reason": "BESA_ISA=avx2", "overridden": True}},
+        "BESA_ISA=avx2 may hold .* back: unset it",
+    ),
     "wrong isa": (
         {"kernel": {"isa": None, "reason": "BESA_ISA=x is none of y"}},
         "BESA_ISA=x is none of y: unset it, or correct it",
@@ -242,9 +260,9 @@ def changed(record: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("ill", ILLS)
 def test_each_ill_has_its_advice(ill: str):
     changes, expected = ILLS[ill]
-    (line,) = advice(changed(copy.deepcopy(HEALTHY), changes))
+    (line,) = advice(from_json(DoctorReport, changed(copy.deepcopy(HEALTHY), changes)))
     assert re.search(expected, line)
 
 
 def test_a_healthy_machine_needs_none():
-    assert advice(HEALTHY) == []
+    assert advice(from_json(DoctorReport, HEALTHY)) == []
