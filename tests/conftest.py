@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.helpers import PATIENCE, REPOSITORY
 from tests.parallel import (  # noqa: F401 - pytest's hooks
     pytest_collection_modifyitems,
     pytest_configure,
@@ -73,16 +74,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def besa(tmp_path: Path) -> Besa:
-    """Runs `besa` as a process of its own, in the test's directory; its output as text."""
+    """Runs `besa` in a new interpreter, in the test's directory; its output as text.
+
+    That takes seconds more than `tests.helpers.run`, which forks an interpreter that has torch.
+    """
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "besa", *map(str, arguments)],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PATIENCE,
         )
 
     return run

@@ -2,9 +2,9 @@
 
     python tests/bench/stub.py --ttft 0.05 --itl 0.01 --port 8001
 
-It writes when it really received a request and really sent each token (`--journal FILE`, seconds of
-the clock that `time.perf_counter` reads, which all processes of a machine share), so that a test
-can tell the load generator's error from a late timer on a busy machine.
+It writes when it really received a request and really sent each token, and by how much it was late
+with it (`--journal FILE`, seconds of the clock that `time.perf_counter` reads, which all processes
+of a machine share), so that a test can tell the load generator's error from a busy machine's.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Stub:
         tokens = self.tokens(prompt, int(body.get("max_tokens", 16)))
         usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(tokens)}
         async with self.slots:
-            started, sent = time.perf_counter(), []
+            started, sent, late = time.perf_counter(), [], []
             if not body.get("stream"):
                 await asyncio.sleep(arguments.ttft + arguments.itl * (len(tokens) - 1))
                 choice = {"index": 0, "text": "".join(tokens), "finish_reason": "length"}
@@ -102,6 +102,7 @@ class Stub:
                 reason = "length" if index + 1 == len(tokens) else None
                 choice = {"index": 0, "text": token, "finish_reason": reason}
                 sent.append(time.perf_counter())
+                late.append(sent[-1] - due)
                 await self.event(writer, json.dumps({"id": "x", "choices": [choice]}))
             await self.event(writer, json.dumps({"id": "x", "choices": [], "usage": usage}))
             await self.event(writer, "[DONE]")
@@ -109,7 +110,7 @@ class Stub:
             await writer.drain()
         if arguments.journal:
             with Path(arguments.journal).open("a") as file:
-                line = {"prompt": prompt, "received": received, "sent": sent}
+                line = {"prompt": prompt, "received": received, "sent": sent, "late": late}
                 file.write(json.dumps(line) + "\n")
         return True
 

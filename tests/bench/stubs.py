@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.helpers import PATIENCE, REPOSITORY
 
 
 @contextmanager
@@ -26,6 +26,20 @@ def stub(*arguments: object) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+def entries(journal: Path) -> list[dict[str, Any]]:
+    """What a stub server did, a request each."""
+    return [json.loads(line) for line in journal.read_text().splitlines()]
+
+
+def lateness(journal: Path) -> float:
+    """How many seconds late the machine wakes who sleeps, nine times in ten at most.
+
+    A client is late as its server is. So this much a figure may be off on a busy machine.
+    """
+    late = sorted(seconds for entry in entries(journal) for seconds in entry["late"])
+    return float(late[len(late) * 9 // 10])
 
 
 def environment() -> dict[str, str]:
@@ -49,7 +63,7 @@ def start_bench(out: Path, *arguments: object) -> subprocess.Popen[str]:
 def bench(out: Path, *arguments: object) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     """`besa bench` to its end, and its results.json; empty if it wrote none."""
     process = start_bench(out, *arguments)
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
     results = out / "results.json"
     return done, json.loads(results.read_text()) if results.exists() else {}

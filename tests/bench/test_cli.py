@@ -8,8 +8,8 @@ import itertools
 import json
 import signal
 import statistics
-import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from besa.bench.generator import CLIENTS
 from besa.bench.shapes import SHAPES
 from besa.processes.usage import family
 from besa.serve.vllm.engine import vllm_version
-from tests.bench.stubs import bench, start_bench, stub
+from tests.bench.stubs import bench, entries, lateness, start_bench, stub
+from tests.helpers import PATIENCE
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None and importlib.util.find_spec("guidellm") is None,
@@ -48,19 +49,20 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, A
         urls = [f"--url={name}={stack.enter_context(stub(*x))}" for name, x in servers.items()]
         urls.append("--url=absent=http://127.0.0.1:9")
         done, results = bench(
-            folder / "out", *urls, *QUICK, "--concurrency", "1,2", "--rounds", 5, "--timeout", 8
+            folder / "out", *urls, *QUICK, "--concurrency", "1,2", "--rounds", 5, "--timeout", 15
         )
     return done, results, folder
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_figures_are_right_within_two_percent_or_a_millisecond(
     compared: tuple[Any, dict[str, Any], Path],
 ) -> None:
     """Against what the server did; and, as it is told to, against what it was asked to do."""
     _, results, folder = compared
-    journal = [json.loads(line) for line in (folder / "dense.jsonl").read_text().splitlines()]
-    counted = [line for line in journal if len(line["sent"]) == 8]
+    counted = [line for line in entries(folder / "dense.jsonl") if len(line["sent"]) == 8]
+    late = lateness(folder / "dense.jsonl")
     truth = {
         "ttft_p50": statistics.median(x["sent"][0] - x["received"] for x in counted),
         "itl_p50": statistics.median(
@@ -71,24 +73,27 @@ def test_figures_are_right_within_two_percent_or_a_millisecond(
     nominal = {"ttft_p50": 0.2, "itl_p50": 0.04, "e2e_p50": 0.2 + 7 * 0.04}
     measured = next(m for m in results["measurements"] if m["contender"] == "dense")["summary"]
     for name, true in truth.items():
-        allowed = max(0.02 * true, 0.001)
+        allowed = max(0.02 * true, 0.001) + 2 * late
         assert measured[name]["median"] == pytest.approx(true, abs=allowed), name
         assert measured[name]["median"] == pytest.approx(nominal[name], abs=2 * allowed), name
     rate = 8 / nominal["e2e_p50"]
-    assert measured["output_tps"]["median"] == pytest.approx(rate, rel=0.05)
+    allowed = 0.05 + 2 * late / nominal["e2e_p50"]
+    assert measured["output_tps"]["median"] == pytest.approx(rate, rel=allowed)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_gains(compared: tuple[Any, dict[str, Any], Path]) -> None:
-    _, results, _ = compared
+    _, results, folder = compared
     assert results["reference"] == "dense"
+    late = lateness(folder / "dense.jsonl")
     for load in ("1 at a time", "2 at a time"):
         gains = results["comparisons"]["sparse"][load]
         for name in ("ttft_p50", "itl_p50", "e2e_p50", "output_tps"):
-            assert gains[name]["median"] == pytest.approx(2, rel=0.1), name
+            assert gains[name]["median"] == pytest.approx(2, rel=0.1 + 2 * late / 0.02), name
             assert gains[name]["verdict"] == "better", name
         same = results["comparisons"]["same"][load]
-        assert same["e2e_p50"]["median"] == pytest.approx(1, abs=0.03)
+        assert same["e2e_p50"]["median"] == pytest.approx(1, abs=0.03 + 2 * late / 0.48)
 
 
 @pytest.mark.slow
@@ -99,7 +104,7 @@ def test_broken_contenders_are_named_and_counted_nowhere(
     assert done.returncode == 1
     broken = {one["name"]: one["broken"] for one in results["contenders"] if one["broken"]}
     assert set(broken) == {"dying", "hanging", "failing", "fickle", "absent"}
-    assert "no answer within 8 s" in broken["hanging"]
+    assert "no answer within 15 s" in broken["hanging"]
     assert "status 500" in broken["failing"] or "requests failed" in broken["failing"]
     assert "otherwise than before" in broken["fickle"]
     assert "cannot be reached" in broken["absent"]
@@ -136,6 +141,7 @@ def test_files(compared: tuple[Any, dict[str, Any], Path]) -> None:
     assert "no difference" in done.stdout or "1.0" in done.stdout
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_generators(tmp_path: Path, generator: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,14 +156,13 @@ def test_generators(tmp_path: Path, generator: str, monkeypatch: pytest.MonkeyPa
             "--rate", "8", "--rounds", 2, "--generator", generator,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    asked = [
-        [json.loads(line) for line in journal.read_text().splitlines()] for journal in journals
-    ]
+    asked = [entries(journal) for journal in journals]
     prompts = [sorted(line["prompt"] for line in lines) for lines in asked]
     assert prompts[0] == prompts[1]
     assert len(set(prompts[0])) == len(prompts[0])
     counted = [line for line in asked[0] if len(line["sent"]) == 8]
     true = statistics.median(x["sent"][-1] - x["received"] for x in counted)
+    late = max(map(lateness, journals))
     for load, at_least in (("2 at a time", 8), ("8 requests/s", 4)):
         found = next(
             m for m in results["measurements"] if (m["contender"], m["load"]) == ("a", load)
@@ -165,26 +170,30 @@ def test_generators(tmp_path: Path, generator: str, monkeypatch: pytest.MonkeyPa
         assert found["requests"] == 2 * at_least
         assert found["output_tokens"] == [8, 8]
         # Room for a busy machine: the test above is the strict one.
-        assert found["summary"]["e2e_p50"]["median"] == pytest.approx(true, rel=0.05)
-        assert found["summary"]["itl_p50"]["median"] == pytest.approx(0.02, abs=0.002)
+        e2e, itl = (found["summary"][name]["median"] for name in ("e2e_p50", "itl_p50"))
+        assert e2e == pytest.approx(true, abs=0.05 * true + 2 * late)
+        assert itl == pytest.approx(0.02, abs=0.002 + 2 * late)
     # The last four came at random times, the same ones for both.
     arrivals = [sorted(x["received"] for x in lines[-4:]) for lines in asked]
     gaps = [[y - x for x, y in itertools.pairwise(one)] for one in arrivals]
-    assert gaps[0] == pytest.approx(gaps[1], abs=0.06)
+    assert gaps[0] == pytest.approx(gaps[1], abs=0.06 + 4 * late)
     assert max(gaps[0]) - min(gaps[0]) > 0.03
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_objective_is_found(tmp_path: Path) -> None:
     """Two at a time, 0.1 s each: 20 requests a second, and beyond that they wait."""
-    with stub("--ttft", 0.03, "--itl", 0.01, "--slots", 2) as url:
+    journal = tmp_path / "journal"
+    with stub("--ttft", 0.03, "--itl", 0.01, "--slots", 2, "--journal", journal) as url:
         done, results = bench(
             tmp_path / "out", f"--url=one={url}", *QUICK, "--requests", 24, "--concurrency", "2",
             "--rounds", 1, "--slo", "ttft=100ms",
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = results["slo"]["rates"]["one"]
-    assert 8 < found["rate"] < found["above"] < 45
+    slower = 1 + 8 * lateness(journal) / 0.1  # each answer, on a machine that is busy
+    assert 8 / slower < found["rate"] < found["above"] < 45
 
 
 @pytest.mark.slow
@@ -201,20 +210,24 @@ def test_nothing_is_left(tmp_path: Path, number: signal.Signals, generator: str)
                 break
         # A watchdog and the generator; guidellm forks more of them for each measurement.
         wanted = 5 if generator == "guidellm" and number != signal.SIGINT else 2
-        deadline = time.monotonic() + 60
         while len(children := set(family(process.pid)) - {process.pid}) < wanted:
-            assert time.monotonic() < deadline
+            assert process.poll() is None, "it ended by itself"
             time.sleep(0.05)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=PATIENCE)
     expected = -number if number == signal.SIGKILL else 130
     assert process.returncode == expected
     assert "Traceback" not in errors
-    deadline = time.monotonic() + 10
-    while any(_lives(pid) for pid in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_the_end(children)
     assert list(tmp_path.iterdir()) == []
+
+
+def wait_for_the_end(pids: Iterable[int]) -> None:
+    """Of processes that are not this one's children; a zombie has ended."""
+    deadline = time.monotonic() + PATIENCE
+    while left := [pid for pid in pids if _lives(pid)]:
+        assert time.monotonic() < deadline, f"{left} do not end"
+        time.sleep(0.05)
 
 
 def _lives(pid: int) -> bool:
@@ -236,17 +249,13 @@ def test_servers_that_were_started_are_gone(
     for line in process.stderr:
         if "starts" in line:
             break
-    deadline = time.monotonic() + 60
     while not (engines := _engines(process.pid)):
-        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended by itself"
         time.sleep(0.05)
     time.sleep(1)
     process.send_signal(number)
-    process.communicate(timeout=60)
-    deadline = time.monotonic() + 60
-    while any(_lives(pid) for pid in engines):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    process.communicate(timeout=PATIENCE)
+    wait_for_the_end(engines)
 
 
 def _engines(pid: int) -> list[int]:
@@ -285,13 +294,14 @@ def test_a_real_engine(tmp_path: Path, tiny_model: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed")
-def test_a_random_shape_in_vllm(tmp_path: Path) -> None:
+def test_a_random_shape_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made, packed, served by the real engine with the flags asked for, and removed."""
     shape = {**SHAPES["tinyllama"], "num_hidden_layers": 2, "hidden_size": 128}
     shape |= {"intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
     shape |= {"vocab_size": 512, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    before = set(Path(tempfile.gettempdir()).glob("besa-bench-*"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     done, results = bench(
         tmp_path / "out", "--shape", tmp_path / "config.json", "--pattern", "2:4",
         "--engine", "vllm", "--engine-args=--enforce-eager --max-model-len 64", "--rounds", 1,
@@ -308,7 +318,7 @@ def test_a_random_shape_in_vllm(tmp_path: Path) -> None:
     assert results["quality"]["skipped"] == "random weights have no quality"
     assert all(m["output_tokens"] == [4, 4] for m in results["measurements"])
     assert "Random weights" in (tmp_path / "out" / "report.html").read_text()
-    assert set(Path(tempfile.gettempdir()).glob("besa-bench-*")) <= before
+    assert not list((tmp_path / "temporary").glob("besa-bench-*"))
 
 
 @pytest.mark.slow

@@ -251,7 +251,9 @@ metric_list:
 """
 
 
-def test_tasks_run_the_harness(besa: Besa, tiny_model: Path, text: Path, tmp_path: Path) -> None:
+def test_tasks_run_the_harness(
+    tiny_model: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("lm_eval")
     questions = [
         {"question": "fox", "choices": [" jumps", " sleeps"], "answer": index % 2}
@@ -266,7 +268,7 @@ def test_tasks_run_the_harness(besa: Besa, tiny_model: Path, text: Path, tmp_pat
         "eval", tiny_model, "--text", text, "--limit", 2,
         "--tasks", "own_task", "--task-path", folder, "--num-fewshot", 0,
     )  # fmt: skip
-    finished = besa(*command, "--json")
+    finished = in_process(capfd, *command, "--json")
     assert finished.returncode == 0, finished.stderr
     printed = json.loads(finished.stdout)
     # One question with both answers in turn: whatever the model prefers is right half the time.
@@ -274,4 +276,4 @@ def test_tasks_run_the_harness(besa: Besa, tiny_model: Path, text: Path, tmp_pat
     assert scores["acc"] == 0.5
     assert scores["acc_stderr"] > 0
     assert "lm_eval" in printed["versions"]
-    assert re.search(r"own_task\s+│ acc\s+│\s+0\.5000 ± 0\.\d+", besa(*command).stdout)
+    assert re.search(r"own_task\s+│ acc\s+│\s+0\.5000 ± 0\.\d+", in_process(capfd, *command).stdout)

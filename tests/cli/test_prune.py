@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import (
+    PATIENCE,
     REPOSITORY,
     Process,
     everything,
@@ -120,7 +121,7 @@ def test_live_line_on_a_terminal(tiny_model: Path, text: Path, tmp_path: Path):
             break
         shown += part
     os.close(ours)
-    assert process.wait(60) == 0, shown.decode()
+    assert process.wait(PATIENCE) == 0, shown.decode()
     words = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     for number in (1, 2, 3):
         assert f"block {number}/3" in words

@@ -13,7 +13,7 @@ import pytest
 from besa.cli import _warnings_of
 from besa.errors import BesaWarning
 from besa.kernels import native
-from tests.helpers import REPOSITORY
+from tests.helpers import PATIENCE, REPOSITORY
 
 WITHOUT_KERNELS = """
 import sys
@@ -33,7 +33,7 @@ def test_missing_kernels_are_one_line(tiny_model: Path, tmp_path: Path):
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert process.returncode == 0, process.stderr
     (line,) = (x for x in process.stderr.splitlines() if not x.startswith("block "))

@@ -22,7 +22,7 @@ from besa.doctor.report import DoctorReport
 from besa.kernels import native
 from besa.kernels.isa import ISAS
 from besa.typed_json import from_json
-from tests.helpers import REPOSITORY
+from tests.helpers import PATIENCE, REPOSITORY
 
 WITHOUT_KERNELS = """
 import sys
@@ -44,7 +44,7 @@ def doctor(
         env={**own, "PYTHONPATH": str(REPOSITORY), **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""
@@ -197,7 +197,7 @@ def test_on_a_terminal(tmp_path: Path):
             break
         shown += part
     os.close(ours)
-    assert process.wait(60) == 0, shown.decode()
+    assert process.wait(PATIENCE) == 0, shown.decode()
     assert "measuring" in shown.decode()
     words = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode().split("\x1b[2K")[-1])
     assert words.splitlines()[0].split()[:2] == ["besa", f"{__version__},"]

@@ -23,6 +23,7 @@ from besa.errors import BesaError
 from besa.formats import Packed, pack, quantize_int8
 from besa.kernels import dense_linear, linear, sparse_linear, sparse_linear_reference
 from besa.kernels.isa import ISAS, available
+from tests.helpers import PATIENCE
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 HERE = available()
@@ -337,7 +338,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 

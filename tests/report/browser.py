@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.helpers import PATIENCE
+
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
     None,
@@ -111,7 +113,7 @@ def visit(
         [BROWSER, *FLAGS, *theme, profile, (folder / "all.html").as_uri()],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=True,
     )
     found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)

@@ -180,6 +180,8 @@ def start(engine: str, model: Path, directory: Path, *flags: object, **environme
     number = len(list(directory.glob("stdout-*")))
     stdout, stderr = directory / f"stdout-{number}", directory / f"stderr-{number}"
     command = [sys.executable, "-m", "besa", "serve", str(model), "--engine", engine]
+    if "--enforce-eager" in flags:  # vLLM compiles some small functions even so: half a minute
+        environment["TORCHDYNAMO_DISABLE"] = "1"
     process = subprocess.Popen(
         [*command, "--port", "0", *map(str, flags)],
         cwd=directory,
@@ -233,7 +235,9 @@ def rests(served: Served, **request: Any) -> None:
         next(iter(answer))
         answer.close()
 
-    assert cost(given_up) < 0.5 * cost(to_its_end)
+    to_its_end()  # what is done once, at the first request of a kind, is no part of either
+    costs = cost(given_up), cost(to_its_end)
+    assert costs[0] < 0.5 * costs[1], costs
 
 
 def finishes(served: Served, dense: Path) -> None:

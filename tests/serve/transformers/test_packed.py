@@ -35,7 +35,7 @@ from besa.errors import BesaWarning
 from besa.formats import PackedConfig, pack, quantize_int8, tensors_of
 from besa.formats.module import SparseLinear
 from besa.model.blocks import expert_count, find_blocks, find_linears
-from tests.helpers import FAMILIES, load_strictly, random_model, same_bytes, stored
+from tests.helpers import FAMILIES, PATIENCE, load_strictly, random_model, same_bytes, stored
 
 ODD = ("bamba", "bloom", "codegen", "deepseek_v2", "gemma3", "gpt_bigcode", "qwen2_moe")
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -674,7 +674,11 @@ ORDERS = {
 
 def python(code: str, directory: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=directory, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
 
 

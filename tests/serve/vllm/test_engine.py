@@ -201,7 +201,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Everything that one process can show, on one device and without compilation."""
+    """Everything that one process can show, on one device."""
     root = tmp_path_factory.mktemp("vllm")
     cases = {}
     for family in SHAPES:
@@ -224,6 +224,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         back = export(whole, ExportConfig(out=root / (name + " back"), format="dense")).out
         cases[name] = Case(Path(back), whole)
         cases[name + ", exact inputs"] = Case(Path(back), changed(whole, "exact", exact_inputs))
+    cases["compiled"] = Case(
+        llama.dense, sparse, flags={"dtype": "float32", "enforce_eager": False}
+    )
     lora = adapter(llama.dense, root / "lora")
     cases["LoRA"] = Case(lora / "merged", sparse, adapter=lora)
     for change in (cut_off, without_a_part, of_the_future):
@@ -318,12 +321,9 @@ def test_a_model_that_cannot_be_served(cases: dict[str, Case], name: str, words:
     assert "upgrade besa" in cases["of_the_future"].result["error"]
 
 
-def test_compiled(cases: dict[str, Case], tmp_path: Path):
+def test_compiled(cases: dict[str, Case]):
     """vLLM compiles the model with the operator in it."""
-    dense, model = cases["llama"].dense, cases["llama"].job["model"]
-    compiled = Case(dense, model, flags={"dtype": "float32", "enforce_eager": False})
-    compiled.result = run([compiled.job], tmp_path)[0]
-    check(compiled)
+    check(cases["compiled"])
 
 
 def test_two_ranks(cases: dict[str, Case], tmp_path: Path):
