@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from besa.cli import build_parser
+from tests.test_floors import FLOORS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -118,6 +119,13 @@ def test_every_flag_is_explained(command: str):
 def test_every_flag_of_eval_is_explained():
     named = set(re.findall(r"`(--[\w-]+)", (ROOT / "docs" / "prune.md").read_text()))
     assert flags(parsers()["eval"]) <= named
+
+
+def test_the_floors_are_drawn():
+    """From the top down, without the facade (`import besa`)."""
+    (drawing,) = blocks(ROOT / "CONTRIBUTING.md", "text")
+    lines = [line.split() for line in drawing.splitlines() if "↓" not in line]
+    assert [set(rooms) for rooms in reversed(lines)] == list(FLOORS[:-1])
 
 
 def test_figures_are_what_the_results_say():
