@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.pytorch_utils import Conv1D
 
 from besa.errors import BesaError
+from besa.methods import METHODS
 from besa.model.blocks import expert_count, find_linears
 from besa.model.checkpoint import Checkpoint
 from besa.model.observe import observe
@@ -49,7 +50,6 @@ from tests.helpers import (
 )
 
 MakeModel = Callable[[str], Path]
-METHODS = ("besa", "wanda", "sparsegpt", "magnitude")
 families = pytest.mark.parametrize("family", FAMILIES)
 
 SEQLEN = 16
