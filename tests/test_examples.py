@@ -127,7 +127,7 @@ def test_python_runs(
 
 
 # Rooms whose examples do not run yet.
-NOT_YET = ("besa.pruning", "besa.bench")
+NOT_YET = ("besa.bench",)
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if not name.startswith(NOT_YET)])

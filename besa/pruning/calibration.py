@@ -1,9 +1,8 @@
 """The text that a run is calibrated on, as token windows.
 
->>> from besa.demo import MODEL
->>> config = PruneConfig(out="pruned", samples=4, seqlen=128)
->>> calibration_samples(Checkpoint.open(MODEL), config).shape
-torch.Size([4, 128])
+>>> config = PruneConfig(out="pruned", samples=4, seqlen=32)
+>>> calibration_samples(Checkpoint.open("path/to/model"), config).shape
+torch.Size([4, 32])
 """
 
 from __future__ import annotations

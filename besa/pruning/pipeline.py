@@ -1,11 +1,8 @@
 """Prunes a decoder block by block: `besa prune` and `besa.prune()`.
 
->>> import tempfile
->>> from besa.demo import MODEL
->>> out = Path(tempfile.mkdtemp()) / "pruned"
->>> result = prune(MODEL, PruneConfig(out=out, method="wanda", samples=2, seqlen=32))
+>>> result = prune("path/to/model", PruneConfig(out="pruned", samples=4, seqlen=32))
 >>> result.sparsity, len(result.record.blocks)
-(0.5, 5)
+(0.5, 3)
 
 For each block: load it, run it dense on the calibration stream, let the method choose what goes,
 put what is left into the block, measure it, and hand its output to the next block. The stream has

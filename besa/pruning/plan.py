@@ -1,9 +1,9 @@
 """Which linears of a model are pruned.
 
->>> from besa.demo import MODEL
 >>> config = PruneConfig(out="pruned", include="[01].self_attn.q_proj")
->>> [[linear.name for linear in linears] for linears in plan_of(Checkpoint.open(MODEL), config)]
-[['self_attn.q_proj'], ['self_attn.q_proj'], [], [], []]
+>>> plan = plan_of(Checkpoint.open("path/to/model"), config)
+>>> [[linear.name for linear in linears] for linears in plan]
+[['self_attn.q_proj'], ['self_attn.q_proj'], []]
 """
 
 from __future__ import annotations
