@@ -46,8 +46,8 @@ class Packed:
         row_ptr: int64 [out + 1]; row r has the values from row_ptr[r] up to row_ptr[r + 1].
         scale: float32 [out, groups] for int8, else None; the weight is value × scale.
         in_features: the number of columns.
-        group_size: how many columns share a scale: 32, 64 or 128, the last group of a row perhaps
-            fewer; None if the whole row does.
+        group_size: how many columns share a scale, one of `GROUP_SIZES`, the last group of a row
+            perhaps fewer; None if the whole row does.
 
     Raises:
         FormatError: if a tensor is not as above, or not contiguous, or not on the others' device.
@@ -157,7 +157,7 @@ def pack(weight: Tensor, scale: Tensor | None = None, group_size: int | None = N
     Args:
         weight: [out, in] bfloat16, float16, float32, or int8 with a `scale`; in any layout.
         scale: float32 [out, groups], finite and not negative, for an int8 weight; else None.
-        group_size: how many columns share a scale, 32, 64 or 128; None if the whole row does.
+        group_size: how many columns share a scale, one of `GROUP_SIZES`; None: the whole row.
 
     Returns:
         The packed weight on the same device, with no memory in common with its arguments.
@@ -184,7 +184,7 @@ def quantize_int8(weight: Tensor, group_size: int | None = None) -> tuple[Tensor
 
     Args:
         weight: [out, in], floating point, in any layout.
-        group_size: how many columns share a scale, 32, 64 or 128; None if the whole row does.
+        group_size: how many columns share a scale, one of `GROUP_SIZES`; None: the whole row.
 
     Returns:
         int8 [out, in] and its scale, float32 [out, groups], 1 for a group of zeros.
