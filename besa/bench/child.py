@@ -1,13 +1,13 @@
 """A child process that answers questions, a line of JSON each.
 
-The parent, with a limit in seconds to each answer:
-
-    with AnsweringChild([sys.executable, "-m", "besa.bench.vllm_client"]) as child:
-        answer = child.ask({"url": "http://127.0.0.1:8000"}, limit=60)
-
-The child's program begins with `redirect_output()` and ends with
-
-    answer_questions(lambda question: {"echo": question})
+>>> program = '''
+... from besa.bench.child import answer_questions, redirect_output
+... redirect_output()  # what libraries print is no answer
+... answer_questions(lambda question: {"sum": sum(question["numbers"])})
+... '''
+>>> with AnsweringChild([sys.executable, "-c", program]) as child:
+...     child.ask({"numbers": [1, 2, 3]}, limit=60)
+{'sum': 6}
 """
 
 from __future__ import annotations

@@ -44,6 +44,8 @@ class ChildError(Exception):
 class ChildProcess:
     """A running child; leaving the `with` block ends it and all that it started.
 
+    So does the end of this object, or of this process.
+
     Args:
         command: the program and its arguments.
         environment: the child's whole environment; None for this process's. Telemetry is off in it,
