@@ -1,6 +1,6 @@
 """What is not as it should be on a machine, and what to do about it.
 
-besa doctor --json | jq .warnings
+besa doctor --json     # under `warnings`
 """
 
 from __future__ import annotations

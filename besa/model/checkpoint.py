@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
     convert_and_load_state_dict_in_model,
-    rename_source_key,
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
@@ -43,24 +40,8 @@ from besa.errors import BesaError, one_line
 from besa.model.blocks import find_blocks
 from besa.model.files import COMPANIONS, INDEX, open_tensors, resolve, stored_dtype, weight_files
 from besa.model.finite import check_finite
+from besa.model.skeleton import free_parameters, skeleton_of, targets_of
 from besa.writing import writing
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have their parameters on the meta device and their buffers real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @dataclass
@@ -119,15 +100,11 @@ class Checkpoint:
         Raises:
             BesaError: transformers does not know the architecture, or it has no blocks.
         """
-        dtype = stored_dtype(files)
-        with one_line(f"{directory} is no causal language model"), parameters_on_meta():
-            skeleton = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, experts_implementation="eager"
-            )
-        skeleton.eval()
+        with one_line(f"{directory} is no causal language model"):
+            skeleton = skeleton_of(config, stored_dtype(files))
         blocks_name, blocks = find_blocks(skeleton)
         conversions = get_model_conversion_mapping(skeleton)
-        targets, converted = _targets_of(files, skeleton, conversions)
+        targets, converted = targets_of(files, skeleton, conversions)
         prefix = blocks_name + "."
         block_keys: list[list[str]] = [[] for _ in blocks]
         other_keys = []
@@ -192,9 +169,7 @@ class Checkpoint:
 
     def unload_block(self, index: int) -> None:
         """Frees a block's weights; its buffers stay."""
-        for module in self.blocks[index].modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        free_parameters(self.blocks[index])
 
     @contextmanager
     def loaded_base(self) -> Iterator[nn.Module]:
@@ -214,12 +189,7 @@ class Checkpoint:
         try:
             yield base
         finally:
-            for module in base.modules():
-                for name, parameter in module.named_parameters(recurse=False):
-                    if not parameter.is_meta:
-                        module._parameters[name] = nn.Parameter(
-                            parameter.to("meta"), requires_grad=False
-                        )
+            free_parameters(base)
 
     def _load(self, keys: list[str], files: Mapping[str, Path]) -> None:
         with open_tensors(files, keys) as tensors:
@@ -241,7 +211,7 @@ class Checkpoint:
         self.load_block(index)
         before = self._in_files_layout(index)
         # Old files may spell a name differently, without the base model's prefix above all.
-        targets, _ = _targets_of(after, self.model, self._conversions)
+        targets, _ = targets_of(after, self.model, self._conversions)
         spelt = {target: name for name, target in targets.items()}
         known = self.model.state_dict()
         tensors = {}
@@ -286,26 +256,6 @@ class Checkpoint:
             if path.is_file():
                 with writing(out / path.name):
                     shutil.copyfile(path, out / path.name)
-
-
-def _targets_of(
-    keys: Iterable[str], model: nn.Module, conversions: list[Any]
-) -> tuple[dict[str, str], set[str]]:
-    """`targets` and `converted` of a Checkpoint."""
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    names = model.state_dict()
-    targets, converted = {}, set()
-    for key in keys:
-        target, converter = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, names
-        )
-        if target not in names and key in names:
-            target = key
-        elif converter is not None:
-            converted.add(key)
-        targets[key] = target
-    return targets, converted
 
 
 def _bytes_equal(a: Tensor, b: Tensor) -> bool:

@@ -68,31 +68,18 @@ class Workspace:
             raise BesaError(f"another besa is writing {path}: let it end, or end it") from None
         workspace = cls(out, path, overwrite, lock)
         try:
-            workspace._settle(settings, needed_bytes)
+            workspace._resume_or_begin(settings, needed_bytes)
         except BaseException:
             workspace.close()
             raise
         return workspace
 
-    def _settle(self, settings: Mapping[str, Any], needed_bytes: int) -> None:
+    def _resume_or_begin(self, settings: Mapping[str, Any], needed_bytes: int) -> None:
+        """Leaves what a run with the same settings has finished; else begins anew."""
         written = self.path / "settings.json"
-        wished = json.loads(json.dumps(settings))
         if written.exists():
-            try:
-                found = json.loads(written.read_text())
-            except ValueError:
-                found = {}
-            differing = [k for k in wished | found if wished.get(k) != found.get(k)]
-            if not differing:
+            if self._was_begun_with(settings, written):
                 return
-            if not self.overwrite:
-                if not found:
-                    raise BesaError(f"{written} is damaged: remove {self.path}, or --overwrite")
-                name = differing[0]
-                raise BesaError(
-                    f"{self.path} holds an unfinished run with {name} = {found.get(name)}, not "
-                    f"{wished.get(name)}: use the same settings, another --out, or --overwrite"
-                )
             self._clear()
         free = shutil.disk_usage(self.path).free
         if free < needed_bytes:
@@ -102,6 +89,28 @@ class Workspace:
                 f"{free / 1e9:.1f} GB are free"
             )
         write_text(json.dumps(settings, indent=2), written)
+
+    def _was_begun_with(self, settings: Mapping[str, Any], written: Path) -> bool:
+        """Whether the settings of the unfinished run are these.
+
+        Raises:
+            BesaError: they are others, and nothing may be overwritten.
+        """
+        try:
+            found = json.loads(written.read_text())
+        except ValueError:
+            found = {}
+        wanted = json.loads(json.dumps(settings))  # tuples are lists in the file
+        differing = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+        if differing and not self.overwrite:
+            if not found:
+                raise BesaError(f"{written} is damaged: remove {self.path}, or --overwrite")
+            name = differing[0]
+            raise BesaError(
+                f"{self.path} holds an unfinished run with {name} = {found.get(name)}, not "
+                f"{wanted.get(name)}: use the same settings, another --out, or --overwrite"
+            )
+        return not differing
 
     def _clear(self) -> None:
         for entry in self.path.iterdir():
