@@ -1,4 +1,4 @@
-"""besa: prune an LLM by blockwise sparsity allocation, pack the zeros, serve them faster.
+"""besa: prune an LLM by blockwise sparsity allocation, pack what is left, serve it faster.
 
 >>> from besa import PruneConfig, prune
 >>> result = prune("path/to/model", PruneConfig(out="pruned", sparsity=0.5, samples=16))
