@@ -1,35 +1,34 @@
-"""The load generator: somebody else's, well kept, in a process of its own.
+"""The load generator: a program of others, well kept, in a process of its own.
 
-Where vLLM is installed it is `vllm bench serve` (besa.bench.vllm_client), which records the gap
-before every single token by a monotonic clock. Elsewhere it is guidellm
-(besa.bench.guidellm_client, `pip install 'besa[bench]'`), which needs no engine, but tells of each
-answer only its mean gap. Either answers the same question with the same figures of each request.
+`vllm bench serve` is the default; guidellm (`pip install 'besa[bench]'`) makes the load where vLLM
+is not installed, or with `--generator guidellm`.
 
     with generator_for(None) as generator:
-        load = Load("rate", 2)
-        requests, duration = generator.measure(Target(url, "tiny"), prompts, load, 16, 0, 60)
+        target = Target("http://127.0.0.1:8000", "tiny")
+        answered = generator.measure(target, prompts, Load("rate", 2), 16, seed=0, limit=60)
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 
-from besa.bench import guidellm_client, vllm_client
 from besa.bench.child import AnsweringChild
-from besa.bench.figures import Request
+from besa.bench.guidellm_client import GuidellmClient
 from besa.bench.load import Load
+from besa.bench.load_client import Answered, LoadClient, Order
+from besa.typed_json import from_json, to_json
+from besa.bench.vllm_client import VllmClient
 from besa.errors import BesaError
 from besa.processes.child import ChildError
 from besa.processes.usage import cpu_seconds, family
-from besa.serve.vllm.engine import vllm_version
 
-# Each one's client, and what it is called; the better one first.
-CLIENTS = {"vllm": (vllm_client, "vllm bench serve"), "guidellm": (guidellm_client, "guidellm")}
+# By the names of --generator; the default is the first that is installed.
+CLIENTS: dict[str, LoadClient] = {"vllm": VllmClient(), "guidellm": GuidellmClient()}
+
+_START_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Target:
     Attributes:
         url: where it is, without a path.
         model: what it calls the model.
-        key: what it has to be shown.
+        key: its API key, if it wants one.
         ignores_eos: whether it can be asked to go on after the end of an answer.
     """
 
@@ -49,39 +48,44 @@ class Target:
     ignores_eos: bool = True
 
 
+def installed() -> list[str]:
+    """The names of the load generators that are here, the default first."""
+    return [name for name, client in CLIENTS.items() if client.version() is not None]
+
+
 def generator_for(name: str | None) -> Generator:
-    """The one of that name, or the best that is installed.
+    """The one of that name, or the default.
 
     Raises:
         BesaError: it is not installed.
     """
     if name not in (None, *CLIENTS):
         raise BesaError(f"--generator {name} is none of {', '.join(CLIENTS)}")
-    there = [one for one in CLIENTS if importlib.util.find_spec(one) is not None]
-    if name is not None and name not in there:
+    here = installed()
+    if name is not None and name not in here:
         raise BesaError(f"--generator {name} is not installed")
-    if not there:
+    if not here:
         raise BesaError("nothing here makes load: pip install 'besa[bench]', or install vLLM")
-    return Generator(name or there[0])
+    return Generator(name or here[0])
 
 
 class Generator:
-    """A load generator in a process that stays; loaded again after it had to be ended.
+    """A load generator in a process that stays; started again after it had to be ended.
 
     Attributes:
-        name: what it is called.
+        name: what results call it.
         version: its version.
     """
 
     def __init__(self, which: str) -> None:
-        self._client, self.name = CLIENTS[which]
-        self.version = version("guidellm") if which == "guidellm" else vllm_version() or ""
+        self._which, self._client = which, CLIENTS[which]
+        self.name, self.version = self._client.name, self._client.version() or ""
         self._child: AnsweringChild | None = None
-        # Whoever is killed does not clean up.
+        # The generator's temporary files: a process that is killed removes none.
         self._folder = tempfile.TemporaryDirectory(prefix="besa-bench-", ignore_cleanup_errors=True)
 
     def __enter__(self) -> Generator:
-        self._loaded()
+        self._started()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,13 +97,13 @@ class Generator:
         """Seconds that it has computed."""
         return 0.0 if self._child is None else cpu_seconds(family(self._child.popen.pid))
 
-    def _loaded(self) -> AnsweringChild:
+    def _started(self) -> AnsweringChild:
         if self._child is None:
-            command = [sys.executable, "-P", "-m", self._client.__name__]
-            environment = {**self._client.ENVIRONMENT, "TMPDIR": self._folder.name}
+            command = [sys.executable, "-P", "-m", "besa.bench.client_process", self._which]
+            environment = {**self._client.environment, "TMPDIR": self._folder.name}
             self._child = AnsweringChild(command, environment)
             try:
-                self._child.answer(limit=300)
+                self._child.answer(_START_SECONDS)
             except ChildError as error:
                 self._child = None
                 raise BesaError(f"{self.name} does not start: {error}") from None
@@ -113,32 +117,31 @@ class Generator:
         output_length: int,
         seed: int,
         limit: float,
-    ) -> tuple[list[Request], float]:
+    ) -> Answered:
         """Sends the prompts, greedily decoded, and waits for all answers.
 
-        Returns:
-            The requests, and the seconds from the first one's start to the last one's end.
+        Args:
+            limit: seconds for all of it.
 
         Raises:
-            ChildError: not all answers came within `limit` seconds, or the generator failed.
+            ChildError: not all answers came in time, or the generator failed.
         """
-        question = {
-            "url": target.url,
-            "model": target.model,
-            "key": target.key,
-            "prompts": list(prompts),
-            "output_length": output_length,
-            "seed": seed,
-            "ignore_eos": target.ignores_eos,
-            "rate": load.value if load.kind == "rate" else None,
-            "concurrency": int(load.value) if load.kind == "concurrency" else None,
-        }
-        child = self._loaded()
+        order = Order(
+            url=target.url,
+            model=target.model,
+            key=target.key,
+            prompts=tuple(prompts),
+            output_length=output_length,
+            ignore_eos=target.ignores_eos,
+            concurrency=int(load.value) if load.kind == "concurrency" else None,
+            rate=load.value if load.kind == "rate" else None,
+            seed=seed,
+        )
+        child = self._started()
         try:
-            found = child.ask(question, limit)
+            found = child.ask(to_json(order), limit)
         except ChildError:
             child.kill()
             self._child = None
             raise
-        requests = [Request(**{**one, "gaps": tuple(one["gaps"])}) for one in found["requests"]]
-        return requests, found["seconds"]
+        return from_json(Answered, found)

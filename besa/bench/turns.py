@@ -138,13 +138,13 @@ class Turns:
         seed = random.Random(f"{config.seed} {key}").randrange(2**31)
         assert server.target is not None
         try:
-            requests, duration = self.generator.measure(
+            answered = self.generator.measure(
                 server.target, prompts, load, config.output_length, seed, config.timeout
             )
         except ChildError as error:
             raise BrokenError(server.why(f"{self.generator.name}: {error}")) from None
-        failed = [request for request in requests if request.error]
+        failed = [request for request in answered.requests if request.error]
         if failed:
-            what = f"{len(failed)} of {len(requests)} requests failed: {failed[0].error}"
-            raise BrokenError(server.why(what))
-        return Measured(tuple(requests), duration)
+            count = f"{len(failed)} of {len(answered.requests)} requests"
+            raise BrokenError(server.why(f"{count} failed: {failed[0].error}"))
+        return Measured(answered.requests, answered.seconds)

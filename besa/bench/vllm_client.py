@@ -1,96 +1,131 @@
-"""`vllm bench serve` as a process that stays: its imports take longer than many a measurement.
+"""`vllm bench serve` as a load generator: the gap before every single token, by a monotonic clock.
 
-The flags go through vLLM's own parser and its own main function makes the load; only the requests
-are the ones that besa gives, the same for every contender. Started by besa.bench.generator:
-
-    python -m besa.bench.vllm_client     # then questions on standard input
+Its function `benchmark` is called with besa's own requests, so that they are the same for every
+contender. It sends them through a function that is looked up by a backend's name; besa adds one of
+its own, "besa", which is vLLM's for OpenAI's API without what only vLLM's server understands.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+import gc
 import os
+import random
 import uuid
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
-from besa.bench.child import answer_questions, redirect_output
 from besa.bench.figures import Request
+from besa.bench.load_client import Answered, Order
+from besa.processes.child import last_line
+from besa.serve.vllm.engine import vllm_version
 
-ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR"}
+_BACKEND = "besa"
 
 
-class _Plain:
+class VllmClient:
+    """As `besa.bench.load_client.LoadClient`."""
+
+    name: ClassVar[str] = "vllm bench serve"
+    environment: ClassVar[Mapping[str, str]] = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+
+    def version(self) -> str | None:
+        return vllm_version()
+
+    def load(self) -> Callable[[Order], Answered]:
+        import numpy as np
+        from vllm.benchmarks import serve
+        from vllm.benchmarks.datasets import SampleRequest
+
+        send = serve.ASYNC_REQUEST_FUNCS["openai"]
+
+        async def send_plainly(*args: Any, session: Any, **rest: Any) -> Any:
+            return await send(*args, session=_PlainSession(session), **rest)
+
+        serve.ASYNC_REQUEST_FUNCS[_BACKEND] = send_plainly
+
+        def make_load(order: Order) -> Answered:
+            os.environ["OPENAI_API_KEY"] = order.key or ""
+            random.seed(order.seed)
+            np.random.seed(order.seed)  # noqa: NPY002 - vLLM draws the times of requests by it
+            requests = [
+                SampleRequest(
+                    prompt=prompt,
+                    prompt_len=1,
+                    expected_output_len=order.output_length,
+                    # Sent as x-request-id, which llama-cpp-python's server refuses if it is no
+                    # UUID.
+                    request_id=str(uuid.uuid4()),
+                )
+                for prompt in order.prompts
+            ]
+            gc.collect()
+            gc.freeze()  # a pause of the collector would be in the figures
+            found = asyncio.run(serve.benchmark(input_requests=requests, **options(order)))
+            return answered(found, order.output_length)
+
+        return make_load
+
+
+def options(order: Order) -> dict[str, Any]:
+    """The arguments of vLLM's `benchmark`, without the requests."""
+    return {
+        "task_type": _task_type(),
+        "endpoint_type": _BACKEND,
+        "api_url": f"{order.url}/v1/completions",
+        "base_url": order.url,
+        "model_id": order.model,
+        "model_name": order.model,
+        "tokenizer": None,
+        "logprobs": None,
+        "request_rate": order.rate or float("inf"),
+        "burstiness": 1.0,  # a Poisson process
+        "disable_tqdm": True,
+        "num_warmups": 0,
+        "profile": False,
+        "selected_percentile_metrics": [],
+        "selected_percentiles": [],
+        "ignore_eos": order.ignore_eos,
+        "goodput_config_dict": {},
+        "max_concurrency": order.concurrency,
+        "lora_modules": None,
+        "extra_headers": None,
+        "extra_body": {"temperature": 0.0},
+        "ready_check_timeout_sec": 0,
+    }
+
+
+def _task_type() -> Any:
+    from vllm.benchmarks.serve import TaskType
+
+    return TaskType.GENERATION
+
+
+class _PlainSession:
     """aiohttp's session, without what vLLM's client always sends and only vLLM's server knows."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
 
     def post(self, *args: Any, json: dict[str, Any], **rest: Any) -> Any:
-        unsaid = {"repetition_penalty": 1.0, "logprobs": None}
-        said = {k: v for k, v in json.items() if k not in unsaid or v != unsaid[k]}
-        return self._session.post(*args, json=said, **rest)
+        defaults = {"repetition_penalty": 1.0, "logprobs": None}
+        body = {k: v for k, v in json.items() if k not in defaults or v != defaults[k]}
+        return self._session.post(*args, json=body, **rest)
 
 
-def main() -> None:
-    redirect_output()
-    from vllm.benchmarks import serve
-    from vllm.benchmarks.datasets import SampleRequest
-
-    send = serve.ASYNC_REQUEST_FUNCS["openai"]
-
-    async def sent(*args: Any, session: Any, **rest: Any) -> Any:
-        return await send(*args, session=_Plain(session), **rest)
-
-    serve.ASYNC_REQUEST_FUNCS["openai"] = sent
-    parser = argparse.ArgumentParser()
-    serve.add_cli_args(parser)
-
-    def answer(question: dict[str, Any]) -> dict[str, Any]:
-        os.environ["OPENAI_API_KEY"] = question["key"] or ""
-        prompts: list[str] = question["prompts"]
-        length: int = question["output_length"]
-        chosen = [
-            # Sent as x-request-id, which llama-cpp-python's server refuses if it is no UUID.
-            SampleRequest(
-                prompt=prompt,
-                prompt_len=1,
-                expected_output_len=length,
-                request_id=str(uuid.uuid4()),
-            )
-            for prompt in prompts
-        ]
-        serve.get_samples = lambda *_: chosen
-        flags = [
-            *("--backend", "openai", "--base-url", question["url"], "--model", question["model"]),
-            *("--dataset-name", "custom", "--num-prompts", str(len(prompts))),
-            *("--skip-tokenizer-init", "--disable-tqdm", "--save-detailed"),
-            *("--temperature", "0", "--seed", str(question["seed"])),
-            *("--ready-check-timeout-sec", "0", "--request-rate", str(question["rate"] or "inf")),
-        ]
-        if question["ignore_eos"]:
-            flags.append("--ignore-eos")
-        if question["concurrency"]:
-            flags += ["--max-concurrency", str(question["concurrency"])]
-        found = asyncio.run(serve.main_async(parser.parse_args(flags)))
-        requests, seconds = requests_of(found, length)
-        return {"requests": [asdict(request) for request in requests], "seconds": seconds}
-
-    answer_questions(answer, first={"ready": True})
-
-
-def requests_of(found: dict[str, Any], output_length: int) -> tuple[list[Request], float]:
-    """Requests from the lists of `--save-detailed`, and how long all of them took."""
+def answered(found: Mapping[str, Any], output_length: int) -> Answered:
+    """The requests, from the lists that `benchmark` gives."""
     requests, ends = [], []
     for index, error in enumerate(found["errors"]):
         gaps = tuple(found["itls"][index])
         ttft, latency = found["ttfts"][index], found["latencies"][index]
-        failed = _last_line(error)
+        failed = last_line(error)
         if not failed and not ttft:
             failed = "no answer, and no reason"
-        # Where a server does not count its tokens, the pieces of its answer are, as long as there
-        # are no more than tokens were asked for: an end may be a piece of its own.
+        # Where a server does not count its tokens, the pieces of its answer are counted, as long as
+        # they are no more than the tokens that were asked for: an end may be a piece of its own.
         counted = found["output_lens"][index]
         tokens = counted if counted > 1 else min(len(gaps) + 1, output_length)
         requests.append(
@@ -105,14 +140,4 @@ def requests_of(found: dict[str, Any], output_length: int) -> tuple[list[Request
             )
         )
         ends.append(found["start_times"][index] + latency)
-    return requests, max(ends) - min(found["start_times"])
-
-
-def _last_line(error: str) -> str:
-    """A reason, or the last line of a traceback: the one that says what it was."""
-    lines = [line for line in error.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else ""
-
-
-if __name__ == "__main__":
-    main()
+    return Answered(tuple(requests), max(ends) - min(found["start_times"]))

@@ -5,12 +5,11 @@ It packs what BESA left of the embedded model, and is one run of `besa bench` on
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from besa.bench.generator import CLIENTS
+from besa.bench.generator import installed
 from besa.bench.load import Load
 from besa.bench.output import write_results
 from besa.bench.results import Results
@@ -61,6 +60,6 @@ def _missing() -> str | None:
         engine_named(_ENGINE).check()
     except BesaError as error:
         return str(error)
-    if not any(importlib.util.find_spec(name) for name in CLIENTS):
+    if not installed():
         return "no load generator is installed (pip install 'besa[bench]')"
     return None
