@@ -37,12 +37,13 @@ from typing import Any
 from common import RESULTS, run_besa, write_json
 from rich.console import Console
 
+from besa.bench.events import Event
 from besa.bench.load import Load
 from besa.bench.offline import bench_offline
+from besa.bench.random_models import random_contenders
 from besa.bench.results import Results, results_json
 from besa.bench.run import bench
 from besa.bench.settings import BenchConfig, Contender
-from besa.bench.shapes import shape_contenders
 from besa.bench.table import print_results
 from besa.demo import MODEL, SEQLEN
 
@@ -86,18 +87,18 @@ PARTS = {
 }
 
 
-def tell(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
+def show(event: Event) -> None:
+    print(event, file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------- contenders
 
 
-def shapes(work: Path) -> dict[str, Contender]:
+def random_models(work: Path) -> dict[str, Contender]:
     """The random-weight models by name."""
     found: dict[str, Contender] = {}
     for name, (pattern, values) in PACKED.items():
-        with shape_contenders(SHAPE, 0.5, pattern, values, work, tell) as (dense, packed):
+        with random_contenders(SHAPE, 0.5, pattern, values, work, show) as (dense, packed):
             found |= {"dense": dense, name: replace(packed, name=name)}
     return found
 
@@ -164,7 +165,7 @@ def version_of(package: str, python: str) -> str:
 
 def run_part(part: Part, work: Path, rounds: int, python: str | None) -> Results:
     """The results of a part with a random-weight shape."""
-    models = shapes(work)
+    models = random_models(work)
     contenders = [models[name] for name in part.models]
     dense = models["dense"].model
     assert dense is not None
@@ -184,8 +185,8 @@ def run_part(part: Part, work: Path, rounds: int, python: str | None) -> Results
         settings: dict[str, Any] = {"contenders": tuple(contenders), "rounds": rounds}
         config = replace(BASE, **settings, **part.settings)
         if part.batches:
-            return bench_offline(config, part.batches, tell)
-        results = bench(config, tell)
+            return bench_offline(config, part.batches, show)
+        results = bench(config, show)
     contenders_there = (replace(x, **servers.get(x.name, {})) for x in results.contenders)
     return replace(results, contenders=tuple(contenders_there))
 
@@ -207,7 +208,7 @@ def run_demo(work: Path, rounds: int) -> Results:
         quality=True,
         windows=400,
     )
-    return bench(config, tell)
+    return bench(config, show)
 
 
 def main() -> None:
@@ -222,7 +223,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no server stays
     if args.only_make:
-        models = shapes(args.work)
+        models = random_models(args.work)
         dense = models["dense"].model
         assert dense is not None
         graphs(args.work, models)

@@ -103,12 +103,6 @@ def _decode_one_of(kinds: list[Any], value: Any, place: str, lenient: bool) -> A
     return _decode(kinds[-1], value, place, lenient)
 
 
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    """The types of a dataclass's fields."""
-    return get_type_hints(kind)
-
-
 def _decode_dataclass(kind: Any, value: Any, place: str, lenient: bool) -> Any:
     if not isinstance(value, dict):
         raise ShapeError(f"{place or 'the file'} is {value!r}, not {kind.__name__}")

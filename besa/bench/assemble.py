@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from besa.bench.checkpoint import weight_bytes
 from besa.bench.conditions import machine, now, versions
-from besa.bench.contenders import Server
 from besa.bench.figures import SERVING
 from besa.bench.generator import Generator
 from besa.bench.load import Load
@@ -24,10 +24,11 @@ from besa.bench.results import (
     Settings,
     broken_note,
 )
+from besa.bench.rounds import Measured, Rounds
+from besa.bench.server import Server
 from besa.bench.settings import BenchConfig
 from besa.bench.statistics import ENOUGH_ROUNDS, bracket_gain
 from besa.bench.summary import comparisons, quantiles, summary
-from besa.bench.turns import Measured, Turns
 
 # Cores that are worth a note, used by a contender that should be idle and by other programs.
 _IDLE_CORES, _OTHER_CORES = 0.05, 0.2
@@ -35,18 +36,18 @@ _IDLE_CORES, _OTHER_CORES = 0.05, 0.2
 
 def assemble(
     config: BenchConfig,
-    turns: Turns,
+    rounds: Rounds,
     loads: list[Load],
     objective: Objective | None,
     quality: dict[str, Perplexity | str],
     generator: Generator,
 ) -> Results:
     """The results of a run over HTTP, from what its parts have measured."""
-    names = [server.name for server in turns.whole]
-    reference = names[0] if names else None
+    names = [server.name for server in rounds.sound]
+    reference, first = names[0] if names else None, rounds.servers[0]
     measurements = tuple(
         measurement(name, load.name, measured)
-        for (name, load), measured in turns.measured.items()
+        for (name, load), measured in rounds.measured.items()
         if name in names
     )
     return Results(
@@ -57,7 +58,7 @@ def assemble(
         machine=machine(),
         versions=versions(),
         reference=reference,
-        contenders=tuple(_contender(server, quality, turns.servers[0]) for server in turns.servers),
+        contenders=tuple(_contender(server, quality, first) for server in rounds.servers),
         loads=tuple(LoadRecord(load.name, load.kind, load.value) for load in loads),
         measurements=measurements,
         comparisons=comparisons(
@@ -68,7 +69,7 @@ def assemble(
         ),
         slo=objective,
         quality=quality,
-        notes=tuple(_notes(turns, measurements, config)),
+        notes=tuple(_notes(rounds, measurements, config)),
     )
 
 
@@ -131,11 +132,10 @@ def settings_of(config: BenchConfig) -> Settings:
 def _contender(
     server: Server, quality: dict[str, Perplexity | str], first: Server
 ) -> ContenderRecord:
-    command = server.command
+    command = server.launch.command if server.launch else None
     alike = None
-    if server is not first and server.answers and first.answers:
-        pairs = zip(server.answers, first.answers, strict=True)
-        alike = sum(a == b for a, b in pairs) / len(first.answers)
+    if server is not first and server.probe and first.probe:
+        alike = server.probe.agreement(first.probe)
     perplexity = quality.get(server.name)
     return ContenderRecord(
         name=server.name,
@@ -149,36 +149,36 @@ def _contender(
         random_weights=server.contender.random_weights,
         broken=server.broken,
         start_seconds=server.start_seconds,
-        disk_bytes=server.disk_bytes(),
-        memory=server.memory,
-        idle_cores=server.idle_cpu,
+        disk_bytes=weight_bytes(server.directory) if server.directory else None,
+        memory=server.footprint.memory,
+        idle_cores=server.idle_cores,
         same_answers=alike,
         perplexity=perplexity if isinstance(perplexity, Perplexity) else None,
     )
 
 
-def _notes(turns: Turns, measurements: Sequence[Measurement], config: BenchConfig) -> list[str]:
+def _notes(rounds: Rounds, measurements: Sequence[Measurement], config: BenchConfig) -> list[str]:
     """What a reader has to know before believing a figure."""
     notes = []
-    for server in turns.servers:
+    for server in rounds.servers:
         if server.broken is not None:
             notes.append(broken_note(server.name, server.broken))
-        elif server.idle_cpu > _IDLE_CORES:
+        elif server.idle_cores > _IDLE_CORES:
             notes.append(
-                f"{server.name} used up to {server.idle_cpu:.2f} cores while another one was "
+                f"{server.name} used up to {server.idle_cores:.2f} cores while another one was "
                 "measured, which slows that one down."
             )
-    if any(server.contender.random_weights for server in turns.servers):
+    if any(server.contender.random_weights for server in rounds.servers):
         notes.append(
             "Random weights: the figures are about speed and memory, the answers mean nothing."
         )
-    busy = statistics.median(turns.elsewhere) if turns.elsewhere else 0.0
-    if busy > _OTHER_CORES and all(server.pid is not None for server in turns.whole):
+    busy = statistics.median(rounds.other_cores) if rounds.other_cores else 0.0
+    if busy > _OTHER_CORES and all(server.footprint.pid is not None for server in rounds.sound):
         notes.append(
             f"Other programs used {busy:.1f} cores meanwhile: on an idle machine the figures "
             "would be others."
         )
-    if config.rounds < ENOUGH_ROUNDS and len(turns.whole) > 1:
+    if config.rounds < ENOUGH_ROUNDS and len(rounds.sound) > 1:
         notes.append(
             f"{config.rounds} rounds are too few to tell a difference from chance: "
             f"{ENOUGH_ROUNDS} are enough."

@@ -13,9 +13,9 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from besa.bench.child import AnsweringChild
+from besa.bench.client import Target
 from besa.bench.guidellm_client import GuidellmClient
 from besa.bench.load import Load
 from besa.bench.load_client import Answered, LoadClient, Order
@@ -29,23 +29,6 @@ from besa.processes.usage import cpu_seconds, family
 CLIENTS: dict[str, LoadClient] = {"vllm": VllmClient(), "guidellm": GuidellmClient()}
 
 _START_SECONDS = 300
-
-
-@dataclass(frozen=True)
-class Target:
-    """A server.
-
-    Attributes:
-        url: where it is, without a path.
-        model: what it calls the model.
-        key: its API key, if it wants one.
-        ignores_eos: whether it can be asked to go on after the end of an answer.
-    """
-
-    url: str
-    model: str
-    key: str | None = field(default=None, repr=False)
-    ignores_eos: bool = True
 
 
 def installed() -> list[str]:

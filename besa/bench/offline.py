@@ -1,7 +1,8 @@
 """`besa bench --offline`: inside the engines, so that theirs and the server's time are told apart.
 
 Every model in every engine that is installed, each in a process of its own, asked in turns. A step
-is what an engine takes for one token of every sequence of a batch; whoever is not asked waits.
+is what an engine takes for one token of every sequence of a batch. An engine that is not asked is
+stopped.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ import os
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from besa.bench.assemble import settings_of
+from besa.bench.checkpoint import packing, weight_bytes
 from besa.bench.child import AnsweringChild
 from besa.bench.conditions import machine, now, versions
-from besa.bench.contenders import packing, weight_bytes
+from besa.bench.events import Broken, OnEvent, Step, ignore
 from besa.bench.figures import OFFLINE
+from besa.bench.footprint import Footprint
 from besa.bench.results import (
     ContenderRecord,
     LoadRecord,
     Measurement,
-    Memory,
     Results,
     broken_note,
 )
@@ -34,10 +36,11 @@ from besa.bench.summary import comparisons, summary
 from besa.errors import BesaError
 from besa.model.files import is_onnx, model_directory
 from besa.processes.child import ChildError
-from besa.processes.usage import family, memory_of
-from besa.serve.engines import engine_named, engines
+from besa.serve import engines as serving
+from besa.serve.engines import engine_named
 
 _CHECK = {"batch": 1, "prompt": 8, "steps": 8, "seed": "check"}
+_SPARE_TOKENS = 32  # of the context, beyond prompt and answer
 
 
 class EngineProcess(AnsweringChild):
@@ -76,59 +79,68 @@ class EngineProcess(AnsweringChild):
         return answer
 
 
-class _Inside:
-    """A model in an engine."""
+class OfflineContender:
+    """A model in an engine; leaving the `with` block ends the engine.
+
+    Attributes:
+        name: the model's, with the engine's where there are several.
+        start_seconds: what loading took; None until it is loaded.
+        broken: what is wrong with it, or None.
+    """
 
     def __init__(self, contender: Contender, engine: str, several: bool) -> None:
         assert contender.model is not None
         self.contender, self.engine = contender, engine
-        self.model = contender.name
         self.name = f"{contender.name}, {engine}" if several else contender.name
         self.directory = model_directory(contender.model)
-        self.child: EngineProcess | None = None
-        self.broken: str | None = None
         self.start_seconds: float | None = None
-        self.memory = Memory()
-        self.said: list[int] | None = None
+        self.broken: str | None = None
+        self.footprint = Footprint(None)
+        self._process: EngineProcess | None = None
+        self._first_answer: list[int] | None = None
 
-    def start(self, config: BenchConfig, batches: Sequence[int], stack: ExitStack) -> None:
-        longest = config.input_length + config.output_length + 32
-        self.child = stack.enter_context(
-            EngineProcess(self.engine, self.directory, max(batches), longest, config.start_timeout)
+    def __enter__(self) -> OfflineContender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    def start(self, config: BenchConfig, batches: Sequence[int]) -> None:
+        """Loads the model and takes its first answer; raises a ChildError if it cannot."""
+        longest = config.input_length + config.output_length + _SPARE_TOKENS
+        self._process = EngineProcess(
+            self.engine, self.directory, max(batches), longest, config.start_timeout
         )
-        self.start_seconds = self.child.start_seconds
+        self.footprint = Footprint(self._process.popen.pid)
+        self.start_seconds = self._process.start_seconds
         self.check(config)
 
-    def _ask(self, question: Mapping[str, Any], limit: float) -> dict[str, Any]:
-        assert self.child is not None
-        return self.child.ask(question, limit)
-
     def check(self, config: BenchConfig) -> None:
-        """Raises ChildError for an engine that is broken, or answers otherwise than before."""
-        said = self._ask(_CHECK, config.timeout)["tokens"]
-        if self.said is not None and said != self.said:
+        """Raises a ChildError for an engine that is broken, or answers otherwise than before."""
+        answer = self._ask(_CHECK, config.timeout)["tokens"]
+        if self._first_answer not in (None, answer):
             raise ChildError("answers the same prompt otherwise than before")
-        self.said = said
+        self._first_answer = answer
 
     def measure(self, config: BenchConfig, batch: int, seed: str) -> dict[str, float]:
+        """The figures of one batch, after one that does not count."""
         question = {"batch": batch, "prompt": config.input_length, "steps": config.output_length}
         self._ask({**question, "steps": 2, "seed": f"warm-up {seed}"}, config.timeout)
         found = self._ask({**question, "seed": seed}, config.timeout)
         step = statistics.median(found["steps"])
         return {"prefill": found["prefill"], "step": step, "decode_tps": batch / step}
 
-    def weigh(self) -> None:
-        assert self.child is not None
-        self.memory = Memory(**memory_of(family(self.child.popen.pid)))
-
-    def fail(self, error: ChildError) -> None:
-        self.broken = str(error)
-        if self.child is not None:
-            self.child.kill()
+    def _ask(self, question: Mapping[str, Any], limit: float) -> dict[str, Any]:
+        assert self._process is not None
+        return self._process.ask(question, limit)
 
 
 def bench_offline(
-    config: BenchConfig, batches: Sequence[int], tell: Callable[[str], None] = lambda _: None
+    config: BenchConfig, batches: Sequence[int], on_event: OnEvent = ignore
 ) -> Results:
     """Measures the contenders inside the engines; as `besa.bench.run.bench` otherwise.
 
@@ -137,10 +149,10 @@ def bench_offline(
     """
     if any(contender.url is not None for contender in config.contenders):
         raise BesaError("--offline measures models, not a --url")
-    chosen = _engines(config.engine)
-    insides = [
-        _Inside(contender, engine, len(chosen) > 1)
-        for engine in chosen
+    engines = _engines(config.engine)
+    contenders = [
+        OfflineContender(contender, engine, len(engines) > 1)
+        for engine in engines
         for contender in config.contenders
         if contender.model is not None
         and engine_named(engine).reads_onnx == is_onnx(Path(contender.model))
@@ -148,32 +160,38 @@ def bench_offline(
     rounds: dict[tuple[str, str], list[dict[str, float]]] = {}
     loads = {batch: f"batch {batch}" for batch in batches}
     with ExitStack() as stack:
-        for inside in insides:
-            tell(f"starts: {inside.name}")
-            try:
-                inside.start(config, batches, stack)
-            except ChildError as error:
-                inside.fail(error)
-                tell(f"{inside.name} is broken: {error}")
+        for one in contenders:
+            on_event(Step(f"starts: {one.name}"))
+            stack.enter_context(one)
+            with _noting_faults(one, on_event):
+                one.start(config, batches)
         for batch, load in loads.items():
-            for turn in range(config.rounds):
-                for inside in (one for one in insides if one.broken is None):
-                    tell(f"{load}, round {turn + 1} of {config.rounds}: {inside.name}")
-                    try:
-                        inside.check(config)
-                        figures = inside.measure(config, batch, f"{config.seed} {batch} {turn}")
-                        rounds.setdefault((inside.name, load), []).append(figures)
-                    except ChildError as error:
-                        inside.fail(error)
-                        tell(f"{inside.name} is broken: {error}")
-        for inside in insides:
-            if inside.broken is None:
-                inside.weigh()
-    return _results(config, insides, loads, rounds)
+            for number in range(config.rounds):
+                for one in (x for x in contenders if x.broken is None):
+                    on_event(Step(f"{load}, round {number + 1} of {config.rounds}: {one.name}"))
+                    with _noting_faults(one, on_event):
+                        one.check(config)
+                        figures = one.measure(config, batch, f"{config.seed} {batch} {number}")
+                        rounds.setdefault((one.name, load), []).append(figures)
+        for one in contenders:
+            if one.broken is None:
+                one.footprint.update()
+    return _results(config, contenders, loads, rounds)
+
+
+@contextmanager
+def _noting_faults(contender: OfflineContender, on_event: OnEvent) -> Iterator[None]:
+    """A contender that does not answer is broken, and ended."""
+    try:
+        yield
+    except ChildError as error:
+        contender.broken = str(error)
+        on_event(Broken(contender.name, contender.broken))
+        contender.end()
 
 
 def _engines(asked: str | None) -> list[str]:
-    there = [engine.name for engine in engines() if engine.version() is not None]
+    there = [engine.name for engine in serving.engines() if engine.version() is not None]
     if asked is not None and asked not in there:
         raise BesaError(f"--engine {asked} is not here: {', '.join(there)} are")
     return there if asked is None else [asked]
@@ -181,54 +199,54 @@ def _engines(asked: str | None) -> list[str]:
 
 def _results(
     config: BenchConfig,
-    insides: list[_Inside],
+    contenders: list[OfflineContender],
     loads: dict[int, str],
     rounds: dict[tuple[str, str], list[dict[str, float]]],
 ) -> Results:
-    whole = {inside.name: inside for inside in insides if inside.broken is None}
+    sound = {one.name: one for one in contenders if one.broken is None}
     measurements = tuple(
         Measurement(name, load, tuple(own), summary(own))
         for (name, load), own in rounds.items()
-        if name in whole
+        if name in sound
     )
     # A model is compared with the first model in the same engine.
     first: dict[str, str] = {}
-    for name, inside in whole.items():
-        first.setdefault(inside.engine, name)
-    references = {name: first[inside.engine] for name, inside in whole.items()}
+    for name, one in sound.items():
+        first.setdefault(one.engine, name)
+    references = {name: first[one.engine] for name, one in sound.items()}
     return Results(
         kind="offline",
         date=now(),
         settings=replace(settings_of(config), loads=tuple(loads.values())),
         machine=machine(),
         versions=versions(),
-        reference=next(iter(whole), None),
-        contenders=tuple(_contender(inside) for inside in insides),
+        reference=next(iter(sound), None),
+        contenders=tuple(_contender(one) for one in contenders),
         loads=tuple(LoadRecord(name, "batch", batch) for batch, name in loads.items()),
         measurements=measurements,
         comparisons=comparisons(measurements, references, OFFLINE),
         quality={"skipped": "offline"},
-        notes=tuple(_notes(insides)),
+        notes=tuple(_notes(contenders)),
     )
 
 
-def _notes(insides: Sequence[_Inside]) -> list[str]:
-    notes = [broken_note(one.name, one.broken) for one in insides if one.broken is not None]
-    if any(one.contender.random_weights for one in insides):
+def _notes(contenders: Sequence[OfflineContender]) -> list[str]:
+    notes = [broken_note(one.name, one.broken) for one in contenders if one.broken is not None]
+    if any(one.contender.random_weights for one in contenders):
         notes.append("Random weights: the figures are about speed and memory only.")
     return notes
 
 
-def _contender(inside: _Inside) -> ContenderRecord:
+def _contender(one: OfflineContender) -> ContenderRecord:
     return ContenderRecord(
-        name=inside.name,
-        model=inside.directory.name,
+        name=one.name,
+        model=one.directory.name,
         url=None,
-        engine=inside.engine,
-        packing=packing(inside.directory),
-        random_weights=inside.contender.random_weights,
-        broken=inside.broken,
-        start_seconds=inside.start_seconds,
-        disk_bytes=weight_bytes(inside.directory),
-        memory=inside.memory,
+        engine=one.engine,
+        packing=packing(one.directory),
+        random_weights=one.contender.random_weights,
+        broken=one.broken,
+        start_seconds=one.start_seconds,
+        disk_bytes=weight_bytes(one.directory),
+        memory=one.footprint.memory,
     )

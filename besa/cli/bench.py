@@ -18,17 +18,19 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from besa.bench.settings import BenchConfig, parse_contender, parse_loads, parse_url
 from besa.settings import add_flags, given
 
 if TYPE_CHECKING:
+    from besa.bench.events import OnEvent
     from besa.bench.results import Results
+    from besa.bench.settings import Contender
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,9 +118,9 @@ def run(args: argparse.Namespace) -> int:
         concurrency = parse_loads("1,4", "concurrency")
     contenders = [parse_contender(words) for words in (*args.against, *args.words)]
     with (
-        _shapes(args) if args.shape else nullcontext(()) as made,
+        _random_models(args) if args.shape else nullcontext(()) as made,
         terminated(),
-        telling() as tell,
+        shown_events() as on_event,
     ):
         config = BenchConfig(
             contenders=(*made, *contenders, *map(parse_url, args.url)),
@@ -126,30 +128,30 @@ def run(args: argparse.Namespace) -> int:
             auto_rates=auto,
             **asked,
         )
-        results = _measure(config, args, tell)
+        results = _measure(config, args, on_event)
     return _finish(results, config.out)
 
 
-def _measure(config: BenchConfig, args: argparse.Namespace, tell: Callable[[str], None]) -> Results:
+def _measure(config: BenchConfig, args: argparse.Namespace, on_event: OnEvent) -> Results:
     if args.offline:
         from besa.bench.offline import bench_offline
 
         batches = [int(load.value) for load in parse_loads(args.batch, "concurrency")]
-        return bench_offline(config, batches, tell)
+        return bench_offline(config, batches, on_event)
     from besa.bench.run import bench
 
-    return bench(config, tell)
+    return bench(config, on_event)
 
 
 @contextmanager
-def _shapes(args: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
-    from besa.bench.shapes import shape_contenders
+def _random_models(args: argparse.Namespace) -> Iterator[tuple[Contender, ...]]:
+    from besa.bench.random_models import random_contenders
 
     with (
         terminated(),
-        telling() as tell,
-        shape_contenders(
-            args.shape, args.sparsity, args.pattern, args.quantize, args.cache, tell
+        shown_events() as on_event,
+        random_contenders(
+            args.shape, args.sparsity, args.pattern, args.quantize, args.cache, on_event
         ) as made,
     ):
         yield made
@@ -181,25 +183,26 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def telling() -> Iterator[Callable[[str], None]]:
-    """A line that changes on a terminal, else a line for each thing."""
+def shown_events() -> Iterator[OnEvent]:
+    """A receiver of `besa bench`'s events: a line that changes on a terminal, else a line each."""
     from rich.console import Console
 
+    from besa.bench.events import Broken, Event
     from besa.progress import write_line
 
     console = Console(file=sys.stderr)
     if not console.is_terminal:
-        yield lambda words: write_line(words, sys.stderr)
+        yield lambda event: write_line(str(event), sys.stderr)
         return
     with console.status("") as status:
 
-        def tell(words: str) -> None:
-            if "is broken" in words:
-                console.print(words, style="red", markup=False)
+        def show(event: Event) -> None:
+            if isinstance(event, Broken):
+                console.print(str(event), style="red", markup=False)
             else:
-                status.update(words)
+                status.update(str(event))
 
-        yield tell
+        yield show
 
 
 @contextmanager

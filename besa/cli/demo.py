@@ -69,10 +69,10 @@ def _bench(out: Path) -> Results:
     from rich.console import Console
 
     from besa.bench.table import print_results
-    from besa.cli.bench import telling, terminated
+    from besa.cli.bench import shown_events, terminated
     from besa.demo.serving import serve_and_measure
 
-    with terminated(), telling() as tell:
-        results = serve_and_measure(out / "besa-row-50", out, tell)
+    with terminated(), shown_events() as on_event:
+        results = serve_and_measure(out / "besa-row-50", out, on_event)
     print_results(results, Console(width=None if sys.stdout.isatty() else 160, highlight=False))
     return results

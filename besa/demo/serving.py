@@ -6,9 +6,9 @@ It packs what BESA left of the embedded model, and is one run of `besa bench` on
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
+from besa.bench.events import OnEvent, Step, ignore
 from besa.bench.generator import installed
 from besa.bench.load import Load
 from besa.bench.output import write_results
@@ -21,12 +21,12 @@ from besa.serve.engines import engine_named
 _ENGINE = "transformers"  # which starts in seconds, and everywhere alike
 
 
-def serve_and_measure(pruned: Path, out: Path, tell: Callable[[str], None]) -> Results:
+def serve_and_measure(pruned: Path, out: Path, on_event: OnEvent = ignore) -> Results:
     """Packs `pruned` and measures it against the embedded model; writes `out`/packed and bench.
 
     Returns:
         The results, as `besa bench` has them. Measured inside the engine where no server or no
-        load generator is installed; `tell` is told.
+        load generator is installed; an event says so.
     """
     from besa.export import ExportConfig, export
 
@@ -43,12 +43,12 @@ def serve_and_measure(pruned: Path, out: Path, tell: Callable[[str], None]) -> R
     if (missing := _missing()) is None:
         from besa.bench.run import bench
 
-        results = bench(config, tell)
+        results = bench(config, on_event)
     else:
         from besa.bench.offline import bench_offline
 
-        tell(f"{missing}: measured without a server")
-        results = bench_offline(config, (1,), tell)
+        on_event(Step(f"{missing}: measured without a server"))
+        results = bench_offline(config, (1,), on_event)
     shutil.rmtree(out / "bench", ignore_errors=True)
     write_results(results, out / "bench")
     return results

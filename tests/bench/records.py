@@ -24,8 +24,8 @@ from besa.bench.results import (
     Results,
     Settings,
 )
+from besa.bench.rounds import Measured
 from besa.bench.summary import comparisons, summary
-from besa.bench.turns import Measured
 
 MIB = 1 << 20
 

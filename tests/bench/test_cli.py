@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from besa.bench.generator import CLIENTS
-from besa.bench.shapes import SHAPES
+from besa.bench.random_models import SHAPES
 from besa.processes.usage import family
 from besa.serve.vllm.engine import vllm_version
 from tests.bench.stubs import bench, entries, lateness, start_bench, stub

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from besa import PruneConfig, prune
+from besa.bench.events import Event
 from besa.demo import MODEL, SEQLEN
 from besa.demo.serving import serve_and_measure
 
@@ -15,7 +16,7 @@ from besa.demo.serving import serve_and_measure
 def test_the_demo_serves_what_it_pruned(tmp_path: Path) -> None:
     pruned = tmp_path / "pruned"
     prune(MODEL, PruneConfig(out=pruned, method="magnitude", samples=4, seqlen=SEQLEN))
-    told: list[str] = []
+    told: list[Event] = []
     results = serve_and_measure(pruned, tmp_path, told.append)
     assert [contender.name for contender in results.sound] == ["dense", "packed 50%"]
     dense, packed = results.contenders
@@ -26,4 +27,4 @@ def test_the_demo_serves_what_it_pruned(tmp_path: Path) -> None:
     assert packed.disk_bytes < 0.75 * dense.disk_bytes
     assert {m.contender for m in results.measurements} == {"dense", "packed 50%"}
     assert (tmp_path / "bench" / "report.html").exists()
-    assert any("round 5 of 5" in words for words in told)
+    assert any("round 5 of 5" in str(event) for event in told)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from besa.bench.contenders import packing
+from besa.bench.checkpoint import packing
 from besa.bench.results import Packing
 from besa.errors import BesaError
 from besa.export import ExportConfig, export

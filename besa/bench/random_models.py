@@ -1,6 +1,6 @@
 """`besa bench --shape`: a real model's shape with random weights, dense and pruned and packed.
 
-    with shape_contenders("tinyllama", 0.5, "2:4", None, None, print) as (dense, sparse):
+    with random_contenders("tinyllama", 0.5, "2:4", None, None) as (dense, sparse):
         ...
 
 The weights are written layer by layer, so that a model needs no more memory than one layer. What
@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from besa.bench.events import OnEvent, Step, ignore
 from besa.bench.settings import Contender
 from besa.errors import BesaError, one_line
 from besa.model.files import INDEX, write_tensors
@@ -77,13 +78,13 @@ _TEMPORARY = "besa-bench-shape-"
 
 
 @contextmanager
-def shape_contenders(
+def random_contenders(
     shape: str,
     sparsity: float,
     pattern: str,
     quantize: str | None,
     cache: Path | None,
-    tell: Callable[[str], None],
+    on_event: OnEvent = ignore,
 ) -> Iterator[tuple[Contender, ...]]:
     """The dense model and the packed one; removed afterwards unless there is a cache.
 
@@ -91,7 +92,7 @@ def shape_contenders(
         BesaError: no such shape, sparsity or pattern, or they cannot be written.
     """
     config = shape_config(shape)
-    keep = kept_of(pattern)
+    keep = parse_pattern(pattern)
     if not 0 < sparsity < 1:
         raise BesaError(f"--sparsity is {sparsity}: above 0 and below 1")
     if keep is not None:
@@ -108,10 +109,10 @@ def shape_contenders(
             folder / f"{Path(shape).stem}-{key}-random-{name.replace(' ', '-').replace(':', '-')}"
         )
         if not dense.exists():
-            tell(f"writes {dense.name}")
+            on_event(Step(f"writes {dense.name}"))
             make_model(dense, config, None)
         if not sparse.exists():
-            tell(f"writes {sparse.name}")
+            on_event(Step(f"writes {sparse.name}"))
             _make_sparse(folder, sparse, config, (sparsity, keep), quantize)
         yield (
             Contender("dense", str(dense), random_weights=True),
@@ -141,7 +142,7 @@ def shape_config(shape: str) -> dict[str, Any]:
     return {**config, "dtype": "bfloat16"}
 
 
-def kept_of(pattern: str) -> tuple[int, int] | None:
+def parse_pattern(pattern: str) -> tuple[int, int] | None:
     """N and M of an N:M pattern; None for unstructured.
 
     Raises:

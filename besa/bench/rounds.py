@@ -1,10 +1,10 @@
-"""Contenders in turns: every round asks each of them, with a warm-up, while the others rest.
+"""Rounds of measurements: in each of them every contender has a turn, while the others rest.
 
-    turns = Turns(servers, generator, prompts, config, tell)
-    turns.measure(Load("concurrency", 4))
-    turns.measured[("dense", load)]      # a Measured for every round
+    rounds = Rounds(servers, generator, prompts, config, print)
+    rounds.measure(Load("concurrency", 4))
+    rounds.measured["dense", load]      # a Measured for every round
 
-One that turns out to be broken is asked no more, and what it said before does not count.
+A contender that turns out to be broken is asked no more, and its earlier rounds do not count.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from besa.bench.contenders import BrokenError, Server
+from besa.bench.client import BrokenError
+from besa.bench.events import Broken, OnEvent, Step
 from besa.bench.figures import Request, figures
 from besa.bench.generator import Generator
 from besa.bench.load import Load, Prompts
+from besa.bench.server import Server
 from besa.bench.settings import BenchConfig
 from besa.machine import busy_seconds
 from besa.processes.child import ChildError
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Measured:
         return figures(self.requests, self.duration)
 
 
-class Turns:
+class Rounds:
     """The order in which contenders are measured, and what came of it.
 
     Attributes:
         measured: by contender and load, a `Measured` for each round.
-        elsewhere: cores that programs which are no part of this used, in each measurement.
+        other_cores: cores that other programs used, in each measurement.
     """
 
     def __init__(
@@ -52,46 +53,46 @@ class Turns:
         generator: Generator,
         prompts: Prompts,
         config: BenchConfig,
-        tell: Tell,
+        on_event: OnEvent,
     ) -> None:
         self.servers, self.generator, self.prompts = servers, generator, prompts
-        self.config, self.tell = config, tell
+        self.config, self.on_event = config, on_event
         self.measured: dict[tuple[str, Load], list[Measured]] = {}
-        self.elsewhere: list[float] = []
+        self.other_cores: list[float] = []
         self._turn = 0
 
     @property
-    def whole(self) -> list[Server]:
+    def sound(self) -> list[Server]:
         """The contenders that are not broken."""
         return [server for server in self.servers if server.broken is None]
 
     def measure(self, load: Load) -> None:
         """All rounds of a load."""
-        for turn in range(self.config.rounds):
-            key = f"{load.kind} {load.value} {turn}"
-            count = load.requests(self.config.requests)
-            chosen = self.prompts.take(count, key)
+        for number in range(self.config.rounds):
+            key = f"{load.kind} {load.value} {number}"
+            prompts = self.prompts.take(load.requests(self.config.requests), key)
             warmup = self._warmup(load, key)
-            for server in self.whole:
-                self.tell(f"{load.name}, round {turn + 1} of {self.config.rounds}: {server.name}")
-                measured = self.turn(server, load, chosen, warmup, key)
+            for server in self.sound:
+                what = f"{load.name}, round {number + 1} of {self.config.rounds}: {server.name}"
+                self.on_event(Step(what))
+                measured = self._turn_of(server, load, prompts, warmup, key)
                 if measured is not None:
                     self.measured.setdefault((server.name, load), []).append(measured)
 
-    def probe(self, server: Server, rate: float, count: int) -> Measured | None:
-        """One measurement at a rate, outside the rounds."""
+    def measure_rate(self, server: Server, rate: float, count: int) -> Measured | None:
+        """One measurement at a rate, outside the rounds; None if the server is broken."""
         load = Load("rate", rate)
-        self.tell(f"objective, {load.name}: {server.name}")
+        self.on_event(Step(f"objective, {load.name}: {server.name}"))
         key = f"objective {rate}"
-        chosen = self.prompts.take(count, key)
-        return self.turn(server, load, chosen, self._warmup(load, key), key)
+        prompts = self.prompts.take(count, key)
+        return self._turn_of(server, load, prompts, self._warmup(load, key), key)
 
     def _warmup(self, load: Load, key: str) -> list[str]:
         at_once = int(load.value) if load.kind == "concurrency" else 1
         count = max(self.config.warmup, at_once) if self.config.warmup else 0
         return self.prompts.take(count, f"warm-up {key}")
 
-    def turn(
+    def _turn_of(
         self,
         server: Server,
         load: Load,
@@ -106,34 +107,41 @@ class Turns:
                 requests at the same times.
         """
         self._turn += 1
-        others = [one for one in self.whole if one is not server]
         try:
             server.check(self._turn)
             if warmup:
-                self._run(server, warmup, load, key)
-            before = [one.cpu() for one in others]
-            own, busy, started = self._own_cpu(), busy_seconds(), time.perf_counter()
-            measured = self._run(server, prompts, load, key)
-            seconds = time.perf_counter() - started
-            for one, cpu in zip(others, before, strict=True):
-                one.idle_cpu = max(one.idle_cpu, (one.cpu() - cpu) / seconds)
-            used = busy_seconds() - busy - (self._own_cpu() - own)
-            self.elsewhere.append(max(0.0, used / seconds))
+                self._make_load(server, warmup, load, key)
+            with self._watching(server):
+                measured = self._make_load(server, prompts, load, key)
         except BrokenError as error:
             server.broken = str(error)
-            self.tell(f"{server.name} is broken: {error}")
+            self.on_event(Broken(server.name, server.broken))
             server.end()
             return None
-        server.weigh()
+        server.footprint.update()
         return measured
+
+    @contextmanager
+    def _watching(self, server: Server) -> Iterator[None]:
+        """Notes which cores are used by the contenders that should rest, and by other programs."""
+        others = [one for one in self.sound if one is not server]
+        before = [one.footprint.cpu() for one in others]
+        own, busy, started = self._own_cpu(), busy_seconds(), time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        for one, cpu in zip(others, before, strict=True):
+            one.idle_cores = max(one.idle_cores, (one.footprint.cpu() - cpu) / seconds)
+        used = busy_seconds() - busy - (self._own_cpu() - own)
+        self.other_cores.append(max(0.0, used / seconds))
 
     def _own_cpu(self) -> float:
         """What everything that takes part has computed, in seconds: besa, generator, contenders."""
         times = os.times()
         own = times.user + times.system + times.children_user + times.children_system
-        return own + sum(server.cpu() for server in self.servers) + self.generator.cpu()
+        servers = sum(server.footprint.cpu() for server in self.servers)
+        return own + servers + self.generator.cpu()
 
-    def _run(self, server: Server, prompts: Sequence[str], load: Load, key: str) -> Measured:
+    def _make_load(self, server: Server, prompts: Sequence[str], load: Load, key: str) -> Measured:
         config = self.config
         seed = random.Random(f"{config.seed} {key}").randrange(2**31)
         assert server.target is not None
@@ -142,9 +150,9 @@ class Turns:
                 server.target, prompts, load, config.output_length, seed, config.timeout
             )
         except ChildError as error:
-            raise BrokenError(server.why(f"{self.generator.name}: {error}")) from None
+            raise BrokenError(server.explain(f"{self.generator.name}: {error}")) from None
         failed = [request for request in answered.requests if request.error]
         if failed:
             count = f"{len(failed)} of {len(answered.requests)} requests"
-            raise BrokenError(server.why(f"{count} failed: {failed[0].error}"))
+            raise BrokenError(server.explain(f"{count} failed: {failed[0].error}"))
         return Measured(answered.requests, answered.seconds)
