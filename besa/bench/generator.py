@@ -19,11 +19,11 @@ from besa.bench.client import Target
 from besa.bench.guidellm_client import GuidellmClient
 from besa.bench.load import Load
 from besa.bench.load_client import Answered, LoadClient, Order
-from besa.typed_json import from_json, to_json
 from besa.bench.vllm_client import VllmClient
 from besa.errors import BesaError
 from besa.processes.child import ChildError
 from besa.processes.usage import cpu_seconds, family
+from besa.typed_json import from_json, to_json
 
 # By the names of --generator; the default is the first that is installed.
 CLIENTS: dict[str, LoadClient] = {"vllm": VllmClient(), "guidellm": GuidellmClient()}
