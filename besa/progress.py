@@ -9,17 +9,32 @@ packing model.layers.0
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import IO, Any
+from dataclasses import dataclass
+from typing import IO, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from besa.typed_json import to_json
+
 # Phases of a pruning run that mean something to the display.
 REPLAY = "replay"  # the calibration stream goes through a block that an earlier run finished
 WRITTEN = "written"  # a block is finished
+
+
+class FinishedBlock(Protocol):
+    """What the display reads of a finished block's record (besa.model.record.BlockRecord)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sparsity(self) -> float: ...
+    @property
+    def error(self) -> float | None: ...
+    @property
+    def error_wanda(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
@@ -44,12 +59,11 @@ class Event:
     blocks: int | None = None
     loss: float | None = None
     rate: float | None = None
-    record: Mapping[str, Any] | None = None
+    record: FinishedBlock | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The fields that say something, as a run's log has them."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in to_json(self).items() if value is not None}
 
 
 Tell = Callable[[Event], None]
@@ -148,10 +162,10 @@ def _summary(event: Event) -> str:
     block, blocks = _place(event)
     record = event.record
     assert record is not None
-    line = f"block {block + 1}/{blocks}  {record['name']}: "
-    line += f"{record['sparsity']:.2%} zeros, error {record['error']:.3%}"
-    if record["error_wanda"] is not None:
-        line += f" (Wanda {record['error_wanda']:.3%})"
+    line = f"block {block + 1}/{blocks}  {record.name}: "
+    line += f"{record.sparsity:.2%} zeros, error {record.error:.3%}"
+    if record.error_wanda is not None:
+        line += f" (Wanda {record.error_wanda:.3%})"
     return line
 
 

@@ -35,6 +35,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 
 # They measure, trace or start an engine, and that takes seconds.
 SLOW = {
+    "besa.demo.compare",
     "besa.doctor.examine",
     "besa.doctor.speed",
     "besa.export.onnx.standard",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
+from besa.model.record import BlockRecord
 from besa.progress import REPLAY, WRITTEN, Event, progress_for, steps_for
 
 
@@ -19,7 +21,9 @@ class Writes(io.StringIO):
         return super().write(text)
 
 
-RECORD = {"name": "model.layers.0", "sparsity": 0.5, "error": 0.1, "error_wanda": 0.2}
+RECORD = BlockRecord(
+    index=0, name="model.layers.0", sparsity=0.5, linears=(), error=0.1, error_wanda=0.2
+)
 
 
 def test_a_line_and_its_end_are_one_write():
@@ -45,5 +49,16 @@ def test_an_event_is_logged_with_what_it_says():
     event = Event("learn", block=0, blocks=3, done=4, total=4, loss=0.0, rate=0.5)
     said = {"block": 0, "blocks": 3, "phase": "learn", "done": 4, "total": 4}
     assert event.as_json() == {**said, "loss": 0.0, "rate": 0.5}
-    written = Event(WRITTEN, block=0, blocks=3, record={"error_wanda": None})
-    assert written.as_json()["record"] == {"error_wanda": None}
+    written = Event(WRITTEN, block=0, blocks=3, record=replace(RECORD, error_wanda=None))
+    assert written.as_json()["record"] == {
+        "index": 0,
+        "name": "model.layers.0",
+        "weights": 0,
+        "zeros": 0,
+        "sparsity": 0.5,
+        "linears": [],
+        "error": 0.1,
+        "error_wanda": None,
+        "loss": [],
+        "seconds": 0.0,
+    }

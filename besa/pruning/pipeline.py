@@ -26,7 +26,7 @@ from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
 from besa.model.finite import check_finite
 from besa.model.loading import pick_device
-from besa.model.record import PruneRecord, write_record
+from besa.model.record import BlockRecord, PruneRecord, write_record
 from besa.model.replay import Call, capture
 from besa.model.workspace import Workspace, check_free
 from besa.progress import REPLAY, WRITTEN, Event, Tell
@@ -40,6 +40,7 @@ from besa.pruning.methods import load, wanda
 from besa.pruning.plan import plan_of
 from besa.pruning.record import block_record, linear_record, run_record, settings_of
 from besa.report import model_card, render
+from besa.typed_json import to_json
 from besa.writing import write_text
 
 # Tokens that go through a block at once: enough to keep the cores busy, few enough to fit.
@@ -138,7 +139,7 @@ class _Pipeline:
             if (finished := self.workspace.finished(name)) is None:
                 tensors, record = self._prune_block(index, stream, block_calls)
                 shard = self.workspace.shard(index + 2, len(self.plan) + 1)
-                finished = self.workspace.finish(name, shard, tensors, {"record": record})
+                finished = self.workspace.finish(name, shard, tensors, {"record": to_json(record)})
                 self._event(index, WRITTEN, record=record)
             else:
                 self._replay(index, finished, stream, block_calls)
@@ -163,7 +164,7 @@ class _Pipeline:
 
     def _prune_block(
         self, index: int, stream: Activations, calls: list[Call]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    ) -> tuple[dict[str, Tensor], BlockRecord]:
         """Prunes one block and sends the stream through it; gives its tensors and its record."""
         started = time.monotonic()
         method, linears = load(self.config.method), self.plan[index]
@@ -268,16 +269,18 @@ class _Pipeline:
         error: float,
         error_wanda: float | None,
         seconds: float,
-    ) -> dict[str, Any]:
+    ) -> BlockRecord:
         """What besa.json says of a block."""
         linears = [
             linear_record(x, run.stored.get_parameter(x.parameter).data, run.norms.unseen(x))
             for x in run.linears
         ]
-        return {
-            **block_record(index, self._name(index), run.linears, linears),
-            "error": error,
-            "error_wanda": error_wanda,
-            "loss": pruned.losses,
-            "seconds": round(seconds, 3),
-        }
+        return block_record(
+            index,
+            self._name(index),
+            linears,
+            error=error,
+            error_wanda=error_wanda,
+            losses=pruned.losses,
+            seconds=seconds,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from besa.machine import peak_memory
 from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
-from besa.model.record import BlockRecord, PruneRecord, Sparsity
+from besa.model.record import BlockRecord, LinearRecord, PruneRecord, RowRates, Sparsity
 from besa.pruning.config import PruneConfig
 from besa.typed_json import from_json
 from besa.version import __version__, versions
@@ -48,7 +49,7 @@ def settings_of(
     }
 
 
-def linear_record(linear: Linear, stored: Tensor, unseen: list[int]) -> dict[str, Any]:
+def linear_record(linear: Linear, stored: Tensor, unseen: Sequence[int]) -> LinearRecord:
     """The zeros of one linear and how its rows share them.
 
     Args:
@@ -57,37 +58,52 @@ def linear_record(linear: Linear, stored: Tensor, unseen: list[int]) -> dict[str
     """
     zeros = (linear.matrix(stored) == 0).reshape(-1, linear.cols).sum(1)
     rates = zeros.double() / linear.cols
-    record = {
-        "name": linear.name,
-        "shape": list(linear.shape),
-        "zeros": int(zeros.sum()),
-        "sparsity": float(rates.mean()),
-        "rows": {
-            "min": float(rates.min()),
-            "mean": float(rates.mean()),
-            "max": float(rates.max()),
-            "histogram": torch.histc(rates, bins=50, min=0, max=1).int().tolist(),
-        },
-    }
-    if unseen and linear.groups > 1:
-        record["unrouted_experts"] = unseen
-    return record
+    return LinearRecord(
+        name=linear.name,
+        shape=tuple(linear.shape),
+        zeros=int(zeros.sum()),
+        sparsity=float(rates.mean()),
+        rows=RowRates(
+            min=float(rates.min()),
+            mean=float(rates.mean()),
+            max=float(rates.max()),
+            histogram=tuple(torch.histc(rates, bins=50, min=0, max=1).int().tolist()),
+        ),
+        unrouted_experts=tuple(unseen) if linear.groups > 1 else (),
+    )
 
 
 def block_record(
-    index: int, name: str, linears: Sequence[Linear], rows: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The zeros of one block."""
-    weights = sum(x.size for x in linears)
-    zeros = sum(row["zeros"] for row in rows)
-    return {
-        "index": index,
-        "name": name,
-        "weights": weights,
-        "zeros": zeros,
-        "sparsity": zeros / max(1, weights),
-        "linears": rows,
-    }
+    index: int,
+    name: str,
+    linears: Sequence[LinearRecord],
+    *,
+    error: float,
+    error_wanda: float | None,
+    losses: Sequence[float],
+    seconds: float,
+) -> BlockRecord:
+    """The record of one pruned block.
+
+    Args:
+        linears: the block's pruned linears.
+        error, error_wanda: of its output, see `BlockRecord`.
+        losses: the mean loss of each epoch.
+    """
+    weights = sum(math.prod(linear.shape) for linear in linears)
+    zeros = sum(linear.zeros for linear in linears)
+    return BlockRecord(
+        index=index,
+        name=name,
+        weights=weights,
+        zeros=zeros,
+        sparsity=zeros / max(1, weights),
+        linears=tuple(linears),
+        error=error,
+        error_wanda=error_wanda,
+        loss=tuple(losses),
+        seconds=round(seconds, 3),
+    )
 
 
 def run_record(
