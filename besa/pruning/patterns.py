@@ -108,15 +108,15 @@ def n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     """
     rows, cols = scores.shape
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    place = torch.uint8 if m <= 256 else torch.int32
+    counter = torch.uint8 if m <= 256 else torch.int32
     for chunk in row_chunks(rows, cols * m):
         members = scores[chunk].reshape(-1, cols // m, m).unbind(2)
         kept = []
-        for j, own in enumerate(members):
-            above = torch.zeros(own.shape, dtype=place, device=own.device)
+        for j, score in enumerate(members):
+            higher = torch.zeros(score.shape, dtype=counter, device=score.device)
             for k, other in enumerate(members):
                 if k != j:
-                    above += other >= own if k > j else other > own
-            kept.append(above < n)
+                    higher += other >= score if k > j else other > score
+            kept.append(higher < n)
         mask[chunk] = torch.stack(kept, dim=2).reshape(-1, cols)
     return mask
