@@ -43,7 +43,7 @@ class PackedLinear:
         transposed: whether the weight is stored [inputs, outputs].
         dtype: of the stored weight.
         nonzeros: weights that are not zero.
-        patterns: those of `PATTERNS` that it keeps to.
+        patterns: the members of `PATTERNS` that it keeps to.
     """
 
     key: str
@@ -165,7 +165,7 @@ def _read_block(checkpoint: Checkpoint, index: int) -> tuple[list[PackedLinear],
     """The linears of a block: those that can be packed, and those that cannot."""
     block, block_name = checkpoint.blocks[index], f"{checkpoint.blocks_name}.{index}"
     experts = expert_count(checkpoint.config)
-    # What besa cannot prune stays as it is, whoever pruned the rest.
+    # A linear that besa cannot prune stays as it is: another tool may have pruned the others.
     linears = find_linears(block, block_name, experts, strict=False)
     keys, converted = _stored(checkpoint, checkpoint.block_keys[index])
     routed = expert_lists(block, experts)

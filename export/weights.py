@@ -25,7 +25,7 @@ PATTERNS = ("2:4", "4:8")
 
 
 def nonzeros_and_patterns(matrix: Tensor) -> tuple[int, tuple[str, ...]]:
-    """The nonzeros of a matrix [out, in], and those of `PATTERNS` that its rows keep to."""
+    """How many weights of a matrix [out, in] are not zero, and which `PATTERNS` its rows keep."""
     bits, row_ptr = pack_mask(matrix)
     pairs = bits - ((bits >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)  # in each half of a byte, how many of 4

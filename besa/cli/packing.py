@@ -23,7 +23,7 @@ from besa.report.formatting import percent, size
 
 
 def print_export(out: Path, record: ExportRecord, verbose: bool) -> None:
-    """Prints what an export came to, of whichever format; with `verbose`, every packed linear."""
+    """Prints what an export came to; with `verbose`, every packed linear."""
     if isinstance(record, PackedRecord):
         _print_packed(out, record, verbose)
     elif isinstance(record, UnpackedRecord):
@@ -137,7 +137,7 @@ def _ratio(linears: Sequence[PackedLinearRecord]) -> str:
 
 
 def _show(table: Table) -> None:
-    # A pipe has no width: do not fold its lines, unless someone wishes it.
+    # A pipe has no width: its lines are folded only where COLUMNS asks for it.
     free = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     console = Console(width=10_000 if free else None, highlight=False)
     with console.capture() as shown:

@@ -332,7 +332,7 @@ def read_record(directory: Path) -> Record | None:
 
 
 def read_raw_record(directory: Path) -> dict[str, Any] | None:
-    """The besa.json of a directory as it is, whoever wrote it; None if it cannot be read."""
+    """The JSON of a directory's besa.json as it is; None if it cannot be read."""
     try:
         found = json.loads((directory / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):

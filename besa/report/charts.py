@@ -98,10 +98,10 @@ def errors(
     return picture(width, end + 34, "Error of each block's output", description, body)
 
 
-def _key(x: float, class_: str, words: str) -> str:
+def _key(x: float, class_: str, label: str) -> str:
     sample = line(x, 11, x + 22, 11, f"line {class_}")
     sample += tag("circle", cx=x + 11, cy=11.0, r=3.6, class_=f"dot {class_}")
-    return sample + text(x + 29, 15, words, "label")
+    return sample + text(x + 29, 15, label, "label")
 
 
 def _changes(
@@ -130,9 +130,9 @@ def _changes(
                 height=edges[1] - edges[0],
                 class_="bar good" if change <= 0 else "bar bad",
             )
-    words = "difference from Wanda, lower is better"
+    heading = "difference from Wanda, lower is better"
     body += line(horizontal[0], y(0.0), horizontal[1], y(0.0), "zero")
-    return body + text(horizontal[0], top - 9, words, "small")
+    return body + text(horizontal[0], top - 9, heading, "small")
 
 
 def curves(losses: Mapping[str, Sequence[float]], *, width: float) -> str:
@@ -203,8 +203,7 @@ def dots(groups: Mapping[str, Sequence[Dot]], *, dense: float, width: float) -> 
         body += line(x(mark), top, x(mark), bottom, "grid")
         body += text(x(mark), bottom + 14, _tick(mark), "small mid")
     body += line(x(dense), top - 6, x(dense), bottom, "target")
-    words = f"dense {_perplexity(dense)}"
-    body += text(x(dense) + 5, top - 7, words, "small strong")
+    body += text(x(dense) + 5, top - 7, f"dense {_perplexity(dense)}", "small strong")
     y = top
     for setting, members in groups.items():
         body += line(0, y + 4, width, y + 4, "axis")
@@ -231,10 +230,10 @@ def dots(groups: Mapping[str, Sequence[Dot]], *, dense: float, width: float) -> 
             body += catcher(0, y, width, pitch, tip)
             y += pitch
         y += 8
-    words = "perplexity, logarithmic scale" if curved else "perplexity"
+    scale = "perplexity, logarithmic scale" if curved else "perplexity"
     place = width - right if narrow else left
     class_ = "small end" if narrow else "small"
-    body += text(place, bottom + 29, f"{words} (lower is better)", class_)
+    body += text(place, bottom + 29, f"{scale} (lower is better)", class_)
     description = f"Dense {_perplexity(dense)}. " + " ".join(
         f"{setting}: " + ", ".join(f"{d.label} {_perplexity(d.value)}" for d in members) + "."
         for setting, members in groups.items()

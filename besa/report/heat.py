@@ -89,8 +89,12 @@ def heatmap(
             )
             if step_x >= 34 and step_y >= 18:
                 inside = f"small mid v{colour}"
-                words = percent(value)[:-1]
-                body += text(x + (step_x - gap) / 2, y + (step_y - gap) / 2 + 3.6, words, inside)
+                body += text(
+                    x + (step_x - gap) / 2,
+                    y + (step_y - gap) / 2 + 3.6,
+                    percent(value)[:-1],
+                    inside,
+                )
     for j, name in enumerate(rows):
         if upright:
             x, y = left + (j + 0.5) * step_x + 2, top - 8

@@ -29,8 +29,8 @@ def tag(name: str, content: str = "", /, **attributes: object) -> str:
     return f"<{opening}>{content}</{name}>" if content else f"<{opening}/>"
 
 
-def text(x: float, y: float, words: str, class_: str = "", /, **attributes: object) -> str:
-    return tag("text", html.escape(words), x=float(x), y=float(y), class_=class_, **attributes)
+def text(x: float, y: float, content: str, class_: str = "", /, **attributes: object) -> str:
+    return tag("text", html.escape(content), x=float(x), y=float(y), class_=class_, **attributes)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> str:
@@ -104,9 +104,9 @@ def every(count: int, room: float, label: float) -> int:
     return next(stride for stride in strides if room * stride >= label * count)
 
 
-def clip(words: str, letters: int) -> str:
+def clip(name: str, letters: int) -> str:
     """The end of a dotted name says more than its beginning."""
-    return words if len(words) <= letters else "…" + words[-(letters - 1) :]
+    return name if len(name) <= letters else "…" + name[-(letters - 1) :]
 
 
 def anchor(x: float, left: float, right: float) -> str:
@@ -117,8 +117,8 @@ def anchor(x: float, left: float, right: float) -> str:
 
 def rules(marks: Sequence[tuple[float, str]], left: float, right: float) -> str:
     return "".join(
-        line(left, y, right, y, "grid") + text(left - 7, y + 3.6, words, "small end")
-        for y, words in marks
+        line(left, y, right, y, "grid") + text(left - 7, y + 3.6, label, "small end")
+        for y, label in marks
     )
 
 

@@ -46,7 +46,7 @@ def build(
     """
     provider = "cuda" if precision == "fp16" else "cpu"
     cache = out / "cache"
-    where = ("", str(source), str(out), precision, provider, str(cache))
+    arguments = ("", str(source), str(out), precision, provider, str(cache))
     with (
         _builder() as (builder, base),
         _changed(base, change, source),
@@ -54,8 +54,8 @@ def build(
     ):
         # A local folder needs no token, and must not look for one. Layers that look at a window
         # only keep all of their cache: the other form is for GenAI's own loop alone.
-        wishes = ["hf_token=false", "windowed_kv_cache=false"]
-        builder.create_model(*where, **builder.parse_extra_options(*where, wishes))
+        options = ["hf_token=false", "windowed_kv_cache=false"]
+        builder.create_model(*arguments, **builder.parse_extra_options(*arguments, options))
     if cache.is_dir():
         shutil.rmtree(cache)
 

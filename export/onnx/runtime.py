@@ -111,7 +111,7 @@ def open_session(path: str | Path, library: str | None = None, threads: int = 0)
 
 
 def reason(error: Exception) -> str:
-    """The last part of ONNX Runtime's words, which name its sources and functions first."""
+    """The last part of ONNX Runtime's message, for people: it names source files first."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     for before in ("] : ", " : FAIL : ", "Status Message: "):
         line = line.rpartition(before)[2]

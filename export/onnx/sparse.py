@@ -102,7 +102,7 @@ def pack_graph(model: ir.Model, packing: OnnxPacking) -> list[PackedProduct]:
 
 
 def _constant_weight(node: ir.Node) -> Tensor | None:
-    """The constant weight [out, in] of a MatMul or Gemm, float32, be it stored either way round."""
+    """The constant weight of a MatMul or Gemm as float32 [out, in]; None if there is none."""
     if node.domain != "" or node.op_type not in ("MatMul", "Gemm"):
         return None
     value = node.inputs[1]

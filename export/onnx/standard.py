@@ -38,7 +38,7 @@ _BATCH, _NEW, _OLD = 2, 3, 5
 
 
 class _Step(nn.Module):
-    """Tokens and what is kept of those before them, to logits and what is kept from then on."""
+    """The model as a function: tokens and a cache give logits and the longer cache."""
 
     def __init__(self, model: Any, positions: bool) -> None:
         super().__init__()
