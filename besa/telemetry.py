@@ -13,7 +13,7 @@ import os
 
 _SWITCHES = {
     "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",  # vLLM, Gradio and others
+    "DO_NOT_TRACK": "1",  # what several libraries heed
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime
 }

@@ -1,4 +1,4 @@
-"""The engines that serve: what each has to say of itself, and the one table of them.
+"""The engines that serve: what besa has to know of each, and the one table of them.
 
 >>> list(ENGINES)
 ['vllm', 'transformers', 'onnx']
@@ -104,7 +104,7 @@ class Engine(ABC):
         """
 
     def version_warning(self, version: str) -> str | None:  # noqa: ARG002
-        """What there is to say of a version that may not load packed models; None of others."""
+        """What a user should know of a version that may not load packed models; None else."""
         return None
 
     @abstractmethod

@@ -104,6 +104,7 @@ class ChildProcess:
     def kill(self) -> None:
         """Ends the child and all that it started, at once."""
         self._kill_group()
+        self.popen.kill()  # if it has left its group
         self.popen.wait()
 
     def _kill_group(self) -> None:

@@ -160,7 +160,7 @@ def _version(distribution: str) -> str:
 
 
 def version_warning(version: str) -> str | None:
-    """What there is to say of a vLLM that besa does not know; None of one that it does."""
+    """What a user should know of a vLLM that besa does not know; None for one that it does."""
     if fits(version):
         return None
     return (
