@@ -31,14 +31,14 @@ from besa.model.replay import Call, capture
 from besa.model.workspace import Workspace, check_free
 from besa.progress import REPLAY, WRITTEN, Event, Tell
 from besa.pruning.activations import Activations
-from besa.pruning.block_run import BlockRun, Pruned
+from besa.pruning.block_run import BlockRun
 from besa.pruning.budget import budgets
 from besa.pruning.calibration import calibration_samples
 from besa.pruning.config import PruneConfig
 from besa.pruning.learn import Step
 from besa.pruning.methods import load, wanda
 from besa.pruning.plan import plan_of
-from besa.pruning.record import block_record, linear_record, run_record, settings_of
+from besa.pruning.record import block_record, run_record, settings_of
 from besa.report import model_card, render
 from besa.typed_json import to_json
 from besa.writing import write_text
@@ -184,7 +184,15 @@ class _Pipeline:
         self._hand_on(index, "hand on", run, stream)
         targets.close()
 
-        record = self._record(index, run, pruned, error, error_wanda, time.monotonic() - started)
+        record = block_record(
+            index,
+            self._name(index),
+            run,
+            losses=pruned.losses,
+            error=error,
+            error_wanda=error_wanda,
+            seconds=time.monotonic() - started,
+        )
         tensors = self.checkpoint.stored_tensors(index)
         self.checkpoint.unload_block(index)
         return tensors, record
@@ -206,8 +214,9 @@ class _Pipeline:
         targets: Sequence[Tensor] = (),
     ) -> BlockRun:
         def on_step(step: Step) -> None:
-            told = {"done": step.done, "total": step.total, "loss": step.loss, "rate": step.rate}
-            self._event(index, "learn", **told)
+            self._event(
+                index, "learn", done=step.done, total=step.total, loss=step.loss, rate=step.rate
+            )
 
         return BlockRun(
             stored=stored,
@@ -260,27 +269,3 @@ class _Pipeline:
         if event.done == event.total:
             self.workspace.log(event.as_json())
         self.tell(event)
-
-    def _record(
-        self,
-        index: int,
-        run: BlockRun,
-        pruned: Pruned,
-        error: float,
-        error_wanda: float | None,
-        seconds: float,
-    ) -> BlockRecord:
-        """What besa.json says of a block."""
-        linears = [
-            linear_record(x, run.stored.get_parameter(x.parameter).data, run.norms.unseen(x))
-            for x in run.linears
-        ]
-        return block_record(
-            index,
-            self._name(index),
-            linears,
-            error=error,
-            error_wanda=error_wanda,
-            losses=pruned.losses,
-            seconds=seconds,
-        )

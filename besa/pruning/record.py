@@ -16,6 +16,7 @@ from besa.machine import peak_memory
 from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
 from besa.model.record import BlockRecord, LinearRecord, PruneRecord, RowRates, Sparsity
+from besa.pruning.block_run import BlockRun
 from besa.pruning.config import PruneConfig
 from besa.typed_json import from_json
 from besa.version import __version__, versions
@@ -76,20 +77,24 @@ def linear_record(linear: Linear, stored: Tensor, unseen: Sequence[int]) -> Line
 def block_record(
     index: int,
     name: str,
-    linears: Sequence[LinearRecord],
+    run: BlockRun,
     *,
+    losses: Sequence[float],
     error: float,
     error_wanda: float | None,
-    losses: Sequence[float],
     seconds: float,
 ) -> BlockRecord:
     """The record of one pruned block.
 
     Args:
-        linears: the block's pruned linears.
-        error, error_wanda: of its output, see `BlockRecord`.
+        run: the block with its pruned weights in place.
         losses: the mean loss of each epoch.
+        error, error_wanda: of its output, see `BlockRecord`.
     """
+    linears = [
+        linear_record(x, run.stored.get_parameter(x.parameter).data, run.norms.unseen(x))
+        for x in run.linears
+    ]
     weights = sum(math.prod(linear.shape) for linear in linears)
     zeros = sum(linear.zeros for linear in linears)
     return BlockRecord(
