@@ -60,7 +60,7 @@ class Batches:
         tokens: how many a request may have, prompt and answer.
 
     Raises:
-        Exception: of whatever kind, if the model cannot be run so.
+        Exception: of any kind, if the model cannot be run so.
     """
 
     def __init__(self, model: Any, config: ContinuousBatchingConfig | None = None) -> None:
@@ -78,10 +78,10 @@ class Batches:
         starter = threading.Thread(target=self.manager.start, daemon=True)
         starter.start()
         starter.join()
-        self._try()
+        self._generate_once()
 
-    def _try(self) -> None:
-        """Models with layers that have no pages fail with their first token."""
+    def _generate_once(self) -> None:
+        """Generates once: models with layers that cannot be paged fail with their first token."""
         self.manager.add_request([0, 0], max_new_tokens=2, eos_token_id=-1)
         while (result := self.manager.get_result(timeout=1)) is None:
             if not self.is_alive():
@@ -160,7 +160,7 @@ def sampling(model: Any, gen_config: Any) -> Sampling:
 
 
 class Sampler:
-    """In the place of transformers' processors of a batch, with which it has the methods in common.
+    """Samples for each request as it asks, with the methods of transformers' batch processors.
 
     The batch takes the largest of each row's scores. Where a row is to be sampled, that is done
     here, and the chosen token's score left as the only one.

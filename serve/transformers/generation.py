@@ -1,8 +1,8 @@
-"""Who generates in transformers' server: many requests at a time, or one after the other.
+"""Generation in transformers' server: many requests at a time, or one after the other.
 
-In the place of transformers' `GenerationState` and its managers, which differ in what they leave
-out: stop strings, the sampling of each request, the end of a request that was cancelled. Here both
-ways share one `Stream`, and everything that a request asks for holds in both.
+transformers' own `GenerationState` has a manager for either way, and each ignores something: stop
+strings, the sampling of each request, the end of a request that was cancelled. The one here takes
+their place. Both of its ways share one `Stream`, and heed everything that a request asks for.
 
 On a CPU, requests are batched (see besa.serve.transformers.batching) if the model's attention
 allows it.
@@ -34,7 +34,11 @@ class Generation(GenerationState):  # type: ignore[misc]
     manager: Manager | None = None
 
     def use_continuous_batching(self, model: Any, *_: Any) -> bool:
-        """Makes the manager for the model; False, as it takes prompts in either case as tensors."""
+        """Makes the manager for the model.
+
+        Returns:
+            False: the manager takes tensors, whether it batches or not.
+        """
         if self.manager is None:
             batches = self._batches(model) if self._continuous_batching else None
             self.manager = Manager(batches)
@@ -117,7 +121,7 @@ class Manager(BaseGenerateManager):  # type: ignore[misc]
         """Nothing is left to do: its threads end with the process."""
 
     def _room(self, model: Any, length: int) -> int:
-        """How many tokens more than the prompt's the model takes."""
+        """How many tokens there may be after a prompt of `length` tokens."""
         limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
         if self.batches is not None:
             limits.append(self.batches.tokens)

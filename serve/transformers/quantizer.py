@@ -110,7 +110,7 @@ class BesaQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
-        """None, which is no cast, for the parts of a packed weight."""
+        """The type to cast a tensor to; None for parts of a packed weight, which are not cast."""
         if converter.target_patterns[0].endswith(tuple(".weight" + part for part in SUFFIXES)):
             return None
         kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)

@@ -83,7 +83,7 @@ def _replace(name: str, directory: Path, key: str | None, drain_seconds: int) ->
         return Middleware(app, key, name)
 
     class OneModel(model_manager.ModelManager):  # type: ignore[misc]
-        """Loads the model that is served, whatever it is called."""
+        """Loads the model that is served, under any name."""
 
         @staticmethod
         def process_model_name(model_id: str) -> str:
@@ -130,6 +130,6 @@ def _device(asked: str | int) -> torch.device:
 
 
 def _quiet_access_log() -> None:
-    """A line for each request is not what a log of problems is for."""
+    """Keeps the lines of single requests out of the log, which is for problems."""
     logging.getLogger("uvicorn.access").addFilter(lambda _: False)
     logging.getLogger("uvicorn.error").addFilter(lambda record: record.levelno > logging.INFO)
