@@ -5,10 +5,9 @@
     python benchmarks/engines.py --work DIR --engines vllm --rounds 5
 
 A random-weight model of TinyLlama's shape, half of its linears' weights zero, bfloat16: dense,
-packed, and packed as int8, each in a process of its own with the same flags. They answer in turns,
-round by round, and whoever is not asked is stopped, so that the machine's drift and the others'
-threads touch all alike. A step is what the engine takes for one token of every sequence; the time
-to the first token is that of a prompt of 256.
+packed, and packed as int8, measured by `besa bench --offline`: in turns, round by round, while the
+engines that are not asked are stopped. A step is what the engine takes for one token of every
+sequence; the time to the first token is that of a prompt of 256.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ import argparse
 import math
 import os
 import shutil
-import statistics
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +33,13 @@ from common import (
     write_json,
 )
 
-from besa.bench.offline import EngineProcess
+from besa.bench.offline import bench_offline
+from besa.bench.results import Results
+from besa.bench.settings import BenchConfig, Contender
 
 BATCHES = (1, 4, 16)
 PROMPT, STEPS = 64, 16
-LONG_PROMPT, LONGEST = 256, 512
+LONG_PROMPT = 256
 LAYERS, VOCABULARY = 22, 32000
 
 # Seconds for an answer, or to start.
@@ -94,7 +94,7 @@ def linear_bytes(engine: str, model: Path) -> int:
 
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
         os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-        llm = LLM(str(model), skip_tokenizer_init=True, max_model_len=LONGEST, enforce_eager=True)
+        llm = LLM(str(model), skip_tokenizer_init=True, max_model_len=512, enforce_eager=True)
         return int(llm.apply_model(_packed_bytes)[0])
     from transformers import AutoModelForCausalLM
 
@@ -129,28 +129,12 @@ def dense_bytes(model: Path) -> int:
 def compare(engine: str, models: dict[str, Path], rounds: int) -> dict[str, Any]:
     """Every contender's figures, and the dense one's as multiples of them."""
     held = {n: apart(linear_bytes, engine, m) for n, m in models.items() if n != "dense"}
-    questions: dict[str, dict[str, int]] = {
-        f"batch {n}": {"batch": n, "prompt": PROMPT, "steps": STEPS} for n in BATCHES
-    }
-    questions[f"prompt of {LONG_PROMPT}"] = {"batch": 1, "prompt": LONG_PROMPT, "steps": 2}
-    times: dict[str, dict[str, list[float]]] = {q: {n: [] for n in models} for q in questions}
-    with ExitStack() as stack:
-        contenders: dict[str, EngineProcess] = {}
-        for name, model in models.items():
-            one = EngineProcess(engine, model, max(BATCHES), LONGEST, LIMIT)
-            contenders[name] = stack.enter_context(one)
-            print(f"{engine} {name}: started in {one.start_seconds:.1f} s", flush=True)
-        for question, arguments in questions.items():
-            for turn in range(rounds + 1):
-                for name, one in contenders.items():
-                    answer = one.ask({**arguments, "seed": turn}, LIMIT)
-                    long = question.startswith("prompt")
-                    seconds = answer["prefill"] if long else statistics.median(answer["steps"])
-                    if turn:  # the first one warms up
-                        times[question][name].append(seconds)
-        starts = {name: one.start_seconds for name, one in contenders.items()}
+    decoding = measure(engine, models, rounds, PROMPT, STEPS, BATCHES)
+    reading = measure(engine, models, rounds, LONG_PROMPT, 2, (1,))
+    times = {f"batch {n}": figures(decoding, f"batch {n}", "step") for n in BATCHES}
+    times[f"prompt of {LONG_PROMPT}"] = figures(reading, "batch 1", "prefill")
     return {
-        "start_seconds": starts,
+        "start_seconds": {one.name: one.start_seconds for one in decoding.contenders},
         "linear_bytes": {"dense": dense_bytes(models["dense"]), **held},
         "seconds": {q: {n: spread(t) for n, t in own.items()} for q, own in times.items()},
         "speedup": {
@@ -160,6 +144,40 @@ def compare(engine: str, models: dict[str, Path], rounds: int) -> dict[str, Any]
             }
             for q, own in times.items()
         },
+    }
+
+
+def measure(
+    engine: str,
+    models: dict[str, Path],
+    rounds: int,
+    prompt: int,
+    steps: int,
+    batches: Sequence[int],
+) -> Results:
+    """`besa bench --offline` of the models in one engine."""
+    config = BenchConfig(
+        tuple(Contender(name, str(model), random_weights=True) for name, model in models.items()),
+        engine=engine,
+        input_length=prompt,
+        output_length=steps,
+        rounds=rounds,
+        quality=False,
+        timeout=LIMIT,
+        start_timeout=LIMIT,
+    )
+    results = bench_offline(config, batches, lambda event: print(event, flush=True))
+    for one in results.broken:
+        raise SystemExit(f"{engine} {one.name} is broken: {one.broken}")
+    return results
+
+
+def figures(results: Results, load: str, figure: str) -> dict[str, list[float]]:
+    """Every contender's rounds of one figure."""
+    return {
+        m.contender: [figures[figure] for figures in m.rounds]
+        for m in results.measurements
+        if m.load == load
     }
 
 
