@@ -28,7 +28,8 @@ from engines import LAYERS, masked
 
 from besa.bench.offline import EngineProcess
 from besa.demo import MODEL
-from besa.model.record import OnnxRecord, read_record
+from besa.model.export_record import OnnxRecord
+from besa.model.record import read_record
 from besa.typed_json import to_json
 
 VARIANTS = {

@@ -30,7 +30,8 @@ from common import (
     write_words,
 )
 
-from besa.model.record import PruneRecord, read_record
+from besa.model.prune_record import PruneRecord
+from besa.model.record import read_record
 
 METHODS = ("wanda", "besa")
 MOST_RATIO = 4.0

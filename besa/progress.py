@@ -25,7 +25,7 @@ WRITTEN = "written"  # a block is finished
 
 
 class FinishedBlock(Protocol):
-    """What the display reads of a finished block's record (besa.model.record.BlockRecord)."""
+    """What the display reads of a finished block's record (besa.model.prune_record.BlockRecord)."""
 
     @property
     def name(self) -> str: ...

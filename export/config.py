@@ -14,7 +14,7 @@ from pathlib import Path
 
 from besa.errors import BesaError
 from besa.kernels.abi import GROUP_SIZES
-from besa.model.record import ExportRecord
+from besa.model.export_record import ExportRecord
 from besa.settings import check_choices, described, either, setting
 
 FORMATS = ("vllm", "dense", "onnx")

@@ -23,9 +23,9 @@ from besa.export.config import ExportConfig
 from besa.export.weights import PATTERNS, WORTH, nonzeros_and_patterns
 from besa.model.blocks import Linear, expert_count, find_linears
 from besa.model.checkpoint import Checkpoint
+from besa.model.export_record import DenseLinear
 from besa.model.files import open_tensors
 from besa.model.finite import check_finite
-from besa.model.record import DenseLinear
 from besa.progress import Event, Tell
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)

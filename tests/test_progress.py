@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 
-from besa.model.record import BlockRecord
+from besa.model.prune_record import BlockRecord
 from besa.progress import REPLAY, WRITTEN, Event, progress_for, steps_for
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from besa.bench.results import Packing
+from besa.model.export_record import OnnxRecord
 from besa.model.files import is_onnx
-from besa.model.record import OnnxRecord, read_record
+from besa.model.record import read_record
 from besa.serve.launch import packing_of
 
 _WEIGHTS = (("*.safetensors",), ("*.onnx", "*.onnx.data", "*.onnx_data"))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from besa.export.packed.card import left_dense, pattern_in_words
-from besa.model.record import (
+from besa.model.export_record import (
     ExportRecord,
     OnnxRecord,
     PackedLinearRecord,

@@ -26,7 +26,8 @@ from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
 from besa.model.finite import check_finite
 from besa.model.loading import pick_device
-from besa.model.record import BlockRecord, PruneRecord, write_record
+from besa.model.prune_record import BlockRecord, PruneRecord
+from besa.model.record import write_record
 from besa.model.replay import Call, capture
 from besa.model.workspace import Workspace, check_free
 from besa.progress import REPLAY, WRITTEN, Event, Tell

@@ -15,7 +15,7 @@ from torch import Tensor
 from besa.machine import peak_memory
 from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
-from besa.model.record import BlockRecord, LinearRecord, PruneRecord, RowRates, Sparsity
+from besa.model.prune_record import BlockRecord, LinearRecord, PruneRecord, RowRates, Sparsity
 from besa.pruning.block_run import BlockRun
 from besa.pruning.config import PruneConfig
 from besa.typed_json import from_json

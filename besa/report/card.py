@@ -15,7 +15,7 @@ import html
 import json
 import re
 
-from besa.model.record import PruneRecord
+from besa.model.prune_record import PruneRecord
 from besa.report.figures import command, public, sparsity_in_words, summarise, unrouted
 from besa.report.formatting import duration, percent, rate, signed, significant, size
 from besa.report.layout import environment, printable

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from besa.model.record import BlockRecord, LinearRecord, PruneRecord
+from besa.model.prune_record import BlockRecord, LinearRecord, PruneRecord
 from besa.report.names import method_name, short_name
 
 FLAGS = (  # of `besa prune`: what of the settings a user can type

@@ -18,7 +18,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from besa.model.record import BlockRecord, PruneRecord
+from besa.model.prune_record import BlockRecord, PruneRecord
 from besa.report import charts, heat, spread
 from besa.report.figures import (
     Cell,

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from besa.export.onnx.runtime import NAME
 from besa.export.onnx.sparse import SMALL
-from besa.model.record import OnnxRecord, pruning_of
+from besa.model.export_record import OnnxRecord
+from besa.model.record import pruning_of
 from besa.report.card import escape_markdown, versions_line, yaml_string
 from besa.report.formatting import percent, size
 from besa.report.layout import environment, printable

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from besa.model.record import LogitsCheck
+from besa.model.export_record import LogitsCheck
 
 # A prompt, and tokens one by one after it.
 PROMPT, STEPS = 12, 4

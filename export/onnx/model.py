@@ -42,17 +42,11 @@ from besa.export.plan import plan_packing
 from besa.export.source import open_plain
 from besa.machine import give_memory_back, memory, peak_memory
 from besa.model.checkpoint import Checkpoint
+from besa.model.export_record import LogitsCheck, OnnxRecord, PackedProduct
 from besa.model.files import GENAI_CONFIG
 from besa.model.loading import load_model
-from besa.model.record import (
-    LogitsCheck,
-    OnnxRecord,
-    PackedProduct,
-    PruneRecord,
-    read_raw_record,
-    read_record,
-    write_record,
-)
+from besa.model.prune_record import PruneRecord
+from besa.model.record import read_raw_record, read_record, write_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
 from besa.version import __version__, versions

@@ -27,7 +27,7 @@ from besa.errors import BesaError
 from besa.export.onnx.function import DOMAIN, NAME, sparse_matmul
 from besa.export.weights import WORTH, nonzeros_and_patterns, pack_weight
 from besa.formats import Packed, quantize_int8
-from besa.model.record import PackedProduct
+from besa.model.export_record import PackedProduct
 
 # Weights that a function of standard operators may be left to expand while the model loads.
 SMALL = 1 << 23

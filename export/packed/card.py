@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from besa.model.record import DenseLinear, PackedRecord, PruneRecord, pruning_of
+from besa.model.export_record import DenseLinear, PackedRecord
+from besa.model.prune_record import PruneRecord
+from besa.model.record import pruning_of
 from besa.report.card import escape_markdown, versions_line, yaml_string
 from besa.report.formatting import percent, rate, size
 from besa.report.layout import environment, printable

@@ -29,8 +29,9 @@ from besa.export.weights import pack_weight
 from besa.formats import PackedConfig, packed_of, quantize_int8, tensors_of
 from besa.machine import give_memory_back
 from besa.model.checkpoint import Checkpoint
+from besa.model.export_record import PackedLinearRecord
 from besa.model.files import open_tensors
-from besa.model.record import PackedLinearRecord, write_record
+from besa.model.record import write_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
 from besa.typed_json import to_json

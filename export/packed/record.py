@@ -18,7 +18,8 @@ from besa.formats import PackedConfig
 from besa.formats.checkpoint import FORMAT_VERSION
 from besa.machine import peak_memory
 from besa.model.checkpoint import Checkpoint
-from besa.model.record import PackedLinearRecord, PackedRecord, PackedSizes, read_raw_record
+from besa.model.export_record import PackedLinearRecord, PackedRecord, PackedSizes
+from besa.model.record import read_raw_record
 from besa.report.names import short_names
 from besa.typed_json import from_json
 from besa.version import __version__, versions

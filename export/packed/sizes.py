@@ -18,7 +18,7 @@ from typing import Any
 from besa.export.plan import expert_lists
 from besa.model.blocks import expert_count
 from besa.model.checkpoint import Checkpoint
-from besa.model.record import PackedLinearRecord, ReadPerToken
+from besa.model.export_record import PackedLinearRecord, ReadPerToken
 
 # How configs call the number of experts that a token goes to.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")

@@ -28,14 +28,9 @@ from besa.formats import FormatError, PackedConfig, packed_of
 from besa.formats.checkpoint import SUFFIXES
 from besa.machine import give_memory_back, peak_memory
 from besa.model.checkpoint import Checkpoint
+from besa.model.export_record import UnpackedRecord, UnpackedSizes
 from besa.model.files import resolve, stored_bytes, stored_dtype, weight_files
-from besa.model.record import (
-    UnpackedRecord,
-    UnpackedSizes,
-    read_raw_record,
-    read_record,
-    write_record,
-)
+from besa.model.record import read_raw_record, read_record, write_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
 from besa.version import __version__, versions

@@ -11,20 +11,15 @@ from typing import Any
 
 import pytest
 
-from besa.model.record import (
+from besa.model.export_record import (
     LogitsCheck,
     OnnxRecord,
     PackedProduct,
     PackedRecord,
-    PruneRecord,
-    Record,
     UnpackedRecord,
-    parse_record,
-    pruning_of,
-    read_raw_record,
-    read_record,
-    write_record,
 )
+from besa.model.prune_record import PruneRecord, Record
+from besa.model.record import parse_record, pruning_of, read_raw_record, read_record, write_record
 from besa.typed_json import to_json
 from tests.report.records import MOE, run
 

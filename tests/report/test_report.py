@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import besa.report
-from besa.model.record import PruneRecord
+from besa.model.prune_record import PruneRecord
 from besa.report import figures, formatting, heat, names, palette, svg
 from besa.report.comparison import Comparison
 from besa.report.figures import Cell

@@ -1,0 +1,135 @@
+"""What `besa prune` leaves in besa.json: what every block and linear got and lost.
+
+>>> from pathlib import Path
+>>> from besa.model.record import read_record
+>>> record = read_record(Path("path/to/pruned"))
+>>> record.sparsity.achieved, record.blocks[0].linears[0].name
+(0.5, 'self_attn.q_proj')
+
+A field is a key of the file. `Record` is what exports leave, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from besa.typed_json import ABSENT_IF_DEFAULT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What every run leaves.
+
+    Attributes:
+        besa_version: of the besa that ran.
+        model: the directory or hub id that it was given.
+        architecture: the name of the model's class.
+        settings: all that the result depends on, as the run was given it.
+        versions: of besa, Python and the libraries.
+        seconds: from start to end; of a run that was resumed, of its last part.
+        peak_memory_bytes: the most memory that the process had.
+        digests: the SHA-256 of each file of weights.
+    """
+
+    besa_version: str = ""
+    model: str
+    architecture: str = ""
+    settings: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsity:
+    """Zeros over all pruned linears; `target` and `achieved` are fractions of `weights`."""
+
+    target: float | None = None
+    achieved: float
+    zeros: int = 0
+    weights: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRates:
+    """How the rows of a linear share its zeros.
+
+    Attributes:
+        min, mean, max: of the rows' fractions of zeros.
+        histogram: rows in each of equal bins over [0, 1].
+    """
+
+    min: float
+    mean: float
+    max: float
+    histogram: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRecord:
+    """The zeros of one linear.
+
+    Attributes:
+        name: within the block.
+        shape: [out, in], or [experts, out, in].
+        zeros: how many weights are zero; `sparsity` is their fraction.
+        rows: how the rows share them.
+        unrouted_experts: experts that no calibration token reached.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    zeros: int = 0
+    sparsity: float
+    rows: RowRates | None = None
+    unrouted_experts: tuple[int, ...] = field(default=(), metadata=ABSENT_IF_DEFAULT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRecord:
+    """One pruned block.
+
+    Attributes:
+        index, name: its place among the blocks, and its name in the model.
+        weights, zeros, sparsity: of its pruned linears together.
+        error: ‖dense − pruned‖² / ‖dense‖² of its output.
+        error_wanda: the same with Wanda's mask at the same rate; None if that is the method's own.
+        loss: the mean loss of each epoch, of a method that learns.
+        seconds: what the block took.
+    """
+
+    index: int
+    name: str = ""
+    weights: int = 0
+    zeros: int = 0
+    sparsity: float
+    linears: tuple[LinearRecord, ...]
+    error: float | None = None
+    error_wanda: float | None = None
+    loss: tuple[float | None, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRecord(Record):
+    """What `besa prune` leaves.
+
+    Attributes:
+        format: the version of this record.
+        device, dtype, threads: where and how it was computed.
+        sparsity: what was asked for and achieved.
+        blocks: in the model's order.
+        peak_device_memory_bytes: the most memory that was in use on a GPU; None on a CPU.
+        notes: what the user should know of the run, a sentence each.
+    """
+
+    format: int = 1
+    device: str = ""
+    dtype: str = ""
+    threads: int | None = None
+    sparsity: Sparsity
+    blocks: tuple[BlockRecord, ...] = ()
+    peak_device_memory_bytes: int | None = None
+    notes: tuple[str, ...] = ()
