@@ -35,6 +35,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 
 # They measure, trace or start an engine, and that takes seconds.
 SLOW = {
+    "besa.bench.quality",
     "besa.demo.compare",
     "besa.doctor.examine",
     "besa.doctor.speed",
@@ -127,11 +128,7 @@ def test_python_runs(
     assert doctest.testmod(import_module(name), optionflags=OPTIONS).failed == 0
 
 
-# Rooms whose examples do not run yet.
-NOT_YET = ("besa.bench",)
-
-
-@pytest.mark.parametrize("name", [name for name in SOURCES if not name.startswith(NOT_YET)])
+@pytest.mark.parametrize("name", SOURCES)
 def test_python_is_a_doctest(name: str) -> None:
     assert [found for text in docstrings(SOURCES[name]) for found in code(text)] == []
 

@@ -1,8 +1,6 @@
 """`besa bench`: what serving the sparse model gains, and what it costs.
 
-from besa.bench.settings import BenchConfig, Contender
-from besa.bench.run import bench
+    besa bench SPARSE --against DENSE
 
-config = BenchConfig((Contender("dense", "DENSE"), Contender("sparse", "SPARSE")))
-results = bench(config)
+In Python: `besa.bench.run.bench`.
 """

@@ -1,8 +1,9 @@
 """A client of an OpenAI-compatible server, as far as besa itself asks it something.
 
-    client = Client(Target("http://127.0.0.1:8000", "tiny"), timeout=60)
-    client.models()                 # ["tiny"]
-    client.complete("Once", 12)     # the greedy answer
+>>> client = Client(Target("http://127.0.0.1:9", "tiny"), timeout=60)
+>>> client.models()
+Traceback (most recent call last):
+besa.bench.client.NoAnswerError: ...
 
 The load is made by others (besa.bench.generator).
 """

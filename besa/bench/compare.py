@@ -1,6 +1,9 @@
 """`besa bench compare A.json B.json`: whether B is worse than A, for people and for CI.
 
-    lines, regressions = compare_files(Path("A/results.json"), Path("B/results.json"), 0.05)
+>>> results = Path("path/to/results.json")
+>>> lines, regressions = compare_files(results, results, threshold=0.05)
+>>> regressions
+[]
 
 Two runs are not paired, so machines may have drifted between them. A figure has regressed if B's
 median is worse than A's by more than the threshold and the two intervals do not overlap; where a

@@ -1,8 +1,10 @@
 """What a server's processes take of the machine: memory, and the cores' time.
 
-footprint = Footprint(pid)
-footprint.update()
-footprint.memory.peak      # bytes
+>>> import os
+>>> footprint = Footprint(os.getpid())
+>>> footprint.update()
+>>> footprint.memory.peak > 1_000_000     # bytes
+True
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
 `vllm bench serve` is the default; guidellm (`pip install 'besa[bench]'`) makes the load where vLLM
 is not installed, or with `--generator guidellm`.
 
-    with generator_for(None) as generator:
-        target = Target("http://127.0.0.1:8000", "tiny")
-        answered = generator.measure(target, prompts, Load("rate", 2), 16, seed=0, limit=60)
+>>> set(installed()) <= {"vllm", "guidellm"}
+True
+
+`generator_for` starts one, and its `measure` makes a `Load` and tells what was answered.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """Starts the servers of a comparison: the same engine and flags, and alike shares of the memory.
 
-launcher = Launcher(config)
-launch = launcher.prepare("sparse", Path("SPARSE"))
-with launcher.start(launch) as engine:      # it answers by now
-    launch.target
+>>> from besa.bench.settings import Contender
+>>> config = BenchConfig((Contender("sparse", "path/to/sparse"),), engine="transformers")
+>>> launch = Launcher(config).prepare("sparse", Path("path/to/sparse"))
+>>> launch.target
+Target(url='http://127.0.0.1:...', model='sparse'...)
+
+`Launcher.start` starts it and waits until it answers.
 """
 
 from __future__ import annotations

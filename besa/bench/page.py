@@ -1,10 +1,9 @@
 """report.html of `besa bench`: one file that loads nothing, drawn from a run's results.
 
-from besa.bench.page import render
-from besa.bench.results import read_results
-
-results = read_results(Path("besa-bench/results.json"))
-Path("report.html").write_text(render(results), encoding="utf-8")
+>>> from pathlib import Path
+>>> from besa.bench.results import read_results
+>>> render(read_results(Path("path/to/results.json"))).startswith("<!doctype html>")
+True
 """
 
 from __future__ import annotations

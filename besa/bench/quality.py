@@ -1,6 +1,7 @@
 """Quality beside speed: the perplexity of the contenders' checkpoints on one text.
 
-    perplexities({"dense": Path("DENSE"), "sparse": Path("SPARSE")}, "builtin:test", 32, limit=3600)
+>>> perplexities({"sparse": Path("path/to/sparse")}, "builtin:test", windows=2, limit=600)
+{'sparse': Perplexity(...)}
 
 By `besa eval`, in a process of its own: the servers have ended by then, and what it loads is gone
 before anything else is done.

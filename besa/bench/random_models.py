@@ -1,7 +1,10 @@
 """`besa bench --shape`: a real model's shape with random weights, dense and pruned and packed.
 
-    with random_contenders("tinyllama", 0.5, "2:4", None, None) as (dense, sparse):
-        ...
+>>> config = shape_config("tinyllama")
+>>> config["hidden_size"], config["num_hidden_layers"]
+(2048, 22)
+
+`random_contenders` makes the models and removes them at its end.
 
 The weights are written layer by layer, so that a model needs no more memory than one layer. What
 they say means nothing, and every table says so.

@@ -1,7 +1,8 @@
 """results.json: what was measured, on what, and what follows from it.
 
-    results = read_results(Path("besa-bench/results.json"))
-    results.comparisons["sparse"]["4 at a time"]["output_tps"].median     # 1.4
+>>> results = read_results(Path("path/to/results.json"))
+>>> results.comparisons["50%"]["1 at a time"]["output_tps"].median > 0
+True
 
 All times are in seconds, all sizes in bytes. A gain is a ratio that is above 1 where the contender
 is better than the reference, whichever way the figure goes. The file's keys are the names of the

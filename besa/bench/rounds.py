@@ -1,8 +1,10 @@
 """Rounds of measurements: in each of them every contender has a turn, while the others rest.
 
-    rounds = Rounds(servers, generator, prompts, config, print)
-    rounds.measure(Load("concurrency", 4))
-    rounds.measured["dense", load]      # a Measured for every round
+`Rounds.measure` measures all of them under one load, and `Rounds.measured` holds each one's rounds:
+
+>>> requests = (Request(ttft=0.2, gaps=(0.1, 0.3), latency=0.6, output_tokens=3),)
+>>> Measured(requests, duration=0.6).figures["output_tps"]
+5.0
 
 A contender that turns out to be broken is asked no more, and its earlier rounds do not count.
 """

@@ -1,6 +1,6 @@
 """`besa bench`, read from top to bottom: start all, measure in turns, end all, compare.
 
-results = bench(BenchConfig((Contender("dense", "DENSE"), Contender("sparse", "SPARSE"))))
+besa bench SPARSE --against DENSE --out OUT     # `bench`, and its results written to OUT
 """
 
 from __future__ import annotations

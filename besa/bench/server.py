@@ -1,9 +1,7 @@
 """A contender at work: a server that besa starts or that runs already, watched for faults.
 
-    with Server(Contender("sparse", "SPARSE"), config) as server:
-        server.start(Launcher(config))
-        server.target                # where the load goes
-        server.check(turn=1)         # BrokenError if it is not what it was
+`Server.start` starts it, `target` is where the load goes, and `check` raises a `BrokenError` where
+it is not what it was.
 
 A contender that dies, hangs, answers errors, or answers a prompt otherwise than it did before is
 broken: it says so here, once, and is not asked again.

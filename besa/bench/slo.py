@@ -1,9 +1,10 @@
 """The highest request rate within a latency objective, found by bisection.
 
-    search = RateSearch(start=2.0)
-    while (rate := search.next()) is not None:
-        search.learn(rate, within(measure(rate), {"ttft": 0.5}, share=0.9))
-    search.low, search.high      # it held at the one, and no longer at the other
+>>> search = RateSearch(start=2.0)
+>>> while (rate := search.next()) is not None:
+...     search.learn(rate, held=rate < 5)
+>>> print(f"it holds at {search.low:.1f}, and no longer at {search.high:.1f} requests a second")
+it holds at 4.8, and no longer at 5.2 requests a second
 
 A request is good if its time to first token, its mean time between tokens and its end-to-end
 latency are each within the limit that was given. The objective holds at a rate if so large a share
