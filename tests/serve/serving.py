@@ -199,7 +199,7 @@ def ready(served: Served) -> Served:
     return served
 
 
-def rests(served: Served, **request: Any) -> None:
+def rests(served: Served, **sampling: Any) -> None:
     """Asserts that an answer costs little once its client has gone, and that the engine rests then.
 
     The cost is time of the processor, held against that of whole answers: what else the machine
@@ -222,8 +222,9 @@ def rests(served: Served, **request: Any) -> None:
         return before - start
 
     def stream() -> Any:
+        body = {"ignore_eos": True, **sampling}
         return served.client().completions.create(
-            model="sparse", prompt="def ", max_tokens=240, stream=True, **request
+            model="sparse", prompt="def ", max_tokens=240, stream=True, extra_body=body
         )
 
     def to_its_end() -> None:

@@ -376,7 +376,7 @@ def test_many_of_whom_half_give_up(server: Served, dense: Path):
 
 
 def test_who_gives_up_costs_nothing_more(server: Served):
-    serving.rests(server, extra_body={"seed": 1})
+    serving.rests(server, seed=1)
 
 
 # ------------------------------------------------------------------------- the last of it

@@ -229,14 +229,15 @@ def test_besa_is_killed(engine: str, sparse: Path, dense: Path, tmp_path: Path):
 
 def streams(served: Served, number: int) -> list[http.client.HTTPResponse]:
     """Long answers that have all begun."""
-    body = {"model": "sparse", "prompt": "def ", "max_tokens": 240, "stream": True}
+    asked = {"model": "sparse", "prompt": "def ", "max_tokens": 240, "ignore_eos": True}
+    body = json.dumps({**asked, "stream": True})
     answers = []
     for _ in range(number):
         connection = http.client.HTTPConnection(
             served.url.removeprefix("http://"), timeout=PATIENCE
         )
         headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        connection.request("POST", "/v1/completions", body, headers)
         answers.append(connection.getresponse())
     for answer in answers:
         assert answer.readline().startswith(b"data: ")
