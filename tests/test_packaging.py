@@ -44,15 +44,9 @@ def pip(*arguments: str | Path, python: Path | str = sys.executable, cwd: Path) 
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory) -> list[str]:
-    """The options of a build. Its folder is kept, so that the second one need not compile."""
-    return [UNOPTIMIZED, f"--config-settings=build-dir={tmp_path_factory.mktemp('build')}"]
-
-
-@pytest.fixture(scope="module")
-def wheel(build, tmp_path_factory) -> Path:
+def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    pip("wheel", *build, "--wheel-dir", folder, ROOT, cwd=folder)
+    pip("wheel", UNOPTIMIZED, "--wheel-dir", folder, ROOT, cwd=folder)
     (path,) = folder.glob("*.whl")
     return path
 
@@ -77,14 +71,14 @@ def test_wheel_holds_besa_alone(wheel):
 
 
 @pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
-def test_install_adds_besa_alone(build, wheel, tmp_path, editable):
+def test_install_adds_besa_alone(wheel, tmp_path, editable):
     # A fresh environment that sees this one's torch and build tools, but none of its .pth files,
     # so not the besa that is being tested.
     venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "outer.pth").write_text(sysconfig.get_path("purelib"))
-    what = [*build, "--editable", ROOT] if editable else [wheel]
+    what = [UNOPTIMIZED, "--editable", ROOT] if editable else [wheel]
     pip("install", "--no-index", "--ignore-installed", *what, python=python, cwd=tmp_path)
 
     top = {p.name for p in site.iterdir() if p.suffix != ".dist-info"} - {"outer.pth"}
