@@ -252,8 +252,8 @@ class Results:
     @property
     def other_notes(self) -> list[str]:
         """The notes without those that name a broken contender."""
-        told = {broken_note(one.name, one.broken or "") for one in self.broken}
-        return [note for note in self.notes if note not in told]
+        named = {broken_note(one.name, one.broken or "") for one in self.broken}
+        return [note for note in self.notes if note not in named]
 
     def by_load(self) -> Iterator[tuple[Measurement, Gains]]:
         """Every measurement, load by load, with its gains over the reference's."""

@@ -38,18 +38,18 @@ class Contender:
     random_weights: bool = False
 
 
-def parse_slo(words: str) -> dict[str, float]:
+def parse_slo(text: str) -> dict[str, float]:
     """Limits in seconds: `ttft=500ms,itl=50ms`.
 
     Raises:
         BesaError: it is not that.
     """
     found = {}
-    for part in words.split(","):
+    for part in text.split(","):
         match = re.fullmatch(r"(\w+)=(\d+(?:\.\d*)?|\.\d+)(ms|s)", part.strip())
         if not match or match[1] not in SLO_NAMES or float(match[2]) == 0:
             names = ", ".join(SLO_NAMES)
-            raise BesaError(f"--slo {words!r} is not like ttft=500ms,itl=50ms (of {names})")
+            raise BesaError(f"--slo {text!r} is not like ttft=500ms,itl=50ms (of {names})")
         found[match[1]] = float(match[2]) / (1000 if match[3] == "ms" else 1)
     return found
 
@@ -166,37 +166,37 @@ class BenchConfig:
             raise BesaError(f"--slo-share is {self.slo_share}: above 0, at most 1")
 
 
-def parse_contender(words: str) -> Contender:
+def parse_contender(text: str) -> Contender:
     """A model as the command line takes it: a directory or hub id, with or without a NAME=."""
-    name, equals, model = words.partition("=")
+    name, equals, model = text.partition("=")
     if not equals or "/" in name:
-        name, model = Path(words).resolve().name or words, words
+        name, model = Path(text).resolve().name or text, text
     if not name or not model:
-        raise BesaError(f"{words!r} is not MODEL or NAME=MODEL")
+        raise BesaError(f"{text!r} is not MODEL or NAME=MODEL")
     return Contender(name, model)
 
 
-def parse_url(words: str) -> Contender:
+def parse_url(text: str) -> Contender:
     """A server as --url takes it: NAME=URL, and with #MODEL what it calls the model.
 
     Raises:
         BesaError: it is not that.
     """
-    name, equals, url = words.partition("=")
+    name, equals, url = text.partition("=")
     url, _, model = url.partition("#")
     if not equals or not name or not re.match(r"https?://[^/\s]+", url):
-        raise BesaError(f"--url {words!r} is not NAME=URL, as old=http://127.0.0.1:8000")
+        raise BesaError(f"--url {text!r} is not NAME=URL, as old=http://127.0.0.1:8000")
     return Contender(name, model or None, url.rstrip("/").removesuffix("/v1"))
 
 
-def parse_loads(words: str | None, kind: str) -> tuple[Load, ...]:
+def parse_loads(text: str | None, kind: str) -> tuple[Load, ...]:
     """Loads of a list of numbers: `1,4,16`.
 
     Raises:
         BesaError: a number that cannot be.
     """
     found = []
-    for part in (words or "").split(","):
+    for part in (text or "").split(","):
         if not part.strip():
             continue
         try:
@@ -204,6 +204,6 @@ def parse_loads(words: str | None, kind: str) -> tuple[Load, ...]:
         except ValueError:
             value = 0.0
         if not 0 < value < 1e6 or (kind == "concurrency" and value != int(value)):
-            raise BesaError(f"--{kind} {words}: {part.strip()!r} is no such number")
+            raise BesaError(f"--{kind} {text}: {part.strip()!r} is no such number")
         found.append(Load(kind, value))
     return tuple(found)

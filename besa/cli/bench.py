@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "       besa bench compare A.json B.json [--threshold 0.05]"
     )
     parser.add_argument(
-        "words", nargs="*", metavar="SPARSE", help="directory or hub id of a model, or NAME=it"
+        "operands", nargs="*", metavar="SPARSE", help="directory or hub id of a model, or NAME=it"
     )
     contenders = parser.add_argument_group("contenders")
     add = contenders.add_argument
@@ -100,14 +100,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.words[:1] == ["compare"]:
+    if args.operands[:1] == ["compare"]:
         return _compare(args)
     from besa.errors import BesaError
     from besa.model.workspace import check_free
 
-    if len(args.words) > 1:
-        raise BesaError(f"one model at a time, and --against others: what is {args.words[1]!r}?")
-    if args.against and not args.words and not args.shape:
+    if len(args.operands) > 1:
+        raise BesaError(f"one model at a time, and --against others: what is {args.operands[1]!r}?")
+    if args.against and not args.operands and not args.shape:
         raise BesaError("--against needs a model before it: besa bench SPARSE --against DENSE")
     asked = {"out": Path(time.strftime("besa-bench-%Y%m%d-%H%M%S")), **given(BenchConfig, args)}
     check_free(asked["out"], overwrite=False)
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     rates = () if auto else parse_loads(args.rate, "rate")
     if not concurrency and (auto or not rates):
         concurrency = parse_loads("1,4", "concurrency")
-    contenders = [parse_contender(words) for words in (*args.against, *args.words)]
+    contenders = [parse_contender(text) for text in (*args.against, *args.operands)]
     with (
         _random_models(args) if args.shape else nullcontext(()) as made,
         terminated(),
@@ -175,9 +175,11 @@ def _compare(args: argparse.Namespace) -> int:
     from besa.bench.compare import compare_files
     from besa.errors import BesaError
 
-    if len(args.words) != 3:
+    if len(args.operands) != 3:
         raise BesaError("compare takes two files: besa bench compare A.json B.json")
-    lines, regressions = compare_files(Path(args.words[1]), Path(args.words[2]), args.threshold)
+    lines, regressions = compare_files(
+        Path(args.operands[1]), Path(args.operands[2]), args.threshold
+    )
     print("\n".join(lines))
     return 1 if regressions else 0
 
