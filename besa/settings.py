@@ -40,7 +40,7 @@ class Flag:
     """What the command line knows of a setting, besides its type and its default.
 
     Attributes:
-        help: what the setting is; `%(default)s` and `%(choices)s` stand for those.
+        help: what the setting is; `%(default)s` and `%(choices)s` stand for those, `%%` for a %.
         name: of the flag, where it is not that of the field.
         metavar: what the help calls the value.
         choices: the values that the setting may have, for `check_choices` and the help.

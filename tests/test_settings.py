@@ -22,7 +22,7 @@ class Brew:
     """Every kind of setting."""
 
     out: str | Path = field(metadata=described("where to"))
-    cups: int = setting(2, "100% of them (default: %(default)s)", metavar="N")
+    cups: int = setting(2, "100%% of them (default: %(default)s)", metavar="N")
     heat: float | None = setting(None, "degrees")
     strong: bool = setting(False, "twice the coffee")
     sugar: bool = setting(True, "without sugar", name="--no-sugar")
@@ -62,7 +62,7 @@ def test_help_fills_in_defaults_and_choices():
     add_flags(parser, Brew, "cups", "size")
     shown = parser.format_help()
     assert "--cups N" in shown
-    assert "100% of them (default: 2)" in shown
+    assert "100%% of them (default: 2)" in shown
     assert "small or large" in shown
     assert "--heat" not in shown
 
