@@ -11,6 +11,7 @@ import pytest
 
 from besa.bench.client import BrokenError, Client, NoAnswerError, StatusError, Target
 from besa.bench.probe import PROMPTS, Probe
+from tests.helpers import PATIENCE
 
 Answer = tuple[int, bytes]
 
@@ -43,7 +44,7 @@ class Served:
     def __init__(self, url: str) -> None:
         self.answers = _Handler.answers = {}
         self.asked = _Handler.asked = []
-        self.client = Client(Target(url, "tiny", "secret"), timeout=30)
+        self.client = Client(Target(url, "tiny", "secret"), timeout=PATIENCE)
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_whether_a_server_ignores_eos(served: Served) -> None:
 
 def test_nobody_answers() -> None:
     with pytest.raises(NoAnswerError, match=r"cannot be reached: .*refused"):
-        Client(Target("http://127.0.0.1:9", "tiny"), timeout=30).models()
+        Client(Target("http://127.0.0.1:9", "tiny"), timeout=PATIENCE).models()
 
 
 def test_an_answer_that_is_computed_otherwise_the_second_time_is_sound() -> None:

@@ -15,15 +15,16 @@ import psutil
 import pytest
 
 from besa.processes.child import ChildError, ChildProcess, run_to_end
+from tests.helpers import PATIENCE
 
-SLEEPS = "import time; time.sleep(600)"
+SLEEPS = "import time; time.sleep(3600)"
 # Has a child of its own, ignores what it can, and says when it is there.
 STUBBORN = f"""
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 subprocess.Popen([sys.executable, "-c", {SLEEPS!r}])
 open(sys.argv[1], "w").close()
-time.sleep(600)
+time.sleep(3600)
 """
 # Has something to finish when it is told to end.
 FINISHES = """
@@ -34,19 +35,20 @@ def finish(*_):
     sys.exit()
 signal.signal(signal.SIGTERM, finish)
 pathlib.Path(sys.argv[1], "ready").touch()
-time.sleep(600)
+time.sleep(3600)
 """
 PARENT = """
 import sys, time
 from besa.processes.child import ChildProcess
+from tests.helpers import PATIENCE
 child = ChildProcess([sys.executable, "-c", *sys.argv[2:]], patience=float(sys.argv[1]))
 print(child.popen.pid, flush=True)
-time.sleep(600)
+time.sleep(3600)
 """
 
 
 def until(what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -64,7 +66,7 @@ def python(program: str, *arguments: object) -> list[str]:
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, 60)[1]
+    return not psutil.wait_procs(processes, PATIENCE)[1]
 
 
 def test_what_a_child_started_ends_with_it(tmp_path: Path):
@@ -144,10 +146,10 @@ def test_a_program_that_is_not_there():
 
 
 def test_to_the_end():
-    assert run_to_end(python("print('hello')"), 60) == "hello\n"
+    assert run_to_end(python("print('hello')"), PATIENCE) == "hello\n"
     with pytest.raises(ChildError, match=r"^ValueError: no$"):
-        run_to_end(python("raise ValueError('no')"), 60)
+        run_to_end(python("raise ValueError('no')"), PATIENCE)
     with pytest.raises(ChildError, match=r"^exit code 3$"):
-        run_to_end(python("raise SystemExit(3)"), 60)
+        run_to_end(python("raise SystemExit(3)"), PATIENCE)
     with pytest.raises(ChildError, match=r"^no answer within 0\.1 s$"):
         run_to_end(python(SLEEPS), 0.1)
