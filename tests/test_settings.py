@@ -62,7 +62,7 @@ def test_help_fills_in_defaults_and_choices():
     add_flags(parser, Brew, "cups", "size")
     shown = parser.format_help()
     assert "--cups N" in shown
-    assert "100%% of them (default: 2)" in shown
+    assert "100% of them (default: 2)" in shown
     assert "small or large" in shown
     assert "--heat" not in shown
 
