@@ -8,8 +8,8 @@ A test marked `alone` measures time or memory. No other test runs while it does,
     @pytest.mark.alone
     def test_the_latency_is_right(): ...
 
-The other tests share a lock that such a test has for itself. Each takes it between two doors: while
-a test waits there for the exclusive lock, no other comes in to share it once more.
+The other tests share a lock that such a test has for itself, the room. Each test waits for it with
+a second lock in hand, the door, so that nobody overtakes a test that waits to be alone.
 """
 
 from __future__ import annotations
