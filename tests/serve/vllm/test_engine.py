@@ -118,7 +118,7 @@ def run(jobs: list[dict[str, Any]], directory: Path, **environment: str) -> list
         env=own,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=PATIENCE * len(jobs),
     )
     assert results.exists(), finished.stderr[-3000:]
     found: list[dict[str, Any]] = json.loads(results.read_text())
