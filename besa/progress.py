@@ -62,8 +62,10 @@ class Event:
     record: FinishedBlock | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The fields that say something, as a run's log has them."""
-        return {name: value for name, value in to_json(self).items() if value is not None}
+        """The fields that say something, as a run's log has them: first where, then what."""
+        values = to_json(self)
+        names = dict.fromkeys(("block", "blocks", *values))
+        return {name: values[name] for name in names if values[name] is not None}
 
 
 Tell = Callable[[Event], None]

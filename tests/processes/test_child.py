@@ -38,7 +38,8 @@ pathlib.Path(sys.argv[1], "ready").touch()
 time.sleep(3600)
 """
 PARENT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # a shell's background jobs ignore it
 from besa.processes.child import ChildProcess
 from tests.helpers import PATIENCE
 child = ChildProcess([sys.executable, "-c", *sys.argv[2:]], patience=float(sys.argv[1]))
