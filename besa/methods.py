@@ -1,7 +1,8 @@
-"""The pruning methods: what `--method` takes, and how the field writes it.
+"""The pruning methods and updates: what `--method` and `--update` take, as the field writes them.
 
-Each is the file of its name in `besa/pruning/methods/`. This list imports nothing, so that the
-command line and the reports can have it without torch.
+Each method is the file of its name in `besa/pruning/methods/`, each update but `none` that of its
+name in `besa/pruning/updates/`. These lists import nothing, so that the command line and the
+reports can have them without torch.
 """
 
 METHODS = {
@@ -9,4 +10,10 @@ METHODS = {
     "wanda": "Wanda",
     "sparsegpt": "SparseGPT",
     "magnitude": "Magnitude",
+}
+
+UPDATES = {
+    "none": "none",
+    "obs": "OBS",
+    "admm": "ADMM",
 }

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from besa.errors import BesaError
-from besa.methods import METHODS
+from besa.methods import METHODS, UPDATES
 from besa.settings import DTYPES, check_choices, described, setting
 
 GRANULARITIES = ("row", "layer")
@@ -70,6 +70,12 @@ class PruneConfig:
 
     out: str | Path = field(metadata=described("output directory", metavar="DIR"))
     method: str = setting("besa", "%(choices)s (default: %(default)s)", choices=tuple(METHODS))
+    update: str = setting(
+        "none",
+        "what makes the weights that are kept make up for the others: %(choices)s (default: "
+        "%(default)s)",
+        choices=tuple(UPDATES),
+    )
     sparsity: float | None = setting(None, "fraction of weights to prune (default: 0.5)")
     pattern: Pattern = setting(
         UNSTRUCTURED,

@@ -31,13 +31,14 @@ from besa.model.record import write_record
 from besa.model.replay import Call, capture
 from besa.model.workspace import Workspace, check_free
 from besa.progress import REPLAY, WRITTEN, Event, Tell
+from besa.pruning import methods, updates
 from besa.pruning.activations import Activations
 from besa.pruning.block_run import BlockRun
 from besa.pruning.budget import budgets
 from besa.pruning.calibration import calibration_samples
 from besa.pruning.config import PruneConfig
 from besa.pruning.learn import Step
-from besa.pruning.methods import load, wanda
+from besa.pruning.methods import wanda
 from besa.pruning.plan import plan_of
 from besa.pruning.record import block_record, run_record, settings_of
 from besa.report import model_card, render
@@ -168,13 +169,16 @@ class _Pipeline:
     ) -> tuple[dict[str, Tensor], BlockRecord]:
         """Prunes one block and sends the stream through it; gives its tensors and its record."""
         started = time.monotonic()
-        method, linears = load(self.config.method), self.plan[index]
+        method, linears = methods.load(self.config.method), self.plan[index]
+        update = None if self.config.update == "none" else updates.load(self.config.update)
         budget = budgets(self.plan, self.config)[index]
         measured = max(1, len(calls) // _ERROR_PARTS)  # batches
         targets = Activations.like(stream, len(calls) if method.targets else measured, "dense")
         run = self._block_run(index, self._load(index), linears, stream, calls, targets)
-        self._observe(index, run, targets, method.hessians)
+        self._observe(index, run, targets, method.hessians or update is not None)
         pruned = method.mask(run, budget)
+        if update is not None:
+            pruned = updates.updated(run, pruned, update)
 
         error_wanda = None
         if linears and self.config.method != "wanda":

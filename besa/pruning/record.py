@@ -34,6 +34,8 @@ def settings_of(
     settings = dataclasses.asdict(config)
     for name in ("out", "overwrite", "activations"):
         del settings[name]
+    if config.update == "none":  # as in runs from before there were updates
+        del settings["update"]
     return {
         **settings,
         "pattern": str(config.pattern),

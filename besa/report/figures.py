@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from besa.model.prune_record import BlockRecord, LinearRecord, PruneRecord
-from besa.report.names import method_name, short_name
+from besa.report.names import recipe_name, short_name
 
 FLAGS = (  # of `besa prune`: what of the settings a user can type
     "method",
+    "update",
     "sparsity",
     "pattern",
     "granularity",
@@ -89,7 +90,7 @@ def summarise(record: PruneRecord) -> Summary:
     own, other = mean([e for e, _ in pairs]), mean([w for _, w in pairs])
     sparsity = record.sparsity
     return Summary(
-        method=method_name(record.settings.get("method")),
+        method=recipe_name(record.settings),
         target=sparsity.achieved if sparsity.target is None else sparsity.target,
         achieved=sparsity.achieved,
         zeros=sparsity.zeros,

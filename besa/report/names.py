@@ -2,6 +2,8 @@
 
 >>> short_name("/models/Llama-7b/"), hub_id("/models/Llama-7b/"), method_name("sparsegpt")
 ('Llama-7b', None, 'SparseGPT')
+>>> recipe_name({"method": "besa", "update": "admm"})
+'BESA + ADMM'
 >>> short_names(["self_attn.q_proj", "mlp.up_proj"]), short_names(["attn.c_proj", "mlp.c_proj"])
 (['q_proj', 'up_proj'], ['attn.c_proj', 'mlp.c_proj'])
 """
@@ -9,14 +11,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from besa.methods import METHODS
+from besa.methods import METHODS, UPDATES
 
 
 def method_name(method: object) -> str:
     """How the field writes a method; one that this version does not know stays as it is."""
     return METHODS.get(str(method), str(method))
+
+
+def recipe_name(settings: Mapping[str, object]) -> str:
+    """The method of a run's settings, and the update after it: BESA + ADMM."""
+    update = str(settings.get("update", "none"))
+    method = method_name(settings.get("method"))
+    return method if update == "none" else f"{method} + {UPDATES.get(update, update)}"
 
 
 def hub_id(model: str) -> str | None:

@@ -20,7 +20,7 @@ from besa.model.record import pruning_of
 from besa.report.card import escape_markdown, versions_line, yaml_string
 from besa.report.formatting import percent, rate, size
 from besa.report.layout import environment, printable
-from besa.report.names import hub_id, method_name, short_name
+from besa.report.names import hub_id, recipe_name, short_name
 
 
 def packed_card(record: PackedRecord) -> str:
@@ -89,5 +89,5 @@ def _how_it_was_pruned(record: PruneRecord | None) -> str:
         return "A model with zeros in its weights."
     target = record.sparsity.target
     aim = "" if target is None else f" to {rate(target)}"
-    method = escape_markdown(method_name(record.settings.get("method")))
+    method = escape_markdown(recipe_name(record.settings))
     return f"{escape_markdown(short_name(record.model))}, pruned{aim} with {method}."

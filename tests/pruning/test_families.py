@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.pytorch_utils import Conv1D
 
 from besa.errors import BesaError
-from besa.methods import METHODS
+from besa.methods import METHODS, UPDATES
 from besa.model.blocks import expert_count, find_linears
 from besa.model.checkpoint import Checkpoint
 from besa.model.observe import observe
@@ -140,6 +140,30 @@ def test_output_is_the_source_with_zeros(
         if method != "sparsegpt":
             mask_in_memory(dense, pruned)
             assert torch.equal(dense(tokens).logits, logits)
+
+
+@families
+@pytest.mark.parametrize("update", [name for name in UPDATES if name != "none"])
+def test_updates_keep_the_masks_and_lower_the_error(
+    family: str, update: str, family_model: MakeModel, calibration: Path, tmp_path: Path
+):
+    model = family_model(family)
+    plain = prune(model, tmp_path / "plain", calibration, method="wanda")
+    updated = prune(model, tmp_path / "updated", calibration, method="wanda", update=update)
+    assert updated.record.sparsity.zeros == plain.record.sparsity.zeros
+    assert updated.record.blocks[0].linears == plain.record.blocks[0].linears
+    # The first block of both had the same inputs, so it has the same masks.
+    before, ours, theirs = stored(model), stored(updated.out), stored(plain.out)
+    first = updated.record.blocks[0].name + "."
+    prunable = [key for key in ours if key.startswith(first) and is_prunable(key, before[key])]
+    assert prunable
+    for key in prunable:
+        assert torch.equal(ours[key] != 0, theirs[key] != 0), key
+    assert any(not torch.equal(ours[key], theirs[key]) for key in prunable)
+    error, plain_error = updated.record.blocks[0].error, plain.record.blocks[0].error
+    assert error is not None
+    assert plain_error is not None
+    assert error < plain_error
 
 
 @families

@@ -243,6 +243,7 @@ def test_other_settings_are_refused_by_name(
         "samples": "8",
         "seqlen": "16",
         "epochs": "3",
+        "update": "admm",
         "seed": "1",
         "dtype": "bfloat16",
         "include": "mlp",

@@ -14,7 +14,7 @@ w^2 / [H^-1]_jj^2. Experts that saw no token are pruned by magnitude, and not up
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -87,29 +87,45 @@ def sparsegpt(
         found = (columns / factor.diagonal()[start:stop]).square()
         return found.masked_fill(dead[start:stop], 0.0)  # no output needs them
 
+    def kept(column: int) -> Tensor:
+        if pattern.m and column % pattern.m == 0:
+            last = column + pattern.m
+            found = scores(weight[:, column:last], column, last)
+            mask[:, column:last] = n_of_m(found, pattern.n, pattern.m)
+        return mask[:, column]
+
     for start in range(0, cols, blocksize):
         stop = min(start + blocksize, cols)
-        block = weight[:, start:stop]
-        errors = torch.zeros_like(block)
-        local = factor[start:stop, start:stop]
         if not pattern.m:
             share = zeros * stop // cols - done
             done += share
+            block = weight[:, start:stop]
             order = scores(block, start, stop).flatten().argsort(stable=True)
             keep = torch.ones(block.numel(), dtype=torch.bool, device=weight.device)
             keep[order[:share]] = False
             mask[:, start:stop] = keep.reshape(block.shape)
-        for j in range(stop - start):
-            if pattern.m and j % pattern.m == 0:
-                first, last = start + j, start + j + pattern.m
-                found = scores(block[:, j : j + pattern.m], first, last)
-                mask[:, first:last] = n_of_m(found, pattern.n, pattern.m)
-            column = block[:, j]
-            error = torch.where(mask[:, start + j], 0.0, column) / local[j, j]
-            block[:, j:] -= error.unsqueeze(1) * local[j, j:].unsqueeze(0)
-            errors[:, j] = error
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+
+        compensate(weight, start, stop, factor, kept)
     return torch.where(mask, weight, 0.0), mask
+
+
+def compensate(
+    weight: Tensor, start: int, stop: int, factor: Tensor, kept: Callable[[int], Tensor]
+) -> None:
+    """Visits the columns [start, stop): what each loses is made up for by those to its right.
+
+    Args:
+        weight: float32 [rows, cols], changed in place. Pruned weights are not set to zero.
+        factor: of `inverse_factor`.
+        kept: the bool keep-mask [rows] of a column, asked for when the column is reached.
+    """
+    block, local = weight[:, start:stop], factor[start:stop, start:stop]
+    errors = torch.zeros_like(block)
+    for j in range(stop - start):
+        error = torch.where(kept(start + j), 0.0, block[:, j]) / local[j, j]
+        block[:, j:] -= error.unsqueeze(1) * local[j, j:].unsqueeze(0)
+        errors[:, j] = error
+    weight[:, stop:] -= errors @ factor[start:stop, stop:]
 
 
 def sparsegpt_weights(
