@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from besa.errors import BesaError
 from besa.model.blocks import Linear
 
 
@@ -62,6 +63,14 @@ class Hessians:
     def of(self, linear: Linear) -> Tensor:
         """X^T X as float32 [groups, cols, cols]."""
         return self.sums[linear.name]
+
+
+def check_hessian(hessian: Tensor, linear: Linear, user: str, remedy: str) -> None:
+    """Raises a BesaError with the remedy if what `user` needs of a linear's inputs overflowed."""
+    if not hessian.isfinite().all():
+        raise BesaError(
+            f"the inputs of {linear.name} are too large for {user}'s statistics: {remedy}"
+        )
 
 
 def wanda(weight: Tensor, norms: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from besa.errors import BesaError
 from besa.model.blocks import Linear
 from besa.pruning.block_run import BlockRun, Pruned
 from besa.pruning.budget import Budget
@@ -27,7 +26,7 @@ from besa.pruning.config import UNSTRUCTURED, Pattern
 from besa.pruning.methods import Method
 from besa.pruning.methods.magnitude import magnitude_masks
 from besa.pruning.patterns import n_of_m
-from besa.pruning.scores import Hessians
+from besa.pruning.scores import Hessians, check_hessian
 
 
 def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
@@ -146,11 +145,7 @@ def sparsegpt_weights(
         kept, matrices = [], []
         for group, matrix in enumerate(weights[linear.name]):
             hessian = hessians.of(linear)[group]
-            if not hessian.isfinite().all():
-                raise BesaError(
-                    f"the inputs of {linear.name} are too large for SparseGPT's statistics: "
-                    "choose another method"
-                )
+            check_hessian(hessian, linear, "SparseGPT", "choose another method")
             if hessian.any():
                 share = shares[linear.name][group]
                 matrix, mask = sparsegpt(matrix, hessian, share, budget.pattern)

@@ -21,8 +21,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from besa.errors import BesaError
 from besa.pruning.block_run import BlockRun, Pruned
+from besa.pruning.scores import check_hessian
 
 # weight [rows, cols], mask bool [rows, cols], hessian float32 [cols, cols] -> float32 [rows, cols]
 Update = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -53,11 +53,7 @@ def updated(run: BlockRun, pruned: Pruned, update: Update) -> Pruned:
             strict=True,
         )
         for weight, mask, hessian in parts:
-            if not hessian.isfinite().all():
-                raise BesaError(
-                    f"the inputs of {linear.name} are too large for an update's statistics: "
-                    "leave --update out"
-                )
+            check_hessian(hessian, linear, "an update", "leave --update out")
             seen = bool(hessian.any())
             matrices.append(update(weight, mask, hessian) if seen else weight.float())
         weights[linear.name] = torch.stack(matrices)
