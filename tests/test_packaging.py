@@ -59,13 +59,15 @@ def test_wheel_holds_besa_alone(wheel):
 
     def sources(folder: str, inside: str) -> set[str]:
         tracked = (p for p in (ROOT / folder).rglob("*") if p.is_file())
-        kept = (p for p in tracked if p.suffix in {".py", ".typed", ".j2", ".css", ".json"})
+        suffixes = {".py", ".typed", ".j2", ".css", ".json", ".cu", ".cuh"}
+        kept = (p for p in tracked if p.suffix in suffixes)
         return {f"{inside}/{p.relative_to(ROOT / folder).as_posix()}" for p in kept}
 
     assert names >= sources("besa", "besa")
     assert names >= sources("export", "besa/export")
     assert names >= sources("serve", "besa/serve")
     assert "besa/demo/model/model.safetensors" in names
+    assert "besa/kernels/cuda/device.cuh" in names  # compiled on the user's machine
     assert not [name for name in names if name.endswith((".cpp", ".h", ".pyc"))]
     assert (LIBRARY in names) == COMPILER
 
@@ -96,6 +98,8 @@ for module in (besa, besa.export, besa.serve, native):
     assert module.__file__.startswith({str(ROOT if editable else site)!r}), module.__file__
 for name in ("export", "serve", "benchmarks", "tests"):
     assert find_spec(name) is None, name
+from besa.kernels.cuda import driver
+assert "device.cuh" in driver.headers()
 library = native.library()
 assert (library is not None) == {COMPILER}
 assert library is None or library._name.startswith({str(site)!r}), library._name
