@@ -10,6 +10,10 @@ torch.Size([5, 32])
 
 Its tensors are buffers under the names of the packed format, so that a state dict is what a file
 holds. Buffers, because nothing here can be trained: `besa::sparse_linear` records no gradient.
+
+On an NVIDIA GPU the weight is laid out for the kernels there, as records (`besa.kernels.cuda`), and
+the canonical tensors are gone until they are asked for: by a state dict, by `packed`, or by a move to
+another device.
 """
 
 from __future__ import annotations
@@ -23,6 +27,11 @@ from torch import Tensor, nn
 import besa.kernels.linear  # noqa: F401 - the operator
 from besa.errors import BesaError
 from besa.formats import Packed, tensors_of
+from besa.kernels.cuda import linear as gpu
+from besa.kernels.cuda.records import Records, parts, to_packed, to_records
+
+# What a file holds of the weight, besides its scale.
+_CANONICAL = ("weight_values", "weight_bitmask", "weight_rows")
 
 # The bit patterns of each type of value, which a cast of the model leaves alone.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -37,16 +46,19 @@ class SparseLinear(nn.Module):
             the module, `.to(torch.float16)` and the like, leave their types as they are.
         row_ptr: int64 [out + 1], in no file; None until a module made on the meta device is
             loaded (see `finish_loading`).
+        records: the weight on a GPU that besa's kernels run on, where the buffers above but
+            `weight_scale` are None; else None.
         dtype: what the weight becomes when it is unpacked.
         transposed: whether it then is [in, out], as in GPT-2's `Conv1D`.
     """
 
     bias: nn.Parameter | None
-    weight_values: Tensor
-    weight_bitmask: Tensor
-    weight_rows: Tensor
+    weight_values: Tensor | None
+    weight_bitmask: Tensor | None
+    weight_rows: Tensor | None
     weight_scale: Tensor | None
     row_ptr: Tensor | None
+    records: Records | None
 
     def __init__(
         self,
@@ -64,11 +76,11 @@ class SparseLinear(nn.Module):
         self.dtype = dtype or (kept if kept.is_floating_point else torch.float32)
         self.transposed = transposed
         self.register_parameter("bias", bias)
-        self.register_buffer("weight_scale", None)
-        for name, tensor in tensors_of(packed, "weight").items():
-            self.register_buffer(name, tensor.to(packed.values.device))
-        ready = not packed.row_ptr.is_meta
-        self.register_buffer("row_ptr", packed.row_ptr if ready else None, persistent=False)
+        for name in (*_CANONICAL, "weight_scale"):
+            self.register_buffer(name, None)
+        self.register_buffer("row_ptr", None, persistent=False)
+        self.records = None
+        self._hold(packed)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], of x's type.
@@ -80,6 +92,10 @@ class SparseLinear(nn.Module):
             raise BesaError(
                 "packed weights cannot be trained, nor what comes before them: load the model "
                 "dense, with quantization_config=besa.BesaConfig(dense=True)"
+            )
+        if self.records is not None:
+            return gpu.records_linear(
+                x, self.records, self.weight_scale, self.bias, self.int8_input
             )
         result: Tensor = torch.ops.besa.sparse_linear(
             x,
@@ -94,16 +110,40 @@ class SparseLinear(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        """The weight; shares its tensors."""
-        assert self.row_ptr is not None
-        return Packed(
-            self.weight_values,
-            self.weight_bitmask,
-            self.row_ptr,
-            self.weight_scale,
-            self.in_features,
-            self.group_size,
-        )
+        """The weight; shares its tensors, where they are there."""
+        if self.records is not None:
+            canonical = to_packed(self.records)
+        else:
+            assert self.weight_values is not None
+            assert self.weight_bitmask is not None
+            assert self.row_ptr is not None
+            canonical = self.weight_values, self.weight_bitmask, self.row_ptr
+        return Packed(*canonical, self.weight_scale, self.in_features, self.group_size)
+
+    def _hold(self, packed: Packed) -> None:
+        """Takes a weight, as records if it is on a GPU whose kernels take them."""
+        device, ready = packed.values.device, not packed.row_ptr.is_meta
+        self.nonzeros = packed.values.numel()
+        self.values_dtype = packed.values.dtype
+        for name, tensor in tensors_of(packed, "weight").items():
+            setattr(self, name, tensor.to(device))
+        self.row_ptr = packed.row_ptr if ready else None
+        self.records = None
+        if ready and gpu.usable(device, packed.values.dtype):
+            for name in (*_CANONICAL, "row_ptr"):
+                setattr(self, name, None)
+            self.records = to_records(*parts(packed), packed.in_features)
+            gpu.tuned(self.records, self.weight_scale, self.dtype, self.int8_input)
+
+    def _as_canonical(self) -> None:
+        """Gives the records up for the tensors that a file holds."""
+        if self.records is None:
+            return
+        packed = self.packed
+        self.records = None
+        for name, tensor in tensors_of(packed, "weight").items():
+            setattr(self, name, tensor.to(packed.values.device))
+        self.row_ptr = packed.row_ptr
 
     @property
     def weight(self) -> Tensor:
@@ -111,7 +151,7 @@ class SparseLinear(nn.Module):
 
         For models that read a weight without calling its linear: right, but as slow as it sounds.
         """
-        if self.row_ptr is None:  # transformers' initialization asks, before anything is there
+        if self.row_ptr is None and self.records is None:  # transformers' initialization asks
             shape = (self.out_features, self.in_features)
             shape = shape[::-1] if self.transposed else shape
             return torch.empty(shape, dtype=self.dtype, device="meta")
@@ -131,20 +171,23 @@ class SparseLinear(nn.Module):
         Raises:
             FormatError: the buffers are no packed weight.
         """
-        packed = Packed.from_tensors(
-            self.weight_values,
-            self.weight_bitmask,
-            self.in_features,
-            self.weight_scale,
-            self.group_size,
+        assert self.weight_values is not None
+        assert self.weight_bitmask is not None
+        self._hold(
+            Packed.from_tensors(
+                self.weight_values,
+                self.weight_bitmask,
+                self.in_features,
+                self.weight_scale,
+                self.group_size,
+            )
         )
-        self.row_ptr = packed.row_ptr
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, nonzeros={self.weight_values.numel()}, "
-            f"values={str(self.weight_values.dtype).removeprefix('torch.')}"
+            f"bias={self.bias is not None}, nonzeros={self.nonzeros}, "
+            f"values={str(self.values_dtype).removeprefix('torch.')}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
@@ -158,5 +201,24 @@ class SparseLinear(nn.Module):
             )
 
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self._as_canonical()
         super()._apply(keeping_type, recurse)
+        if self.row_ptr is not None:
+            self._hold(self.packed)
         return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.records is not None:
+            packed = self.packed
+            for name, tensor in tensors_of(packed, "weight").items():
+                destination[prefix + name] = tensor.to(packed.values.device)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        was_ready = self.records is not None or self.row_ptr is not None
+        self._as_canonical()
+        super()._load_from_state_dict(*args)
+        if was_ready:
+            self.finish_loading()

@@ -36,6 +36,8 @@ import besa.kernels.linear  # noqa: F401 - the operator
 from besa.errors import BesaError
 from besa.formats import QUANT_METHOD, FormatError, Packed, PackedConfig, pack, packed_of
 from besa.formats.slicing import stack_rows, take_columns, take_rows
+from besa.kernels.cuda import linear as gpu
+from besa.kernels.cuda.records import Records, parts, to_records
 from besa.kernels.isa import chosen_isa
 
 logger = init_logger("vllm.besa")
@@ -104,6 +106,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def __init__(self, config: PackedConfig, prefix: str) -> None:
         self.config, self.prefix = config, prefix
         self.sources: dict[str, _Source] = {}
+        self.records: Records | None = None  # of a GPU's kernels; the layer holds its tensors
 
     def create_weights(
         self,
@@ -195,16 +198,22 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for name in ("weight_values", "weight_bitmask", "weight_rows", "weight", "weight_scale"):
             if hasattr(layer, name):
                 delattr(layer, name)
-        # LoRA looks for a weight of this name to learn the device.
-        tensors = {
-            "weight_packed": packed.values,
-            "weight_bitmask": packed.bitmask,
-            "weight_row_ptr": packed.row_ptr,
-        }
-        if packed.scale is not None:
-            tensors["weight_scale"] = packed.scale
+        # LoRA looks for a weight of the first one's name to learn the device.
+        tensors: dict[str, Tensor | None]
+        if gpu.usable(packed.values.device, packed.values.dtype):
+            self.records = to_records(*parts(packed), packed.in_features)
+            gpu.tuned(self.records, packed.scale, self.dtype, self.config.int8_input)
+            tensors = {"weight_packed": self.records.data, "weight_offsets": self.records.offsets}
+        else:
+            tensors = {
+                "weight_packed": packed.values,
+                "weight_bitmask": packed.bitmask,
+                "weight_row_ptr": packed.row_ptr,
+            }
+        tensors["weight_scale"] = packed.scale
         for name, tensor in tensors.items():
-            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+            kept = None if tensor is None else Parameter(tensor, requires_grad=False)
+            layer.register_parameter(name, kept)
         self.sources.clear()
 
     def _stacked_sources(self) -> Packed:
@@ -223,12 +232,15 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias."""
+        if self.records is not None:
+            here = replace(self.records, data=layer.weight_packed, offsets=layer.weight_offsets)
+            return gpu.records_linear(x, here, layer.weight_scale, bias, self.config.int8_input)
         result: Tensor = torch.ops.besa.sparse_linear(
             x,
             layer.weight_packed,
             layer.weight_bitmask,
             layer.weight_row_ptr,
-            getattr(layer, "weight_scale", None),
+            layer.weight_scale,
             bias,
             self.config.int8_input,
         )

@@ -210,7 +210,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     llama = cases["llama"]
     sparse = Path(llama.job["model"])
     dense = masked("llama", root / "bf16", dtype=torch.bfloat16)
-    cases["bf16"] = Case(dense, packed(dense), flags={"dtype": "bfloat16"})
+    packed_bf16 = packed(dense)
+    cases["bf16"] = Case(dense, packed_bf16, flags={"dtype": "bfloat16"})
     cases["bf16 dense"] = Case(dense, dense, flags={"dtype": "bfloat16"})
     # Weights of float32 that the engine is to run in bfloat16, dense and packed alike.
     cases["to bf16"] = Case(llama.dense, sparse, flags={"dtype": "bfloat16"})
@@ -227,6 +228,21 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     cases["compiled"] = Case(
         llama.dense, sparse, flags={"dtype": "float32", "enforce_eager": False}
     )
+    for name in ("bf16", "to bf16"):
+        same = Path(cases[name].job["model"])
+        cases[name + " records"] = Case(
+            cases[name].dense, same, flags={"dtype": "bfloat16"}, records=True
+        )
+    compiled = {"dtype": "bfloat16", "enforce_eager": False}
+    cases["compiled records"] = Case(dense, packed_bf16, flags=compiled, records=True)
+    qwen = masked("qwen2", root / "qwen2 bf16", dtype=torch.bfloat16)
+    packed_qwen = packed(qwen)
+    for name, records in (("qwen2 bf16", False), ("qwen2 bf16 records", True)):
+        cases[name] = Case(qwen, packed_qwen, flags={"dtype": "bfloat16"}, records=records)
+    for name in ("int8", "int8 in groups"):
+        cases[name + " records"] = Case(
+            cases[name].dense, Path(cases[name].job["model"]), records=True
+        )
     lora = adapter(llama.dense, root / "lora")
     cases["LoRA"] = Case(lora / "merged", sparse, adapter=lora)
     for change in (cut_off, without_a_part, of_the_future):
@@ -270,6 +286,30 @@ def test_bfloat16_as_the_dense_model_in_the_same_engine(cases: dict[str, Case], 
     sparse, dense = cases[name].result, cases[name + " dense"].result
     assert sparse["tokens"] == dense["tokens"]
     assert largest(sparse["logprobs"], dense["logprobs"]) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        ("bf16", 0.05),
+        ("to bf16", 0.05),
+        ("qwen2 bf16", 0.05),
+        ("int8", 1e-3),
+        ("int8 in groups", 1e-3),
+    ],
+)
+def test_records_as_on_a_gpu(cases: dict[str, Case], name: str, tolerance: float):
+    """What vLLM loads is laid out as for a GPU; the layout and its slices are what is tested."""
+    records, canonical = cases[name + " records"].result, cases[name].result
+    assert "error" not in records, records["error"]
+    assert records["tokens"] == canonical["tokens"]
+    assert largest(records["logprobs"], canonical["logprobs"]) < tolerance
+
+
+def test_compiled_records(cases: dict[str, Case]):
+    compiled, eager = cases["compiled records"].result, cases["bf16 records"].result
+    assert "error" not in compiled, compiled["error"]
+    assert compiled["tokens"] == eager["tokens"]
 
 
 def test_a_dense_part_of_a_fused_linear(cases: dict[str, Case]):

@@ -3,7 +3,8 @@
     python -m tests.serve.vllm.worker JOBS.json RESULTS.json
 
 A job is {"model": directory, "flags": arguments of vllm.LLM, "adapter": a LoRA's directory or
-none}; its result {"tokens": …, "logprobs": …} of every prompt, greedily, and the bytes that each
+none, "records": whether weights become records as on a GPU, which the operator multiplies here by
+its oracle}; its result {"tokens": …, "logprobs": …} of every prompt, greedily, and the bytes that each
 rank's linears hold; or {"error": message}.
 vLLM takes ten seconds to import and three for a tiny model, so many jobs share a process.
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,23 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def records_on_the_cpu(wanted: bool) -> Iterator[None]:
+    """Meanwhile, weights of 16 or 8 bits become records, if `wanted`."""
+    import torch
+
+    from besa.kernels.cuda import linear as gpu
+
+    before = gpu.usable, gpu.tuned
+    if wanted:
+        gpu.usable = lambda device, values: values != torch.float32
+        gpu.tuned = lambda *arguments: None
+    try:
+        yield
+    finally:
+        gpu.usable, gpu.tuned = before
+
+
 def main(jobs: Path, results: Path) -> None:
     # vLLM learns what each architecture can do in a process of its own, to leave CUDA alone: 10 s.
     from vllm.model_executor.models import registry
@@ -82,7 +102,8 @@ def main(jobs: Path, results: Path) -> None:
     done = []
     for job in json.loads(jobs.read_text()):
         try:
-            done.append(generate(job))
+            with records_on_the_cpu(job.get("records", False)):
+                done.append(generate(job))
         except Exception as error:  # noqa: BLE001 - what a user sees of it is what is tested
             done.append({"error": f"{type(error).__name__}: {error}"})
         results.write_text(json.dumps(done))
