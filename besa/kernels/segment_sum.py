@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from besa.kernels import native
+from besa.kernels.cuda import buckets as on_gpu
 from besa.kernels.describe import describe
 
 MAX_BUCKETS = 256
@@ -32,8 +33,9 @@ def segment_sum(
     """`out[r, b]` = the sum of `values[r, j] * weight[r, j]` over the j with `buckets[r, j] == b`.
 
     Contiguous float32 on the CPU takes the native kernel, which gives the same bits whatever the
-    number of threads; all else takes `segment_sum_reference`. Part of a backward pass: it records
-    no gradient itself.
+    number of threads; a GPU's kernel takes any layout of bfloat16, float16 and float32, and gives
+    the same bits in every run. All else takes `segment_sum_reference`. Part of a backward pass: it
+    records no gradient itself.
 
     Args:
         values: [R, C], floating point.
@@ -48,6 +50,8 @@ def segment_sum(
         ValueError: if shapes, devices, `n_buckets` or the type of `buckets` are not as above.
     """
     _check(values, buckets, n_buckets, weight)
+    if on_gpu.serves(values, weight):
+        return on_gpu.segment_sum(values, buckets, n_buckets, weight)
     if not all(_is_plain(tensor) for tensor in (values, weight) if tensor is not None):
         return segment_sum_reference(values, buckets, n_buckets, weight)
     library = native.library() if buckets.is_contiguous() else None

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from besa.kernels.mask_buckets import mask_buckets
 from besa.kernels.segment_sum import segment_sum
 from besa.pruning.learn import Proposal
 from besa.pruning.patterns import row_chunks
@@ -53,7 +54,7 @@ def rank_buckets(scores: Tensor, candidates: int = CANDIDATES) -> Tensor:
     buckets = torch.empty(rows, cols, dtype=torch.uint8, device=scores.device)
     bucket_of_rank = torch.arange(cols, device=scores.device) * candidates // cols
     bucket_of_rank = bucket_of_rank.to(torch.uint8)
-    for chunk in row_chunks(rows, cols):
+    for chunk in row_chunks(rows, cols, scores.device):
         order = scores[chunk].argsort(dim=1, stable=True)
         buckets[chunk] = torch.empty_like(buckets[chunk]).scatter_(
             1, order, bucket_of_rank.expand(order.shape)
@@ -74,7 +75,7 @@ class RateMask(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, buckets)
         ctx.candidates = keep.shape[1]
-        return weight * (buckets >= first_kept.unsqueeze(1))
+        return mask_buckets(weight, buckets, first_kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

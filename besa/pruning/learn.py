@@ -10,6 +10,7 @@ their examples show the loop at work.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -90,28 +91,64 @@ def learn(
     epochs: int = 1,
     generator: torch.Generator,
     on_step: OnStep = lambda step: None,
+    on_order: Callable[[list[int]], None] = lambda order: None,
 ) -> Learned[T]:
     """Learns for some epochs, with steps that shrink to nothing along a cosine.
 
     Args:
         targets: the dense block's outputs, one tensor a batch.
         generator: orders the batches.
+        on_step: is told of every step; on a GPU, once the step after it is queued.
+        on_order: is told the order of an epoch's batches before the first of them.
     """
     total = epochs * len(targets)
     losses: list[float] = []
-    for _ in range(epochs):
-        for i in torch.randperm(len(targets), generator=generator).tolist():
-            size = (1 + math.cos(math.pi * len(losses) / total)) / 2
-            loss, rate = learn_step(learner, forward, i, targets[i], size)
+    unread: deque[_Figures] = deque()
+
+    def report(but: int) -> None:
+        """Reads the figures of all steps but the last ones."""
+        while len(unread) > but:
+            loss, rate = unread.popleft().read()
             losses.append(loss)
             on_step(Step(len(losses), total, loss, rate))
+
+    for epoch in range(epochs):
+        order = torch.randperm(len(targets), generator=generator).tolist()
+        on_order(order)
+        for done, i in enumerate(order, start=epoch * len(targets)):
+            size = (1 + math.cos(math.pi * done / total)) / 2
+            unread.append(_Figures(*learn_step(learner, forward, i, targets[i], size)))
+            report(but=1 if unread[-1].on_gpu else 0)
+    report(but=0)
     return Learned(learner.result(), torch.tensor(losses).view(epochs, -1).mean(1).tolist())
+
+
+class _Figures:
+    """A step's error and rate, on their way from the device.
+
+    Read at once, they make the host wait for the step, and a GPU then for the host to queue the
+    next one. Read when that is queued, they cost nothing.
+    """
+
+    def __init__(self, error: Tensor, rate: Tensor) -> None:
+        self.on_gpu = error.is_cuda
+        self._values = torch.stack([error, rate]).to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if self.on_gpu else None
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(error.device))
+
+    def read(self) -> tuple[float, float]:
+        """The figures; waits for their step, but for none after it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        error, rate = self._values.tolist()
+        return error, rate
 
 
 def learn_step(
     learner: Learner[object], forward: Forward, i: int, target: Tensor, size: float = 1.0
-) -> tuple[float, float]:
-    """One step on batch `i`; gives the error before it and the rate."""
+) -> tuple[Tensor, Tensor]:
+    """One step on batch `i`; gives the error before it and the rate, scalars on the device."""
     with torch.enable_grad():
         proposal = learner.propose()
         output = forward(i, proposal.weights).float()
@@ -119,4 +156,6 @@ def learn_step(
         error = (output - target).square().mean() / target.square().mean()
         ((error + proposal.penalty) * LOSS_SCALE).backward()
     learner.update(size)
-    return float(error.detach()), float(torch.as_tensor(proposal.rate).detach())
+    rate = proposal.rate
+    rate = rate.detach() if isinstance(rate, Tensor) else error.new_full((), rate)
+    return error.detach(), rate

@@ -52,10 +52,11 @@ class masked(TorchFunctionMode):
         factories: Mapping[str, Sequence[WeightFactory]],
     ) -> None:
         super().__init__()
-        self.factories = {
-            id(block.get_parameter(x.parameter)): (x, list(factories[x.name])) for x in linears
-        }
         self.parameters = [block.get_parameter(x.parameter) for x in linears]  # keeps the ids
+        self.factories = {
+            id(parameter): (x, list(factories[x.name]))
+            for x, parameter in zip(linears, self.parameters, strict=True)
+        }
         self.alive: dict[int, tuple[weakref.ref[Tensor], WeightFactory]] = {}
         self.hooks = saved_tensors_hooks(self._pack, self._unpack)
 
@@ -85,8 +86,22 @@ class masked(TorchFunctionMode):
             attribute = func(*args)
             if not isinstance(attribute, Tensor):  # .shape, .dtype: those of the parameter
                 return attribute
-        args, kwargs = pytree.tree_map_only(Tensor, self._stand_in, (args, dict(kwargs)))
-        return func(*args, **kwargs)
+        args = self._with_stand_ins(args)
+        return func(*args, **{name: self._with_stand_ins(x) for name, x in kwargs.items()})
+
+    def _with_stand_ins(self, value: Any) -> Any:
+        """`_stand_in` for every tensor in a structure.
+
+        Every operation of the block comes through here, which a GPU waits for: pytree, which knows
+        all structures, takes several times as long for a tuple.
+        """
+        if isinstance(value, Tensor):
+            return self._stand_in(value)
+        if type(value) is tuple or type(value) is list:
+            return type(value)([self._with_stand_ins(x) for x in value])
+        if isinstance(value, tuple | list | dict):
+            return pytree.tree_map_only(Tensor, self._stand_in, value)
+        return value
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
         """The masked weight in a parameter's place; any other tensor as it is."""

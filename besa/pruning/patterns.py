@@ -17,13 +17,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Elements whose int64 sort indices may exist at once (8 bytes each).
+from besa.kernels.cuda import n_of_m as on_gpu
+
+# Elements whose int64 sort indices may exist at once (8 bytes each), and how many times as many on
+# a GPU: it sorts a matrix faster in one piece than in several.
 _CHUNK = 1 << 22
+_MORE_ON_GPU = 4
 
 
-def row_chunks(rows: int, cols: int) -> list[slice]:
-    """Slices of rows whose temporaries stay small."""
-    step = max(1, _CHUNK // max(1, cols))
+def row_chunks(rows: int, cols: int, device: torch.device | None = None) -> list[slice]:
+    """Slices of rows whose temporaries stay small on a device, the CPU if it is None."""
+    chunk = _CHUNK * _MORE_ON_GPU if device is not None and device.type == "cuda" else _CHUNK
+    step = max(1, chunk // max(1, cols))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -76,8 +81,9 @@ def lowest_pruned(scores: Tensor, counts: Tensor) -> Tensor:
         bool [rows, cols].
     """
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    ranks = torch.arange(scores.shape[1], device=scores.device)
-    for chunk in row_chunks(*scores.shape):
+    rows, cols = scores.shape
+    ranks = torch.arange(cols, device=scores.device)
+    for chunk in row_chunks(rows, cols, scores.device):
         order = scores[chunk].argsort(dim=1, stable=True)
         mask[chunk] = torch.empty_like(mask[chunk]).scatter_(
             1, order, ranks >= counts[chunk].unsqueeze(1)
@@ -90,11 +96,54 @@ def lowest_pruned_overall(scores: Tensor, count: int) -> Tensor:
     flat = scores.flatten()
     if count == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = flat.kthvalue(count).values
+    radix = scores.is_cuda and scores.dtype == torch.float32
+    threshold = kth_lowest(flat, count) if radix else flat.kthvalue(count).values
     mask = flat >= threshold
     equals = (flat == threshold).nonzero().flatten()
     mask[equals[: count - int((flat < threshold).sum())]] = False
     return mask.reshape(scores.shape)
+
+
+def kth_lowest(values: Tensor, k: int) -> Tensor:
+    """The k-th lowest of some numbers, from 1; NaN is the highest. `kthvalue`, made for GPUs.
+
+    There `kthvalue` leaves one tensor to one of the many multiprocessors. A radix select looks at
+    all numbers once a bit instead: float32's bits are in the order of the numbers, if those of
+    negative numbers are flipped. The lower 16 bits matter only where the upper ones are the
+    answer's.
+
+    Args:
+        values: float32 [n].
+        k: 1 to n.
+
+    Returns:
+        float32, a scalar.
+    """
+    bits = values.view(torch.int32)
+    keys = bits >> 31  # all bits are the sign's
+    keys.bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    keys.masked_fill_(values.isnan(), 0x7FFFFFFF)
+    digits = (keys >> 16).short()
+    upper, among = _kth_digit(digits, k)
+    lower, _ = _kth_digit(((keys[digits == upper] & 0xFFFF) - (1 << 15)).short(), among)
+    key = (upper << 16) + (lower + (1 << 15))
+    return (key ^ (key >> 31 & 0x7FFFFFFF)).view(torch.float32)
+
+
+def _kth_digit(digits: Tensor, k: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The k-th lowest of int16 numbers as int32, and its place among its equals, from 1.
+
+    It is the largest number with fewer than k below it, found bit by bit. Nothing waits for the
+    device.
+    """
+    found = torch.full((), -(1 << 15), dtype=torch.int32, device=digits.device)
+    below = torch.zeros((), dtype=torch.int64, device=digits.device)
+    for bit in reversed(range(16)):
+        larger = found + (1 << bit)
+        below_larger = (digits < larger).sum()
+        fits = below_larger < k
+        found, below = torch.where(fits, larger, found), torch.where(fits, below_larger, below)
+    return found, k - below
 
 
 def n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
@@ -106,10 +155,17 @@ def n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     Returns:
         bool [rows, cols].
     """
+    if on_gpu.serves(scores, m):
+        return on_gpu.n_of_m(scores, n, m)
+    return n_of_m_reference(scores, n, m)
+
+
+def n_of_m_reference(scores: Tensor, n: int, m: int) -> Tensor:
+    """`n_of_m` in plain torch, for any device, floating type and m."""
     rows, cols = scores.shape
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     counter = torch.uint8 if m <= 256 else torch.int32
-    for chunk in row_chunks(rows, cols * m):
+    for chunk in row_chunks(rows, cols * m, scores.device):
         members = scores[chunk].reshape(-1, cols // m, m).unbind(2)
         kept = []
         for j, score in enumerate(members):

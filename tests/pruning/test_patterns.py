@@ -11,7 +11,13 @@ from hypothesis.extra import numpy as npst
 from torch import Tensor
 
 from besa.pruning import patterns
-from besa.pruning.patterns import counts_for, lowest_pruned, lowest_pruned_overall, n_of_m
+from besa.pruning.patterns import (
+    counts_for,
+    kth_lowest,
+    lowest_pruned,
+    lowest_pruned_overall,
+    n_of_m,
+)
 
 rates_lists = st.lists(st.floats(0, 1), min_size=1, max_size=40)
 # Few different values, so that ties are the rule.
@@ -123,6 +129,23 @@ def test_lowest_pruned_overall_is_brute_force(scores: np.ndarray, data: st.DataO
     mask = lowest_pruned_overall(torch.from_numpy(scores), count)
     expected = numpy_lowest_pruned(scores.reshape(1, -1), [count]).reshape(scores.shape)
     assert np.array_equal(mask.numpy(), expected)
+
+
+@settings(max_examples=300, deadline=None)
+@given(npst.arrays(np.float32, st.integers(1, 40), elements=st.floats(width=32)), st.data())
+def test_kth_lowest_is_kthvalue(values: np.ndarray, data: st.DataObject):
+    """Of all numbers there are: denormal and infinite ones, zeros of both signs, NaN."""
+    k = data.draw(st.integers(1, len(values)))
+    found = kth_lowest(torch.from_numpy(values), k)
+    expected = torch.from_numpy(values).kthvalue(k).values
+    assert torch.equal(found, expected) or (found.isnan() and expected.isnan())
+
+
+def test_kth_lowest_where_numbers_share_their_upper_bits():
+    values = torch.arange(1 << 12).add(0x3F800000).int().view(torch.float32)  # from 1 upwards
+    shuffled = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))]
+    for k in (1, 2, 2000, len(values)):
+        assert kth_lowest(shuffled, k) == values[k - 1]
 
 
 @pytest.mark.parametrize("count", [0, 1, 35, 36])

@@ -73,6 +73,7 @@ def _learn(run: BlockRun, learner: Learner[T]) -> Learned[T]:
         epochs=run.config.epochs,
         generator=run.generator,
         on_step=run.on_step,
+        on_order=run.expect,
     )
 
 

@@ -14,7 +14,7 @@ w^2 / [H^-1]_jj^2. Experts that saw no token are pruned by magnitude, and not up
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,36 +22,11 @@ from torch import Tensor
 from besa.model.blocks import Linear
 from besa.pruning.block_run import BlockRun, Pruned
 from besa.pruning.budget import Budget
+from besa.pruning.compensate import GroupChoice, compensate, importance, inverse_factor
 from besa.pruning.config import UNSTRUCTURED, Pattern
 from besa.pruning.methods import Method
 from besa.pruning.methods.magnitude import magnitude_masks
-from besa.pruning.patterns import n_of_m
 from besa.pruning.scores import Hessians, check_hessian
-
-
-def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
-    """Upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U.
-
-    Args:
-        hessian: float32 [cols, cols], X^T X.
-        damping: what is added to the diagonal, as a fraction of its mean; tenfold more is tried
-            where the matrix is not positive definite.
-
-    Returns:
-        float32 [cols, cols], upper triangular.
-    """
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    diagonal[diagonal == 0] = mean  # an input that never fires
-    while True:
-        damped = hessian + torch.eye(len(hessian), device=hessian.device) * (damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return factor
-        damping *= 10
 
 
 def sparsegpt(
@@ -73,58 +48,29 @@ def sparsegpt(
     Returns:
         The new weight, float32 [rows, cols], and the bool keep-mask.
     """
-    weight = weight.float().clone()
+    weight = weight.float().clone(memory_format=torch.contiguous_format)
     cols = weight.shape[1]
     factor = inverse_factor(hessian)
-    dead = hessian.diagonal() == 0
+    dead = hessian.diagonal() == 0  # no output needs them
     mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+    choice = GroupChoice(pattern.n, pattern.m, dead) if pattern.m else None
     if pattern.m:
         blocksize = max(pattern.m, blocksize - blocksize % pattern.m)
     done = 0
 
-    def scores(columns: Tensor, start: int, stop: int) -> Tensor:
-        found = (columns / factor.diagonal()[start:stop]).square()
-        return found.masked_fill(dead[start:stop], 0.0)  # no output needs them
-
-    def kept(column: int) -> Tensor:
-        if pattern.m and column % pattern.m == 0:
-            last = column + pattern.m
-            found = scores(weight[:, column:last], column, last)
-            mask[:, column:last] = n_of_m(found, pattern.n, pattern.m)
-        return mask[:, column]
-
     for start in range(0, cols, blocksize):
         stop = min(start + blocksize, cols)
-        if not pattern.m:
+        if choice is None:
             share = zeros * stop // cols - done
             done += share
             block = weight[:, start:stop]
-            order = scores(block, start, stop).flatten().argsort(stable=True)
+            found = importance(block, factor.diagonal()[start:stop], dead[start:stop])
+            lowest = found.flatten().argsort(stable=True)[:share]
             keep = torch.ones(block.numel(), dtype=torch.bool, device=weight.device)
-            keep[order[:share]] = False
-            mask[:, start:stop] = keep.reshape(block.shape)
+            mask[:, start:stop] = keep.index_fill_(0, lowest, False).reshape(block.shape)
 
-        compensate(weight, start, stop, factor, kept)
+        compensate(weight, mask, start, stop, factor, choice)
     return torch.where(mask, weight, 0.0), mask
-
-
-def compensate(
-    weight: Tensor, start: int, stop: int, factor: Tensor, kept: Callable[[int], Tensor]
-) -> None:
-    """Visits the columns [start, stop): what each loses is made up for by those to its right.
-
-    Args:
-        weight: float32 [rows, cols], changed in place. Pruned weights are not set to zero.
-        factor: of `inverse_factor`.
-        kept: the bool keep-mask [rows] of a column, asked for when the column is reached.
-    """
-    block, local = weight[:, start:stop], factor[start:stop, start:stop]
-    errors = torch.zeros_like(block)
-    for j in range(stop - start):
-        error = torch.where(kept(start + j), 0.0, block[:, j]) / local[j, j]
-        block[:, j:] -= error.unsqueeze(1) * local[j, j:].unsqueeze(0)
-        errors[:, j] = error
-    weight[:, stop:] -= errors @ factor[start:stop, stop:]
 
 
 def sparsegpt_weights(

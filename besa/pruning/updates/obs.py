@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from besa.pruning.methods.sparsegpt import compensate, inverse_factor
+from besa.pruning.compensate import compensate, inverse_factor
 
 _BLOCK = 128  # columns that are visited before the rest of the matrix is told of their errors
 
@@ -29,9 +29,10 @@ def update(weight: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
         mask: bool [rows, cols], True where a weight is kept.
         hessian: float32 [cols, cols], X^T X over the calibration tokens.
     """
-    weight = weight.float().clone()
+    weight = weight.float().clone(memory_format=torch.contiguous_format)
+    mask = mask.contiguous()
     factor = inverse_factor(hessian)
     for start in range(0, weight.shape[1], _BLOCK):
         stop = min(start + _BLOCK, weight.shape[1])
-        compensate(weight, start, stop, factor, lambda column: mask[:, column])
+        compensate(weight, mask, start, stop, factor)
     return torch.where(mask, weight, 0.0)
