@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ class Checkpoint:
     targets: dict[str, str]
     converted: set[str]
     _conversions: list[Any]
+    # A thread may load the next block meanwhile, and transformers notes in the model, and in the
+    # conversions, what it has loaded.
+    _loading: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def open(cls, model: str | Path) -> Checkpoint:
@@ -192,7 +196,7 @@ class Checkpoint:
             free_parameters(base)
 
     def _load(self, keys: list[str], files: Mapping[str, Path]) -> None:
-        with open_tensors(files, keys) as tensors:
+        with self._loading, open_tensors(files, keys) as tensors:
             convert_and_load_state_dict_in_model(
                 self.model,
                 tensors,

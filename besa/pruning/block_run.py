@@ -25,6 +25,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from besa.model.blocks import Linear
 from besa.model.observe import observe
 from besa.model.replay import Call
+from besa.pruning.activations import Activations
 from besa.pruning.config import PruneConfig
 from besa.pruning.learn import OnStep
 from besa.pruning.masked import WeightFactory, masked
@@ -90,10 +92,14 @@ class BlockRun:
     hessians: Hessians | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.block = copy.deepcopy(self.stored).to(self.device, self.dtype)
+        self.block = _copy_to(self.stored, self.device, self.dtype)
         self.weights = self._matrices(self.block)
         self.norms = InputNorms(self.linears, self.device)
-        self._stored_weights = self._matrices(self.stored)
+        # Where they are the same, those on the device are, which spares a copy for each `put`.
+        self._stored_weights = {
+            name: self.weights[name] if weight.dtype == self.dtype else weight
+            for name, weight in self._matrices(self.stored).items()
+        }
 
     def _matrices(self, block: nn.Module) -> Tensors:
         """The weights as they are now; what is put into the block later does not change them."""
@@ -114,9 +120,20 @@ class BlockRun:
             if self.hessians is not None:
                 self.hessians.add(linear, group, inputs)
 
+        self.expect(range(len(self.calls)), targets=False)
         with observe(self.block, self.linears, on_input):
             for i in range(len(self.calls)):
                 on_output(i, self.output(i))
+
+    def expect(self, order: Sequence[int], targets: bool = True) -> None:
+        """Says in which order batches are read next, so that they are on the device by then.
+
+        Args:
+            targets: whether their targets are read, too.
+        """
+        for batches in (self.stream, self.targets) if targets else (self.stream,):
+            if isinstance(batches, Activations):
+                batches.expect(order)
 
     def scores(self) -> Tensors:
         """Wanda's importance of every weight, float32 [groups, rows, cols] by name."""
@@ -145,18 +162,36 @@ class BlockRun:
         weights = pruned.weights or self._stored_weights
         for linear in self.linears:
             stored = self.stored.get_parameter(linear.parameter)
-            weight = weights[linear.name].to(stored.device, stored.dtype)
-            kept = torch.where(pruned.masks[linear.name].to(stored.device), weight, 0.0)
-            stored.data = linear.stored(kept, stored).contiguous()
+            weight = weights[linear.name].to(self.device, stored.dtype)
+            kept = torch.where(pruned.masks[linear.name].to(self.device), weight, 0.0)
+            placed = linear.stored(kept, stored).contiguous()
+            stored.data = placed.to(stored.device)
             running = self.block.get_parameter(linear.parameter)
-            running.data = stored.data.to(self.device, self.dtype)
+            running.data = placed.to(self.device, self.dtype)
 
     def error(self, batches: int) -> float:
         """||dense - pruned||^2 / ||dense||^2 of the block's output over the first batches."""
-        wrong = right = 0.0
+        self.expect(range(batches))
+        sums = []
         for i in range(batches):
             target = self.targets[i].to(self.device).float()
             output = self.output(i).float()
-            wrong += (output - target).square().sum().item()
-            right += target.square().sum().item()
+            sums.append(torch.stack([(output - target).square().sum(), target.square().sum()]))
+        wrong = right = 0.0
+        for of_wrong, of_right in torch.stack(sums).tolist():  # the device is waited for once
+            wrong += of_wrong
+            right += of_right
         return wrong / right if right else 0.0
+
+
+def _copy_to(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of a block on a device, its floating weights in `dtype`.
+
+    Weights go there in one step: a copy of a module is a second one on its own device first.
+    """
+    weights: dict[int, Any] = {}
+    for parameter in block.parameters():
+        target = dtype if parameter.is_floating_point() else parameter.dtype
+        moved = parameter.detach().to(device, target, copy=True)
+        weights[id(parameter)] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(block, weights).to(device, dtype)

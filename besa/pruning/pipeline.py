@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from besa.machine import give_memory_back
+from besa.model.ahead import LoadAhead
 from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
-from besa.model.finite import check_finite
-from besa.model.loading import pick_device
+from besa.model.finite import FiniteCheck, check_finite
+from besa.model.loading import fitting_in_memory, pick_device
 from besa.model.prune_record import BlockRecord, PruneRecord
 from besa.model.record import write_record
 from besa.model.replay import Call, capture
@@ -41,11 +42,14 @@ from besa.pruning.learn import Step
 from besa.pruning.methods import wanda
 from besa.pruning.plan import plan_of
 from besa.pruning.record import block_record, run_record, settings_of
+from besa.pruning.transfers import copies_for
 from besa.report import model_card, render
 from besa.typed_json import to_json
 from besa.writing import write_text
 
-# Tokens that go through a block at once: enough to keep the cores busy, few enough to fit.
+# Tokens that go through a block at once: enough to keep the cores busy, few enough to fit. A longer
+# sample is a batch of its own, as are the paper's of 2,048 tokens, which keep a GPU busy. Larger
+# batches of short samples would mean fewer steps for BESA, which takes one for each batch.
 _BATCH_TOKENS = 512
 
 # A block's error is measured on the first of so many parts of its batches.
@@ -91,7 +95,9 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
     settings = settings_of(model, config, checkpoint, windows, device, dtype)
     with Workspace.open(out, settings, config.overwrite, checkpoint.nbytes) as workspace:
         pipeline = _Pipeline(checkpoint, config, plan, workspace, device, dtype, tell)
-        with workspace.interruptible():
+        too_large = "a block and its calibration samples"
+        remedy = "lower --seqlen, or give --device cpu"
+        with workspace.interruptible(), fitting_in_memory(too_large, remedy):
             shards = pipeline.all_blocks(windows)
         record = run_record(checkpoint, settings, shards, time.monotonic() - started, device)
         workspace.write_index(shards)
@@ -113,6 +119,16 @@ def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
     return torch.bfloat16  # float16 too: its range is too small for gradients
 
 
+def _loads_ahead(device: torch.device) -> bool:
+    """A CPU that prunes has neither time to load meanwhile nor memory for a second block."""
+    return device.type != "cpu"
+
+
+def _measured(stream: Activations) -> int:
+    """The batches that a block's error is measured on: the first ones."""
+    return max(1, len(stream) // _ERROR_PARTS)
+
+
 @dataclass
 class _Pipeline:
     """One pass over the blocks."""
@@ -124,6 +140,10 @@ class _Pipeline:
     device: torch.device
     dtype: torch.dtype
     tell: Tell
+    loading: LoadAhead = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.loading = LoadAhead(self._load)
 
     @torch.no_grad()
     def all_blocks(self, windows: Tensor) -> list[dict[str, Any]]:
@@ -133,22 +153,33 @@ class _Pipeline:
         with self.checkpoint.loaded_base() as base:
             hidden, calls = capture(base, list(self.checkpoint.blocks), batches)
         directory = self.workspace.path if self.config.activations == "disk" else None
-        stream = Activations.of(hidden, self.dtype, directory, "stream")
+        stream = Activations.of(hidden, self.dtype, directory, "stream", copies_for(self.device))
         del hidden
-        for index in range(len(self.plan)):
-            block_calls = self._on_device([batch[index] for batch in calls])
-            name = f"block-{index:05d}"
-            if (finished := self.workspace.finished(name)) is None:
-                tensors, record = self._prune_block(index, stream, block_calls)
-                shard = self.workspace.shard(index + 2, len(self.plan) + 1)
-                finished = self.workspace.finish(name, shard, tensors, {"record": to_json(record)})
-                self._event(index, WRITTEN, record=record)
-            else:
-                self._replay(index, finished, stream, block_calls)
-            shards.append(finished)
-            give_memory_back()
+        wanted = len(stream) if methods.load(self.config.method).targets else _measured(stream)
+        targets = Activations.like(stream, wanted, "dense")
+        with self.loading:
+            for index in range(len(self.plan)):
+                block_calls = self._on_device([batch[index] for batch in calls])
+                shards.append(self._finish_block(index, stream, targets, block_calls))
+                give_memory_back()
         stream.close()
+        targets.close()
         return shards
+
+    def _finish_block(
+        self, index: int, stream: Activations, targets: Activations, calls: list[Call]
+    ) -> dict[str, Any]:
+        """Prunes and writes a block, unless an earlier run did; gives its shard's record."""
+        name = f"block-{index:05d}"
+        finished = self.workspace.finished(name)
+        if finished is not None:
+            self._replay(index, finished, stream, calls)
+            return finished
+        tensors, record = self._prune_block(index, stream, targets, calls)
+        shard = self.workspace.shard(index + 2, len(self.plan) + 1)
+        finished = self.workspace.finish(name, shard, tensors, {"record": to_json(record)})
+        self._event(index, WRITTEN, record=record)
+        return finished
 
     def _on_device(self, calls: list[Call]) -> list[Call]:
         """The calls on the device; batches that share one there share one here."""
@@ -165,16 +196,15 @@ class _Pipeline:
         return finished
 
     def _prune_block(
-        self, index: int, stream: Activations, calls: list[Call]
+        self, index: int, stream: Activations, targets: Activations, calls: list[Call]
     ) -> tuple[dict[str, Tensor], BlockRecord]:
         """Prunes one block and sends the stream through it; gives its tensors and its record."""
         started = time.monotonic()
         method, linears = methods.load(self.config.method), self.plan[index]
         update = None if self.config.update == "none" else updates.load(self.config.update)
         budget = budgets(self.plan, self.config)[index]
-        measured = max(1, len(calls) // _ERROR_PARTS)  # batches
-        targets = Activations.like(stream, len(calls) if method.targets else measured, "dense")
-        run = self._block_run(index, self._load(index), linears, stream, calls, targets)
+        measured = _measured(stream)
+        run = self._block_run(index, self._take(index), linears, stream, calls, targets)
         self._observe(index, run, targets, method.hessians or update is not None)
         pruned = method.mask(run, budget)
         if update is not None:
@@ -187,7 +217,6 @@ class _Pipeline:
         run.put(pruned)
         error = run.error(measured)
         self._hand_on(index, "hand on", run, stream)
-        targets.close()
 
         record = block_record(
             index,
@@ -202,6 +231,14 @@ class _Pipeline:
         self.checkpoint.unload_block(index)
         return tensors, record
 
+    def _take(self, index: int) -> nn.Module:
+        """A loaded block, while the next one begins to load."""
+        block = self.loading.take(index)
+        if _loads_ahead(self.device) and index + 1 < len(self.plan):
+            self.loading.begin(index + 1)
+        return block
+
+    @torch.no_grad()  # threads do not inherit it
     def _load(self, index: int) -> nn.Module:
         """A block as the checkpoint has it, without NaN or Inf."""
         block = self.checkpoint.load_block(index)
@@ -239,25 +276,32 @@ class _Pipeline:
     def _observe(self, index: int, run: BlockRun, targets: Activations, hessians: bool) -> None:
         """Runs the dense block: gathers its inputs' statistics, and its outputs as targets."""
 
+        check = FiniteCheck(f"the output of {self._name(index)}", _OVERFLOW)
+
         def on_output(i: int, output: Tensor) -> None:
-            check_finite(output, f"the output of {self._name(index)}", _OVERFLOW)
+            check.add(output)
             if i < len(targets):
                 targets[i] = output
             self._event(index, "statistics", done=i + 1, total=len(run.calls))
 
         run.observe(hessians, on_output)
+        check.finish()
 
     def _hand_on(self, index: int, phase: str, run: BlockRun, stream: Activations) -> None:
         """Sends the stream through a pruned block."""
+        check = FiniteCheck(f"the output of the pruned block {index}", _OVERFLOW)
+        run.expect(range(len(stream)), targets=False)
         for i in range(len(stream)):
-            stream[i] = run.output(i)
-            check_finite(stream[i], f"the output of the pruned block {index}", _OVERFLOW)
+            stream[i] = output = run.output(i)
+            check.add(output)
             self._event(index, phase, done=i + 1, total=len(stream))
+        check.finish()
 
     def _replay(
         self, index: int, finished: dict[str, Any], stream: Activations, calls: list[Call]
     ) -> None:
         """Sends the stream through a block that an earlier run finished."""
+        self.loading.drop()  # an earlier run may have finished blocks that follow unfinished ones
         shard = self.workspace.path / finished["file"]
         stored = self.checkpoint.load_block(index, dict.fromkeys(finished["keys"], shard))
         run = self._block_run(index, stored, [], stream, calls)
