@@ -29,6 +29,8 @@ bytes, and besa's share of the dense memory is given with and without them.
 from __future__ import annotations
 
 import argparse
+import itertools
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ from common import (
     apart,
     conditions,
     llama_block,
+    one_line,
     seconds_of,
     spread,
     table,
@@ -366,8 +369,9 @@ def measure_memory(case: Case) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     for part in PARTS:
         for contender in CONTENDERS:
-            # On a GPU torch counts its own bytes; a CPU's allocator keeps what was freed.
-            run = apart if case.device == "cpu" else _here
+            # On a GPU torch counts its own bytes; a CPU's allocator keeps what was freed, which
+            # does not matter where the figure does not.
+            run = apart if case.device == "cpu" and case.shape != "tiny" else _here
             measured[f"{part}/{contender}"] = run(extra_memory, case, contender, part)
     return measured
 
@@ -484,23 +488,32 @@ def main() -> None:
         args.shapes, args.tokens, args.rounds = ["tiny"], 16, 2
         args.dtypes = args.dtypes[:1]
     torch.set_num_threads(args.threads)
-    results: list[dict[str, Any]] = []
-    for shape in args.shapes:
-        for dtype in args.dtypes:
-            case = Case(shape, dtype, args.device, args.tokens, args.threads)
-            results.append(measure(case, args.rounds))
-            print(table(HEADER, rows_of(results[-1])), flush=True)
-            write_json(  # after every case: a run of minutes that is cut off is not all lost
-                args.json or RESULTS / f"allocation-{args.device}.json",
-                {
-                    "conditions": conditions(args.device),
-                    "sparsity": SPARSITY,
-                    "candidates": CANDIDATES,
-                    "samples_a_step": 1,
-                    "memory": "resident (VmHWM)" if args.device == "cpu" else "torch's allocator",
-                    "results": results,
-                },
-            )
+    path = args.json or RESULTS / f"allocation-{args.device}.json"
+    record: dict[str, Any] = {
+        "conditions": conditions(args.device),
+        "finished": False,
+        "tiny": args.tiny,
+        "sparsity": SPARSITY,
+        "candidates": CANDIDATES,
+        "samples_a_step": 1,
+        "memory": "resident (VmHWM)" if args.device == "cpu" else "torch's allocator",
+        "results": [],
+        "failed": {},
+    }
+    for shape, dtype in itertools.product(args.shapes, args.dtypes):
+        case = Case(shape, dtype, args.device, args.tokens, args.threads)
+        try:
+            record["results"].append(measure(case, args.rounds))
+            print(table(HEADER, rows_of(record["results"][-1])), flush=True)
+        except Exception as error:  # noqa: BLE001 - the other cases have their turn
+            traceback.print_exc()
+            record["failed"][f"{shape} {dtype}"] = one_line(error)
+        # After every case: a run of minutes that is cut off is not all lost.
+        write_json(path, record)
+    record["finished"] = True
+    write_json(path, record, quiet=True)
+    if record["failed"]:
+        raise SystemExit(f"failed: {'; '.join(record['failed'])}")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ class Shape:
 
 SHAPES = {
     "llama-7b": Shape(4096, 11008, 32, 32),
+    "llama-3-8b": Shape(4096, 14336, 32, 8),
     "tinyllama": Shape(2048, 5632, 32, 4),
     "small": Shape(512, 1408, 8, 8),
     "tiny": Shape(64, 176, 4, 2),
@@ -137,6 +138,11 @@ def write_json(path: Path, result: Mapping[str, Any], quiet: bool = False) -> No
         print(f"written to {path}", flush=True)
 
 
+def one_line(error: Exception) -> str:
+    """An error as a record keeps it."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:600]
+
+
 def seconds_of(work: Callable[[], object], device: str = "cpu") -> float:
     """How long `work` takes, to the end of what it queued on the device."""
     import torch
@@ -207,7 +213,7 @@ def llama_block(
 
     from besa.model.replay import Call
 
-    config = _llama_config(shape, layers=1, vocab=8, positions=tokens)
+    config = llama_config(shape, layers=1, vocab=8, positions=tokens)
     with torch.device("meta"):
         block = LlamaDecoderLayer(config, 0).to(dtype)
     block = block.to_empty(device=device).requires_grad_(False).eval()
@@ -245,7 +251,7 @@ def random_llama(directory: Path, shape: Shape, layers: int, vocab: int = 4096) 
     ).save_pretrained(directory)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(_llama_config(shape, layers, vocab, 2048)).save_pretrained(directory)
+    LlamaForCausalLM(llama_config(shape, layers, vocab, 2048)).save_pretrained(directory)
 
 
 def write_words(path: Path, count: int = 40_000) -> None:
@@ -264,7 +270,8 @@ def apart(work: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(work, *args).result()
 
 
-def _llama_config(shape: Shape, layers: int, vocab: int, positions: int) -> Any:
+def llama_config(shape: Shape, layers: int, vocab: int, positions: int) -> Any:
+    """The `LlamaConfig` of a shape."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
