@@ -9,6 +9,13 @@ is kept on disk.
     libcuda.py    what is used of the CUDA driver's C interface
     driver.py     loads and launches kernels on torch's devices
 
+    records.py    packed weights as the kernels read them, and back
+    linear.py     the operator that multiplies by them
+    product.py    the ways it can go: sparse_linear.cu, matmul.cu, expand.cu with cuBLAS
+    tuning.py     which way is the fastest for a shape
+
+    buckets.py, compensate.py, n_of_m.py   what pruning computes on a GPU
+
 >>> from besa.kernels.cuda import driver
 >>> driver.unavailable(torch.device("cpu"))
 'cpu is not an NVIDIA GPU'

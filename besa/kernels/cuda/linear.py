@@ -8,8 +8,8 @@ tensor([2., 2., 2.], dtype=torch.bfloat16)
 
 On a GPU it goes one of the ways of `product.py`, whichever `tuning.py` found fastest, queued on
 torch's current stream: nothing waits for the GPU, so that CUDA graphs can capture it. On a CPU the
-canonical form is made again and multiplied, which is the kernels' oracle. Results have the same bits
-in every run that goes the same way.
+canonical form is made again and multiplied, which is the kernels' oracle. Results have the same
+bits in every run that goes the same way.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from besa.errors import BesaWarning
 from besa.kernels.abi import GROUP_SIZES
-from besa.kernels.cuda import driver
 from besa.kernels.cuda.product import TYPES, Call, Shape, expand
 from besa.kernels.cuda.records import Records, padded_cols, to_packed
 from besa.kernels.cuda.tuning import Table, table
+from besa.kernels.cuda.usable import usable as has_kernels
 from besa.kernels.linear import quantize_rows, sparse_linear_reference
 
 
@@ -219,21 +219,7 @@ def usable(device: torch.device, values: torch.dtype) -> bool:
 
     Records are for GPUs with the kernels; float32 values stay as they are.
     """
-    if device.type != "cuda" or values == torch.float32:
-        return False
-    reason = driver.unavailable(device)
-    if reason is not None:
-        _say_unavailable(reason)
-    return reason is None
-
-
-@cache
-def _say_unavailable(reason: str) -> None:
-    warnings.warn(
-        f"no GPU kernels, torch serves instead, slower than a dense model: {reason}",
-        BesaWarning,
-        stacklevel=2,
-    )
+    return device.type == "cuda" and values != torch.float32 and has_kernels(device)
 
 
 def _fake(x: Tensor, *rest: object) -> Tensor:

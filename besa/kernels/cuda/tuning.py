@@ -4,10 +4,10 @@
 tokens 1: multiply 1/16/3/2, 9.9 us; 2 to 8: ...
 
 A way that is best for one shape is up to twice as slow for another: what counts is how evenly the
-thread blocks fill the GPU. So each of a few candidates is timed for some numbers of tokens, with the
-weight read from memory and not from the L2 cache, as in a model; that takes some 10 ms a shape, plus
-the time to compile what no process before has used. Products that come first while a CUDA graph is
-captured, when nothing can be measured, take a way that is good for most shapes.
+thread blocks fill the GPU. So each of a few candidates is timed for some numbers of tokens, with
+the weight read from memory and not from the L2 cache, as in a model; that takes some 10 ms a shape,
+plus the time to compile what no process before has used. A product that comes first while a CUDA
+graph is captured, when nothing can be measured, takes the way that should be the fastest.
 """
 
 from __future__ import annotations
