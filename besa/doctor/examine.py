@@ -21,6 +21,7 @@ import torch
 from besa import machine
 from besa.doctor import speed
 from besa.doctor.advice import advice
+from besa.doctor.gpu import examine_gpus
 from besa.doctor.report import DoctorReport, Kernel, NativeLibrary, ReadBandwidth, System
 from besa.errors import BesaError, BesaWarning
 from besa.kernels import native
@@ -46,6 +47,7 @@ def examine() -> DoctorReport:
     figure = None
     if kernel.isa is not None:
         figure = speed.dense_against_sparse(nbytes, bandwidth)
+    gpu_kernels = examine_gpus(gpus)
     others = (machine.busy_seconds() - busy) - (time.process_time() - own)
     report = DoctorReport(
         besa=__version__,
@@ -61,6 +63,7 @@ def examine() -> DoctorReport:
         },
         read_bandwidth=ReadBandwidth(bandwidth, torch.get_num_threads()),
         dense_against_sparse=figure,
+        gpu_kernels=gpu_kernels,
         openmp=machine.openmp_runtimes(),  # at the end, when all that loads one has
         busy_cores=round(max(0.0, others / (time.monotonic() - started)), 2),
     )

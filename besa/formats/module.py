@@ -28,7 +28,7 @@ import besa.kernels.linear  # noqa: F401 - the operator
 from besa.errors import BesaError
 from besa.formats import Packed, tensors_of
 from besa.kernels.cuda import linear as gpu
-from besa.kernels.cuda.records import Records, parts, to_packed, to_records
+from besa.kernels.cuda.records import Records, fitting, parts, to_packed, to_records
 
 # What a file holds of the weight, besides its scale.
 _CANONICAL = ("weight_values", "weight_bitmask", "weight_rows")
@@ -121,7 +121,11 @@ class SparseLinear(nn.Module):
         return Packed(*canonical, self.weight_scale, self.in_features, self.group_size)
 
     def _hold(self, packed: Packed) -> None:
-        """Takes a weight, as records if it is on a GPU whose kernels take them."""
+        """Takes a weight, as records if it is on a GPU whose kernels take them.
+
+        Raises:
+            BesaError: the GPU has no room for the records.
+        """
         device, ready = packed.values.device, not packed.row_ptr.is_meta
         self.nonzeros = packed.values.numel()
         self.values_dtype = packed.values.dtype
@@ -130,10 +134,12 @@ class SparseLinear(nn.Module):
         self.row_ptr = packed.row_ptr if ready else None
         self.records = None
         if ready and gpu.usable(device, packed.values.dtype):
+            with fitting(packed, packed.in_features, device):
+                records = to_records(*parts(packed), packed.in_features)
+                gpu.tuned(records, self.weight_scale, self.dtype, self.int8_input)
+            self.records = records
             for name in (*_CANONICAL, "row_ptr"):
                 setattr(self, name, None)
-            self.records = to_records(*parts(packed), packed.in_features)
-            gpu.tuned(self.records, self.weight_scale, self.dtype, self.int8_input)
 
     def _as_canonical(self) -> None:
         """Gives the records up for the tensors that a file holds."""

@@ -11,11 +11,13 @@ is kept on disk.
 
     records.py    packed weights as the kernels read them, and back
     linear.py     the operator that multiplies by them
-    product.py    the ways it can go: sparse_linear.cu, matmul.cu, expand.cu with cuBLAS
-    tuning.py     which way is the fastest for a shape
+    call.py       one product, and what a way to compute it is
+    multiply.py, matmul.py, expansion.py   the ways: sparse_linear.cu; matmul.cu; expand.cu, cuBLAS
+    candidates.py, tuning.py               which of them is the fastest for a shape
 
     buckets.py, compensate.py, n_of_m.py   what pruning computes on a GPU
 
+>>> import torch
 >>> from besa.kernels.cuda import driver
 >>> driver.unavailable(torch.device("cpu"))
 'cpu is not an NVIDIA GPU'

@@ -1,7 +1,5 @@
 """Keeps compiled kernels on disk, so that a process after the first one need not compile.
 
->>> cubin = cached_cubin(source, "sm_90", "k<3>", headers, "kernel.cu", driver=13000)
-
 The folder is `$BESA_CACHE/cubins`, by default `~/.cache/besa/cubins`; it may be deleted at any
 time. A file is named by the hash of all that its content depends on, and starts with the hash of
 its content: a damaged one is noticed and made anew.

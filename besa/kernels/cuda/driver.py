@@ -1,9 +1,10 @@
 """Loads and launches the kernels of this folder on torch's GPUs.
 
->>> if (reason := driver.unavailable(device)) is None:
-...     kernel = driver.kernel("pruning.cu", "segment_sum<Bf16>", device)
+>>> device = torch.device("cpu")
+>>> if unavailable(device) is None:
+...     multiply = kernel("sparse_linear.cu", "quantize<Bf16>", device)
 ...     stream = torch.cuda.current_stream(device).cuda_stream
-...     kernel.launch((rows, 1, 1), threads=256, shared=0, arguments=arguments, stream=stream)
+...     multiply.launch((16, 1, 1), threads=256, shared=32, arguments=problem, stream=stream)
 
 A kernel takes one structure by value, `arguments` (a ctypes.Structure of the same fields). The CUDA
 driver is called directly: torch's own launch of such a kernel (torch.cuda._compile_kernel) takes

@@ -1,10 +1,10 @@
 """What is used of the CUDA driver's C interface, through ctypes.
 
->>> gpu = device(0)
->>> gpu.capability
+    gpu = device(0)
+    gpu.capability
 (9, 0)
->>> with current(gpu):
-...     check(library().cuModuleLoadData(byref(module), image), "load the kernel")
+    with current(gpu):
+        check(library().cuModuleLoadData(byref(module), image), "load the kernel")
 
 https://docs.nvidia.com/cuda/cuda-driver-api has the functions, numbers and structures, which keep
 their meaning from version to version (and get another suffix, _v2, where they do not).

@@ -6,7 +6,7 @@
 >>> records_linear(torch.ones(1, 64).bfloat16(), to_records(*parts(pack(weight)), cols=64))[0, :3]
 tensor([2., 2., 2.], dtype=torch.bfloat16)
 
-On a GPU it goes one of the ways of `product.py`, whichever `tuning.py` found fastest, queued on
+On a GPU it goes the way (`call.Way`) that `tuning.py` found fastest, queued on
 torch's current stream: nothing waits for the GPU, so that CUDA graphs can capture it. On a CPU the
 canonical form is made again and multiplied, which is the kernels' oracle. Results have the same
 bits in every run that goes the same way.
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from besa.errors import BesaWarning
 from besa.kernels.abi import GROUP_SIZES
-from besa.kernels.cuda.product import TYPES, Call, Shape, expand
+from besa.kernels.cuda.call import TYPES, Call, Shape
+from besa.kernels.cuda.expansion import expand
 from besa.kernels.cuda.records import Records, padded_cols, to_packed
 from besa.kernels.cuda.tuning import Table, table
 from besa.kernels.cuda.usable import usable as has_kernels

@@ -7,7 +7,7 @@
 >>> launch.grid, launch.threads, launch.shared, launch.cluster
 ((8, 1, 32), 256, 57872, 8)
 
-Arithmetic alone. `candidates` has the plans that are worth measuring, best guess first.
+`candidates` has the plans that are worth measuring, best guess first; `Matmul` launches one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from dataclasses import dataclass
 
 import torch
 
+from besa.kernels.cuda import driver
+from besa.kernels.cuda.call import TYPES, Call, Needed, Shape, at
+
 # wgmma exists there and nowhere else: kernels are compiled for sm_90a (the driver's `specific`).
 CAPABILITY = (9, 0)
-DTYPES = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 
 # Shared memory of a block and of a multiprocessor, which takes 1 KB more for each block.
 MOST_SHARED, ALL_SHARED = 227 * 1024, 228 * 1024
@@ -129,7 +131,7 @@ class Plan:
     def kernel(self, dtype: torch.dtype) -> str:
         """The instance for x, y and values of this type."""
         c = self.config
-        return f"matmul<{DTYPES[dtype]}, {c.warpgroups}, {c.tokens}, {c.stages}, {c.blocks}>"
+        return f"matmul<{TYPES[dtype]}, {c.warpgroups}, {c.tokens}, {c.stages}, {c.blocks}>"
 
     @property
     def cluster(self) -> int:
@@ -241,3 +243,75 @@ def candidates(rows: int, cols: int, tokens: int, capacity: int) -> Iterator[Pla
     ]
     fitting.sort(key=lambda plan: estimate(plan, rows, cols, tokens, capacity))
     yield from fitting
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """A product by a plan, of weights of 16-bit values without a pattern.
+
+    Attributes:
+        plan: how it is launched.
+        early: whether the next kernel may begin at once, for `Plan`s without sharing.
+    """
+
+    plan: Plan
+    early: bool = False
+
+    def __str__(self) -> str:
+        plan, config = self.plan, self.plan.config
+        shared = f", x shared by {plan.sharing}" if plan.sharing else ""
+        return (
+            f"records, wgmma, {config.rows} x {config.tokens}, {config.stages} stages, columns in "
+            f"{plan.splits}{shared}"
+        )
+
+    def kernels(self, shape: Shape, tokens: int) -> list[Needed] | None:
+        """What it launches; None if it cannot."""
+        if shape.two_four or shape.values != shape.x or not self.plan.fits(shape.capacity):
+            return None
+        if self.plan.splits > shape.cols // 64 or tokens <= 8:
+            return None
+        found = [Needed(self.plan.source, self.plan.kernel(shape.x), specific=True)]
+        if self.plan.sharing:
+            found.append(Needed("matmul_multicast.cu", "arrange", specific=True))
+        return found
+
+    def run(self, call: Call) -> None:
+        """Queues the product."""
+        shape, tokens, device = call.shape, call.tokens, call.x.device
+        x = call.x
+        if self.plan.sharing:
+            size = arranged_bytes(shape.cols, tokens) // x.element_size()
+            arranged = torch.empty(size, dtype=x.dtype, device=device)
+            launch = arrange_launch(shape.cols, tokens)
+            driver.kernel("matmul_multicast.cu", "arrange", device, specific=True).launch(
+                launch.grid,
+                launch.threads,
+                launch.shared,
+                Arrangement(x.data_ptr(), arranged.data_ptr(), shape.cols, tokens),
+                call.stream,
+                early=True,
+            )
+            x = arranged
+        launch = self.plan.launch(shape.rows, shape.cols, tokens, shape.capacity)
+        problem = Problem(
+            call.records.data_ptr(),
+            at(call.offsets),
+            x.data_ptr(),
+            at(call.bias),
+            call.y.data_ptr(),
+            shape.rows,
+            shape.cols,
+            tokens,
+            shape.capacity,
+            self.plan.sharing or int(self.early),
+        )
+        driver.kernel(self.plan.source, self.plan.kernel(shape.x), device, specific=True).launch(
+            launch.grid,
+            launch.threads,
+            launch.shared,
+            problem,
+            call.stream,
+            early=True,
+            cluster=launch.cluster,
+        )

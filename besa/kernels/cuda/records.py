@@ -16,6 +16,7 @@ which need no decoding; all others become tiles with a mask. Both ways are exact
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from besa.errors import BesaError
 from besa.kernels.packing import row_pointers_reference
 
 if TYPE_CHECKING:
@@ -35,6 +37,10 @@ _MASK_BYTES, _TWO_FOUR_BYTES, _UNIT = 128, 1152, 16
 
 # Elements that are dense at a time: their temporaries take some 30 bytes each.
 _CHUNK = 1 << 22
+
+# Bytes that it takes to lay a weight out and to time products with it, besides both of its forms
+# and a dense copy.
+_WORKSPACE = 128 << 20
 
 _MINUS_ZERO = -0x8000  # as int16
 
@@ -82,6 +88,36 @@ def row_blocks(rows: int) -> int:
 def parts(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """values, bitmask and row_ptr of a packed weight."""
     return packed.values, packed.bitmask, packed.row_ptr
+
+
+@contextmanager
+def fitting(packed: PackedWeight, cols: int, device: torch.device) -> Iterator[None]:
+    """Turns an out-of-memory error, while a weight becomes records on a GPU, into one line.
+
+    Args:
+        packed: the weight, on this or on another device.
+        device: the GPU.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        rows, size = len(packed.bitmask), sum(part.nbytes for part in parts(packed))
+        needed = 2 * size + 2 * rows * padded_cols(cols) + _WORKSPACE
+        raise BesaError(
+            f"{device} has no room for a packed weight of {rows} x {cols}: it takes "
+            f"{size / 2**20:.0f} MiB, and {needed / 2**20:.0f} MiB while it is laid out for the "
+            f"GPU{_left(device)}; spread the model over more GPUs, end what else uses this one, or "
+            "export the model with int8 values"
+        ) from None
+
+
+def _left(device: torch.device) -> str:
+    """How much memory a GPU has left, what torch keeps for itself included; in words."""
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return f", where {free / 2**20:.0f} MiB of {total / 2**20:.0f} are left"
 
 
 @torch.no_grad()

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from besa.formats import Packed, pack, quantize_int8
 from besa.formats.module import SparseLinear
 from besa.kernels.cuda import tuning
+from besa.kernels.cuda.call import Call
+from besa.kernels.cuda.candidates import Gpu, candidates
+from besa.kernels.cuda.expansion import Expand
 from besa.kernels.cuda.linear import _shape
-from besa.kernels.cuda.product import Call, Expand, Multiply
+from besa.kernels.cuda.multiply import Multiply
 from besa.kernels.cuda.records import padded_cols
 from besa.kernels.linear import quantize_rows
 
@@ -78,7 +81,7 @@ def test_every_way(kind: str) -> None:
             shape = _shape(layer.records, packed.scale, x.dtype, layer.int8_input)
             assert shape is not None
             padded = nn.functional.pad(x, (0, padded_cols(cols) - cols))
-            for way in [*tuning.candidates(shape, tokens, 132), Expand()]:
+            for way in [*candidates(shape, tokens, Gpu.of(x.device)), Expand()]:
                 y = torch.full((tokens, rows), torch.nan, device="cuda", dtype=x.dtype)
                 call = Call(shape, layer.records.data, layer.records.offsets, packed.scale,
                             layer.bias, padded, y)  # fmt: skip

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from besa.formats import Packed, pack, quantize_int8
+from besa.kernels.cuda.call import Call, Way
+from besa.kernels.cuda.expansion import Expand, expand
 from besa.kernels.cuda.linear import _shape
-from besa.kernels.cuda.product import Call, Expand, Multiply, Way
+from besa.kernels.cuda.multiply import Multiply
 from besa.kernels.cuda.records import Records, padded_cols, parts, to_records
 from besa.kernels.linear import quantize_rows
 from tests.kernels.cuda.emulation import driver_on_cpu
@@ -67,7 +69,7 @@ def product_of(packed: Packed, x: Tensor, bias: Tensor | None, int8_input: bool)
 def check(way: Way, packed: Packed, x: Tensor, int8_input: bool = True, bias: bool = True) -> None:
     added = torch.randn(packed.shape[0]).to(x.dtype) if bias else None
     call, _ = call_of(packed, x, added, int8_input)
-    if way.instance(call.shape, len(x)) is None:
+    if way.kernels(call.shape, len(x)) is None:
         pytest.skip("more shared memory than a block has")
     way.run(call)
     expected = product_of(packed, x, added, int8_input)
@@ -144,7 +146,6 @@ def test_expansion_is_exact(
     for rows, cols in [(16, 64), (40, 200), (100, 640)]:
         weight = weight_of(rows, cols, density, dtype)
         check(Expand(), pack(weight), torch.randn(20, cols).to(dtype))
-        from besa.kernels.cuda.product import expand
 
         call, _ = call_of(pack(weight), torch.zeros(1, cols).to(dtype))
         dense = expand(call, dtype)

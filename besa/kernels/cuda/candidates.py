@@ -1,0 +1,91 @@
+"""The ways that may be the fastest for a shape of weight, for `tuning.py` to time.
+
+Which is best depends on how evenly thread blocks fill the GPU, so that guesses are good enough to
+leave most ways out: `_occupancy` here, and `besa.kernels.cuda.matmul.estimate`.
+
+>>> shape = Shape(4096, 4096, torch.bfloat16, torch.bfloat16, False, 1280, 0, False)
+>>> print(candidates(shape, 1, Gpu(multiprocessors=132, capability=(9, 0)))[0])
+records, 1 x 16 rows, 16 warps, 2 stages
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from besa.kernels.cuda import matmul
+from besa.kernels.cuda.call import Shape, Way
+from besa.kernels.cuda.expansion import Expand
+from besa.kernels.cuda.matmul import Matmul
+from besa.kernels.cuda.multiply import MOST_TOKENS, Multiply
+
+# How many sizes of the kernel of few tokens are timed, by its row blocks: those that should fill
+# the GPU best. With more row blocks a warp has more to do at a time, and x is read less often.
+_FEW = {1: 3, 2: 2}  # up to 8 tokens
+_MORE = {1: 1, 2: 2, 4: 2}
+_STAGES = (2, 3)
+
+# Plans of the kernel of many tokens that are timed, from as many tokens on and to as many.
+_PLANS, _PLANS_FROM, _PLANS_TO = 8, 17, 1024
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What candidates depend on of a GPU."""
+
+    multiprocessors: int
+    capability: tuple[int, int]
+
+    @classmethod
+    def of(cls, device: torch.device) -> Gpu:
+        """That of a device."""
+        properties = torch.cuda.get_device_properties(device)
+        return cls(properties.multi_processor_count, (properties.major, properties.minor))
+
+
+def candidates(shape: Shape, tokens: int, gpu: Gpu) -> list[Way]:
+    """The ways to time, the one that should be the fastest first."""
+    ways: list[Way] = []
+    if gpu.capability == matmul.CAPABILITY and _PLANS_FROM <= tokens <= _PLANS_TO:
+        plans = matmul.candidates(shape.rows, shape.cols, tokens, shape.capacity)
+        ways += [Matmul(plan) for plan in islice(plans, _PLANS)]
+    if tokens <= MOST_TOKENS:
+        for blocks, count in (_FEW if tokens <= 8 else _MORE).items():
+            best: dict[int, tuple[float, int, int]] = {}  # for each number of thread blocks
+            for warps, resident in _sizes(blocks, tokens):
+                occupancy = _occupancy(blocks, warps, resident, shape, gpu.multiprocessors)
+                best[resident] = max(best.get(resident, (0.0, 0, 0)), (occupancy, -warps, resident))
+            for _, minus_warps, resident in sorted(best.values(), reverse=True)[:count]:
+                ways += [Multiply(blocks, -minus_warps, stages, resident) for stages in _STAGES]
+    if tokens > 16:
+        ways.append(Expand())
+    fitting = [way for way in ways if way.kernels(shape, tokens) is not None]
+    return fitting or [Expand()]
+
+
+def _sizes(blocks: int, tokens: int) -> list[tuple[int, int]]:
+    """(warps, thread blocks of a multiprocessor) for which the registers suffice."""
+    eights = -(-tokens // 8)
+    registers = 40 + 8 * eights + (8 + 4 * eights) * blocks
+    warps = min(32, 2048 // registers)  # of a multiprocessor
+    return [
+        (each, resident)
+        for resident in range(1, 9)
+        for each in range(4, min(16, warps // resident) + 1)
+        if each * (resident + 1) > warps  # with room for one more, more would be better
+    ]
+
+
+def _occupancy(blocks: int, warps: int, resident: int, shape: Shape, multiprocessors: int) -> float:
+    """How much of the time how many of 32 warps are at work, from 0 to 1.
+
+    Thread blocks are as long as each other: the GPU is done when its fullest multiprocessor is, and
+    a thread block when the warp with most tiles is.
+    """
+    grid, tiles = -(-shape.rows // (16 * blocks)), shape.cols // 64
+    beside = min(resident, -(-grid // multiprocessors))
+    rounds = -(-grid // (multiprocessors * beside))
+    evenness = grid / (multiprocessors * beside * rounds) * tiles / (warps * -(-tiles // warps))
+    return evenness * min(1.0, warps * beside / 32)

@@ -1,0 +1,115 @@
+"""Products of 1 to 64 tokens, straight from the records: sparse_linear.cu."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int, c_void_p
+from dataclasses import dataclass
+
+from besa.kernels.cuda import driver
+from besa.kernels.cuda.call import TYPES, Call, Needed, Shape, at, quantized
+
+MOST_TOKENS = 64
+
+# Tokens that each block quantizes for itself, and how many bytes they may have.
+_OWN_TOKENS, _OWN_X = 2, 32 * 1024
+_MULTIPROCESSOR_SHARED = 227 * 1024
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, c_void_p)
+            for name in ("records", "offsets", "x", "x_scale", "scale", "bias", "y")
+        ),
+        *((name, c_int) for name in ("rows", "cols", "tokens", "capacity", "groups", "group_log")),
+    )
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """The kernel that multiplies from the records.
+
+    Attributes:
+        blocks: of 16 rows, for each thread block.
+        warps: of a thread block.
+        stages: steps of a warp whose bytes are under way or in use.
+        resident: thread blocks that shall fit a multiprocessor.
+    """
+
+    blocks: int
+    warps: int
+    stages: int
+    resident: int
+
+    def __str__(self) -> str:
+        return f"records, {self.blocks} x 16 rows, {self.warps} warps, {self.stages} stages"
+
+    def kernels(self, shape: Shape, tokens: int) -> list[Needed] | None:
+        """What it launches; None if a block would need more memory than it shall."""
+        if tokens > MOST_TOKENS:
+            return None
+        if self.shared(shape, tokens) > _MULTIPROCESSOR_SHARED // self.resident - 1024:
+            return None
+        found = [Needed("sparse_linear.cu", self.name(shape, tokens))]
+        if self._kind(shape, tokens) == "INT8_READY":
+            found.append(Needed("sparse_linear.cu", f"quantize<{TYPES[shape.x]}>"))
+        return found
+
+    def name(self, shape: Shape, tokens: int) -> str:
+        """The instance of the kernel."""
+        kind = self._kind(shape, tokens)
+        group = min(shape.group_size, 64)  # groups of 128 are two tiles with the same scale
+        pieces = 3 if shape.two_four else next(n for n in (2, 3, 5) if shape.capacity <= 512 * n)
+        numbers = (group, self.blocks, _eights(tokens), self.warps, self.stages, pieces)
+        arguments = ", ".join(map(str, (TYPES[shape.x], kind, *numbers, self.resident)))
+        return f"multiply<{arguments}>"
+
+    def _kind(self, shape: Shape, tokens: int) -> str:
+        if not shape.int8:
+            return "TWO_FOUR" if shape.two_four else "VALUES"
+        if not shape.int8_input:
+            return "INT8_FLOAT"
+        own = tokens <= _OWN_TOKENS and tokens * shape.cols <= _OWN_X
+        return "INT8" if own else "INT8_READY"
+
+    def shared(self, shape: Shape, tokens: int) -> int:
+        """Bytes of shared memory of a block, as sparse_linear.cu lays it out."""
+        rings = 80 + self.warps * self.stages * self.blocks * shape.capacity
+        sums = self.warps * self.blocks * _eights(tokens) * 512
+        bytes_ = max(rings, sums)
+        if self._kind(shape, tokens) == "INT8":
+            bytes_ += tokens * shape.cols + 4 * (8 * _eights(tokens) + tokens * self.warps)
+        return bytes_
+
+    def run(self, call: Call) -> None:
+        """Queues the product."""
+        shape, tokens, stream = call.shape, call.tokens, call.stream
+        device = call.x.device
+        x, x_scale = call.x, None
+        if self._kind(shape, tokens) == "INT8_READY":
+            x, x_scale = quantized(call)
+        problem = _Problem(
+            call.records.data_ptr(),
+            at(call.offsets),
+            x.data_ptr(),
+            at(x_scale),
+            at(call.scale),
+            at(call.bias),
+            call.y.data_ptr(),
+            shape.rows,
+            shape.cols,
+            tokens,
+            shape.capacity,
+            0 if call.scale is None else call.scale.shape[1],
+            1 if shape.group_size == 128 else 0,
+        )
+        grid = (-(-shape.rows // (16 * self.blocks)), 1, 1)
+        driver.kernel("sparse_linear.cu", self.name(shape, tokens), device).launch(
+            grid, self.warps * 32, self.shared(shape, tokens), problem, stream, early=True
+        )
+
+
+def _eights(tokens: int) -> int:
+    """Groups of 8 tokens, rounded up to a power of two."""
+    return next(n for n in (1, 2, 4, 8) if tokens <= 8 * n)
