@@ -23,9 +23,10 @@ from besa.kernels.cuda.multiply import MOST_TOKENS, Multiply
 
 # How many sizes of the kernel of few tokens are timed, by its row blocks: those that should fill
 # the GPU best. With more row blocks a warp has more to do at a time, and x is read less often.
-_FEW = {1: 3, 2: 2}  # up to 8 tokens
-_MORE = {1: 1, 2: 2, 4: 2}
+_QUOTAS = ((8, {1: 3, 2: 3}), (32, {1: 1, 2: 2, 4: 3}), (MOST_TOKENS, {2: 2, 4: 4}))
 _STAGES = (2, 3)
+_SPLITS = (1, 2, 3, 4, 6, 8)
+_SPLIT_COST = 0.1  # of the time, for the sums of a cluster
 
 # Plans of the kernel of many tokens that are timed, from as many tokens on and to as many.
 _PLANS, _PLANS_FROM, _PLANS_TO = 8, 17, 1024
@@ -52,13 +53,21 @@ def candidates(shape: Shape, tokens: int, gpu: Gpu) -> list[Way]:
         plans = matmul.candidates(shape.rows, shape.cols, tokens, shape.capacity)
         ways += [Matmul(plan) for plan in islice(plans, _PLANS)]
     if tokens <= MOST_TOKENS:
-        for blocks, count in (_FEW if tokens <= 8 else _MORE).items():
-            best: dict[int, tuple[float, int, int]] = {}  # for each number of thread blocks
+        splits = _SPLITS if gpu.capability >= (9, 0) else (1,)
+        for blocks, count in next(quota for most, quota in _QUOTAS if tokens <= most).items():
+            best: dict[tuple[int, int], tuple[float, int, int, int]] = {}
             for warps, resident in _sizes(blocks, tokens):
-                occupancy = _occupancy(blocks, warps, resident, shape, gpu.multiprocessors)
-                best[resident] = max(best.get(resident, (0.0, 0, 0)), (occupancy, -warps, resident))
-            for _, minus_warps, resident in sorted(best.values(), reverse=True)[:count]:
-                ways += [Multiply(blocks, -minus_warps, stages, resident) for stages in _STAGES]
+                for split in splits:
+                    occupancy = _occupancy(
+                        blocks, warps, resident, split, shape, gpu.multiprocessors
+                    )
+                    size = (occupancy, -warps, resident, split)
+                    key = (resident, split)
+                    best[key] = max(best.get(key, size), size)
+            for _, minus_warps, resident, split in sorted(best.values(), reverse=True)[:count]:
+                ways += [
+                    Multiply(blocks, -minus_warps, stages, resident, split) for stages in _STAGES
+                ]
     if tokens > 16:
         ways.append(Expand())
     fitting = [way for way in ways if way.kernels(shape, tokens) is not None]
@@ -68,7 +77,7 @@ def candidates(shape: Shape, tokens: int, gpu: Gpu) -> list[Way]:
 def _sizes(blocks: int, tokens: int) -> list[tuple[int, int]]:
     """(warps, thread blocks of a multiprocessor) for which the registers suffice."""
     eights = -(-tokens // 8)
-    registers = 40 + 8 * eights + (8 + 4 * eights) * blocks
+    registers = min(255, 43 + 8 * eights + (8 + 5 * eights) * blocks)
     warps = min(32, 2048 // registers)  # of a multiprocessor
     return [
         (each, resident)
@@ -78,14 +87,20 @@ def _sizes(blocks: int, tokens: int) -> list[tuple[int, int]]:
     ]
 
 
-def _occupancy(blocks: int, warps: int, resident: int, shape: Shape, multiprocessors: int) -> float:
+def _occupancy(
+    blocks: int, warps: int, resident: int, splits: int, shape: Shape, multiprocessors: int
+) -> float:
     """How much of the time how many of 32 warps are at work, from 0 to 1.
 
     Thread blocks are as long as each other: the GPU is done when its fullest multiprocessor is, and
     a thread block when the warp with most tiles is.
     """
-    grid, tiles = -(-shape.rows // (16 * blocks)), shape.cols // 64
+    grid, tiles = -(-shape.rows // (16 * blocks)) * splits, shape.cols // 64
     beside = min(resident, -(-grid // multiprocessors))
     rounds = -(-grid // (multiprocessors * beside))
-    evenness = grid / (multiprocessors * beside * rounds) * tiles / (warps * -(-tiles // warps))
-    return evenness * min(1.0, warps * beside / 32)
+    together = warps * splits
+    evenness = (
+        grid / (multiprocessors * beside * rounds) * tiles / (together * -(-tiles // together))
+    )
+    cost = _SPLIT_COST if splits > 1 else 0.0
+    return evenness * min(1.0, warps * beside / 32) * (1 - cost)

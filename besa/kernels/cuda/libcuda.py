@@ -68,6 +68,8 @@ def open_library() -> ctypes.CDLL | str:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "no NVIDIA driver is installed (libcuda.so.1)"
+    if not hasattr(library, "cuLaunchKernelEx"):
+        return "the NVIDIA driver is older than CUDA 11.8: update the driver"
     if status := library.cuInit(0):
         return f"the NVIDIA driver does not start: {error_name(library, status)}"
     return library

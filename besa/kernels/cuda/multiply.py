@@ -35,15 +35,18 @@ class Multiply:
         warps: of a thread block.
         stages: steps of a warp whose bytes are under way or in use.
         resident: thread blocks that shall fit a multiprocessor.
+        splits: thread blocks of a cluster, which share the columns; 1 before capability 9.0.
     """
 
     blocks: int
     warps: int
     stages: int
     resident: int
+    splits: int = 1
 
     def __str__(self) -> str:
-        return f"records, {self.blocks} x 16 rows, {self.warps} warps, {self.stages} stages"
+        split = f", columns in {self.splits}" if self.splits > 1 else ""
+        return f"records, {self.blocks} x 16 rows, {self.warps} warps, {self.stages} stages{split}"
 
     def kernels(self, shape: Shape, tokens: int) -> list[Needed] | None:
         """What it launches; None if a block would need more memory than it shall."""
@@ -62,7 +65,8 @@ class Multiply:
         group = min(shape.group_size, 64)  # groups of 128 are two tiles with the same scale
         pieces = 3 if shape.two_four else next(n for n in (2, 3, 5) if shape.capacity <= 512 * n)
         numbers = (group, self.blocks, _eights(tokens), self.warps, self.stages, pieces)
-        arguments = ", ".join(map(str, (TYPES[shape.x], kind, *numbers, self.resident)))
+        split = "true" if self.splits > 1 else "false"
+        arguments = ", ".join(map(str, (TYPES[shape.x], kind, *numbers, self.resident, split)))
         return f"multiply<{arguments}>"
 
     def _kind(self, shape: Shape, tokens: int) -> str:
@@ -104,9 +108,14 @@ class Multiply:
             0 if call.scale is None else call.scale.shape[1],
             1 if shape.group_size == 128 else 0,
         )
-        grid = (-(-shape.rows // (16 * self.blocks)), 1, 1)
         driver.kernel("sparse_linear.cu", self.name(shape, tokens), device).launch(
-            grid, self.warps * 32, self.shared(shape, tokens), problem, stream, early=True
+            (self.splits, -(-shape.rows // (16 * self.blocks)), 1),
+            self.warps * 32,
+            self.shared(shape, tokens),
+            problem,
+            stream,
+            early=True,
+            cluster=self.splits,
         )
 
 

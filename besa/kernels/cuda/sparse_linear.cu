@@ -3,11 +3,14 @@
 // A thread block has R row blocks of 16 rows; its warps take the tiles of these rows in turn, each with
 // a ring of STAGES steps in its shared memory that cp.async fills. A step is the R records of one tile
 // of columns, multiplied by the same part of x. In the end the warps' sums are added in the order of
-// the warps, so that the result has the same bits in every run.
+// the warps, so that the result has the same bits in every run. Where there are too few rows for all
+// multiprocessors, the blocks of a cluster share the tiles (SPLIT, sm_90), and add their sums through
+// each other's shared memory, in the order of the blocks.
 //
 // What decides the speed (measured on an H100, LOG.md): 32 warps a multiprocessor with 64 registers
 // each, since the way from the mask to the product is some 1500 cycles long; and a grid that fills the
 // GPU evenly. Which instance is best depends on the shape, so that it is measured (tuning.py).
+#include "hopper.cuh"
 #include "records.cuh"
 
 // What is multiplied.
@@ -247,15 +250,19 @@ DEVICE void multiply_two_four(const char* record, int lane, const uint32_t (&b)[
 // T: of x, y and the bias. GROUP: 0 for floats and for int8 with a scale a row; 64 for a scale every
 // 64 columns or a multiple of them; 32. NT: groups of 8 tokens, as many as there are. WARPS: of a
 // block, MIN_BLOCKS of which shall fit a multiprocessor. PIECES: of 512 bytes in a record, at most.
+// The grid is (blocks of a cluster, groups of R row blocks).
 template <class T, int KIND, int GROUP, int R, int NT, int WARPS, int STAGES, int PIECES,
-          int MIN_BLOCKS>
+          int MIN_BLOCKS, bool SPLIT>
 KERNEL(WARPS * 32, MIN_BLOCKS) multiply(const Problem p) {
     constexpr bool BYTES = KIND >= INT8, X_BYTES = KIND == INT8 || KIND == INT8_READY;
     typedef typename If<X_BYTES, int, float>::type Sum;
     typedef typename If<BYTES, ByteTile, Tile>::type Located;
     constexpr int WORDS = X_BYTES ? 4 : 8, X_SIZE = X_BYTES ? 1 : 2, PART = 128 * R * NT;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int tiles = p.cols / 64, steps = (tiles - warp + WARPS - 1) / WARPS;
+    const int rank = SPLIT ? blockIdx.x : 0, ranks = SPLIT ? gridDim.x : 1;
+    const int first_row = blockIdx.y * 16 * R, stride = WARPS * ranks;
+    const int first = rank * WARPS + warp, tiles = p.cols / 64;  // of the warp's tiles
+    const int steps = (tiles - first + stride - 1) / stride;
     // Shared memory: 64 bytes of selectors, the rings, 16 bytes that may be read but not used. The
     // warps' sums take their place. Then x as int8 with its scales.
     const int capacity = KIND == TWO_FOUR ? TWO_FOUR_BYTES : p.capacity;
@@ -269,10 +276,10 @@ KERNEL(WARPS * 32, MIN_BLOCKS) multiply(const Problem p) {
 
     int begin[R], end[R];  // of the records of this lane's step among the next 32
     auto look_up = [&](int step) {
-        int tile = warp + (step + lane) * WARPS;
+        int tile = first + (step + lane) * stride;
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-            const int* from = p.offsets + int64_t(blockIdx.x * R + r) * tiles + tile;
+            const int* from = p.offsets + int64_t(blockIdx.y * R + r) * tiles + tile;
             begin[r] = tile < tiles ? __ldg(from) : 0;
             end[r] = tile < tiles ? __ldg(from + 1) : 0;
         }
@@ -282,16 +289,16 @@ KERNEL(WARPS * 32, MIN_BLOCKS) multiply(const Problem p) {
 #pragma unroll
         for (int r = 0; r < R; ++r) {
             if (KIND == TWO_FOUR) {
-                int64_t tile = int64_t(blockIdx.x * R + r) * tiles + warp + step * WARPS;
+                int64_t tile = int64_t(blockIdx.y * R + r) * tiles + first + step * stride;
                 const char* from = p.records + tile * TWO_FOUR_BYTES + lane * 16;
 #pragma unroll
                 for (int i = 0; i < 3; ++i)
                     if (step < steps && (i < 2 || lane < 8))
                         copy16(to + r * capacity + 512 * i, from + 512 * i);
             } else {  // no bytes past the last step
-                int first = __shfl_sync(~0u, begin[r], step % 32);
-                int size = __shfl_sync(~0u, end[r], step % 32) - first - lane;
-                const char* from = p.records + (int64_t(first) + lane) * 16;
+                int unit = __shfl_sync(~0u, begin[r], step % 32);
+                int size = __shfl_sync(~0u, end[r], step % 32) - unit - lane;
+                const char* from = p.records + (int64_t(unit) + lane) * 16;
 #pragma unroll
                 for (int i = 0; i < PIECES; ++i)
                     if (32 * i < size) copy16(to + r * capacity + 512 * i, from + 512 * i);
@@ -313,24 +320,16 @@ KERNEL(WARPS * 32, MIN_BLOCKS) multiply(const Problem p) {
 
     float total[R][NT][4] = {};
     Sum sum[R][NT][4] = {};
-    const char* from[NT];
-    bool live[NT];
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-        live[n] = 8 * n + g < p.tokens;
-        int64_t token = live[n] ? 8 * n + g : 0;
-        int column = 64 * warp + 16 * t;
-        const char* x = KIND == INT8 ? shared_memory() + x8_at : static_cast<const char*>(p.x);
-        from[n] = x + (token * p.cols + column) * X_SIZE;
-    }
+    // Token 8 n + g, of which this lane has columns 16 t to 16 t + 15 of each tile.
+    const char* x = KIND == INT8 ? shared_memory() + x8_at : static_cast<const char*>(p.x);
+    x += (int64_t(g) * p.cols + 64 * first + 16 * t) * X_SIZE;
     int stage = 0;
     for (int step = 0; step < steps; ++step) {
         uint32_t b[NT][WORDS];
 #pragma unroll
-        for (int n = 0; n < NT; ++n) {
-            load_x<KIND>(from[n], live[n], t, b[n]);
-            from[n] += 64 * WARPS * X_SIZE;
-        }
+        for (int n = 0; n < NT; ++n)
+            load_x<KIND>(x + int64_t(8 * n) * p.cols * X_SIZE, 8 * n + g < p.tokens, t, b[n]);
+        x += 64 * X_SIZE * stride;
         wait<STAGES - 2>();
         __syncwarp();
         int next = step + STAGES - 1;
@@ -351,7 +350,7 @@ KERNEL(WARPS * 32, MIN_BLOCKS) multiply(const Problem p) {
                 if constexpr (GROUP == 0) {
                     multiply_tile<T>(tile[r], b, sum[r]);
                 } else {  // every tile, or each half of one, has a scale of its own
-                    const int place = warp + step * WARPS;
+                    const int place = first + step * stride;
 #pragma unroll
                     for (int half = 0; half < (GROUP == 32 ? 2 : 1); ++half) {  // lanes t < 2 have
                         // the columns of the first group of 32, the others those of the second
@@ -366,7 +365,7 @@ KERNEL(WARPS * 32, MIN_BLOCKS) multiply(const Problem p) {
                         int group = GROUP == 32 ? 2 * place + half : place >> p.group_log;
 #pragma unroll
                         for (int h = 0; h < 2; ++h) {
-                            int row = (blockIdx.x * R + r) * 16 + g + 8 * h;
+                            int row = first_row + 16 * r + g + 8 * h;
                             bool there = row < p.rows && group < p.groups;
                             float scale =
                                 there ? __ldg(p.scale + int64_t(row) * p.groups + group) : 0.0f;
@@ -400,16 +399,35 @@ KERNEL(WARPS * 32, MIN_BLOCKS) multiply(const Problem p) {
     const float* x_scale = KIND == INT8
                                ? reinterpret_cast<const float*>(shared_memory() + scales_at)
                                : p.x_scale;
+    auto finish = [&](int i, float value) {  // sum i of the block's: token by token, row by row
+        int token = i / (16 * R), row = first_row + i % (16 * R);
+        if (row >= p.rows) return;
+        if (BYTES && GROUP == 0) value *= p.scale[row];
+        if (X_BYTES) value *= x_scale[token];
+        if (p.bias != nullptr) value += at<T>(p.bias, row);
+        put<T>(p.y, int64_t(token) * p.rows + row, value);
+    };
     const int used = min(p.tokens, 8 * NT) * 16 * R;
     for (int i = threadIdx.x; i < used; i += WARPS * 32) {
         float value = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) value += sums[w * PART + i];
-        int token = i / (16 * R), row = blockIdx.x * 16 * R + i % (16 * R);
-        if (row >= p.rows) continue;
-        if (BYTES && GROUP == 0) value *= p.scale[row];
-        if (X_BYTES) value *= x_scale[token];
-        if (p.bias != nullptr) value += at<T>(p.bias, row);
-        put<T>(p.y, int64_t(token) * p.rows + row, value);
+        if (SPLIT)
+            sums[i] = value;
+        else
+            finish(i, value);
+    }
+    if constexpr (SPLIT) {
+        cluster_barrier();
+        for (int i = 4 * (rank + threadIdx.x * ranks); i < used; i += 4 * WARPS * 32 * ranks) {
+            float4 value = make_float4(0, 0, 0, 0);
+            for (int r = 0; r < ranks; ++r) {
+                float4 part = load_of_block(shared_address(sums + i), r);
+                value.x += part.x, value.y += part.y, value.z += part.z, value.w += part.w;
+            }
+            finish(i, value.x), finish(i + 1, value.y);
+            finish(i + 2, value.z), finish(i + 3, value.w);
+        }
+        cluster_barrier_after_reading();  // the others may still need this block's memory
     }
 }

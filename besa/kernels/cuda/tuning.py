@@ -4,8 +4,8 @@
 >>> print(untimed(shape, Gpu(multiprocessors=132, capability=(9, 0))).describe())  # of 2:4
 1 to 8 tokens: records, 1 x 16 rows, 16 warps, 2 stages
 9 to 16 tokens: records, 1 x 16 rows, 13 warps, 2 stages
-17 to 32 tokens: records, 1 x 16 rows, 10 warps, 2 stages
-33 to 64 tokens: records, 1 x 16 rows, 7 warps, 2 stages
+17 to 32 tokens: records, 1 x 16 rows, 8 warps, 2 stages
+33 to 64 tokens: records, 2 x 16 rows, 10 warps, 2 stages
 from 65 tokens: expand, cuBLAS
 
 A way that is best for one shape is up to twice as slow for another: what counts is how evenly the
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -49,10 +50,16 @@ _FLUSHED = 128 << 20  # bytes that are written to empty the L2 cache
 
 @dataclass(frozen=True)
 class Choice:
-    """A way, and what it was measured to take, in microseconds; None if nothing was measured."""
+    """A way, and why.
+
+    Attributes:
+        us: what it was measured to take, in microseconds; None if nothing was measured.
+        candidates: how many ways there were to choose from.
+    """
 
     way: Way
     us: float | None = None
+    candidates: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,11 +103,12 @@ def table(call: Call) -> Table:
     if torch.cuda.is_current_stream_capturing():
         return untimed(shape, Gpu.of(device))
     path, kept = _kept(device)
-    name = _name(shape)
-    if name in kept:
-        found = _read(kept[name])
+    name, tried = _name(shape), candidates_of(shape, Gpu.of(device))
+    known = kept.get(name)
+    if known is not None and _fits(known, tried):
+        found = known
     else:
-        found = _measure(call, candidates_of(shape, Gpu.of(device)))
+        found = _measure(call, tried)
         _keep(path, name, found)
     _tables[key] = found
     return found
@@ -118,8 +126,8 @@ def candidates_of(shape: Shape, gpu: Gpu) -> list[tuple[int, list[Way]]]:
 
 def untimed(shape: Shape, gpu: Gpu) -> Table:
     """The first candidates."""
-    ways = [ways[0] for _, ways in candidates_of(shape, gpu)]
-    return Table(tuple(Choice(way) for way in [*ways, Expand()]))
+    first = [Choice(ways[0], None, len(ways)) for _, ways in candidates_of(shape, gpu)]
+    return Table((*first, Choice(Expand())))
 
 
 @torch.no_grad()
@@ -138,7 +146,7 @@ def _measure(call: Call, tried: list[tuple[int, list[Way]]]) -> Table:
             y = torch.empty(tokens, shape.rows, dtype=shape.x, device=device)
             one = replace(call, bias=None, x=x, y=y)
             us, best = min((_time(way, one, flush), i) for i, way in enumerate(ways))
-            choices.append(Choice(ways[best], round(us, 2)))
+            choices.append(Choice(ways[best], round(us, 2), len(ways)))
     found = Table((*choices, Choice(Expand())))
     _prepare([(found.way(tokens), tokens) for tokens in range(1, 66)], shape, device)
     return found
@@ -155,8 +163,14 @@ def _prepare(ways: list[tuple[Way, int]], shape: Shape, device: torch.device) ->
 
 
 def _time(way: Way, call: Call, flush: Tensor) -> float:
-    """Median microseconds of a product that finds nothing in the L2 cache."""
-    way.run(call)
+    """Median microseconds of a product that finds nothing in the L2 cache.
+
+    Infinite for one that the GPU does not take: a cluster that has no room, for example.
+    """
+    try:
+        way.run(call)
+    except BesaError:
+        return math.inf
     spans = []
     for _ in range(_REPEATS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -173,7 +187,7 @@ def _time(way: Way, call: Call, flush: Tensor) -> float:
 
 
 @cache
-def _kept(device: torch.device) -> tuple[Path | None, dict[str, Any]]:
+def _kept(device: torch.device) -> tuple[Path | None, dict[str, Table]]:
     """The file of the tables of this kind of GPU, and what is in it."""
     home = disk.folder()
     if home is None:
@@ -184,21 +198,25 @@ def _kept(device: torch.device) -> tuple[Path | None, dict[str, Any]]:
     what = (torch.cuda.get_device_name(device), torch.__version__, BUCKETS, sources)
     digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     path = home.parent / "tuning" / f"{digest}.json"
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        for entry in kept.values():
-            _read(entry)
-        return path, dict(kept)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return path, {}  # none yet, or damaged: measured anew
+    return path, _tables_in(path)
+
+
+def _fits(found: Table, tried: list[tuple[int, list[Way]]]) -> bool:
+    """Whether a table holds candidates of now: another version of besa may have kept it."""
+    chosen = [choice.way for choice in found.choices]
+    return len(chosen) == len(tried) + 1 and all(
+        way in ways for way, (_, ways) in zip(chosen, tried, strict=False)
+    )
 
 
 def _keep(path: Path | None, name: str, measured: Table) -> None:
     """Adds a table to the file; other processes may do so, too, and one of them wins."""
     if path is None:
         return
-    kept = _kept_entries(path)
-    kept[name] = [[_write(choice.way), choice.us] for choice in measured.choices]
+    kept = {
+        each: [[_write(x.way), x.us, x.candidates] for x in found.choices]
+        for each, found in {**_tables_in(path), name: measured}.items()
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(json.dumps(kept, indent=1) + "\n", path)
@@ -206,12 +224,13 @@ def _keep(path: Path | None, name: str, measured: Table) -> None:
         return  # a folder that can't be written: measured again by the next process
 
 
-def _kept_entries(path: Path) -> dict[str, Any]:
+def _tables_in(path: Path) -> dict[str, Table]:
+    """What `_keep` wrote; of a damaged file nothing, so that it is written anew."""
     try:
-        entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {name: _read(entry) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return entries
 
 
 def _name(shape: Shape) -> str:
@@ -229,7 +248,7 @@ def _read(entry: list[Any]) -> Table:
     Raises:
         ValueError, KeyError, TypeError: the file is damaged.
     """
-    return Table(tuple(Choice(_way(dict(fields)), us) for fields, us in entry))
+    return Table(tuple(Choice(_way(dict(fields)), us, count) for fields, us, count in entry))
 
 
 def _way(fields: dict[str, Any]) -> Way:

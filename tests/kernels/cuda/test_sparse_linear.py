@@ -87,7 +87,7 @@ SMALL = [
     (70, 640, 0.9),
     (33, 128, 0.0),
 ]
-WAYS = [Multiply(1, 4, 3, 2), Multiply(2, 3, 2, 2), Multiply(4, 2, 2, 1)]
+WAYS = [Multiply(1, 4, 3, 2), Multiply(2, 3, 2, 2, 3), Multiply(4, 2, 2, 1, 2)]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
