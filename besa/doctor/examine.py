@@ -47,7 +47,9 @@ def examine() -> DoctorReport:
     figure = None
     if kernel.isa is not None:
         figure = speed.dense_against_sparse(nbytes, bandwidth)
-    gpu_kernels = examine_gpus(gpus)
+    with warnings.catch_warnings(record=True) as of_gpus:
+        warnings.simplefilter("always")
+        gpu_kernels = examine_gpus(gpus)
     others = (machine.busy_seconds() - busy) - (time.process_time() - own)
     report = DoctorReport(
         besa=__version__,
@@ -67,7 +69,8 @@ def examine() -> DoctorReport:
         openmp=machine.openmp_runtimes(),  # at the end, when all that loads one has
         busy_cores=round(max(0.0, others / (time.monotonic() - started)), 2),
     )
-    return replace(report, warnings=[*_gpu_advice(of_torch), *advice(report)])
+    said = [str(each.message) for each in of_gpus if issubclass(each.category, BesaWarning)]
+    return replace(report, warnings=[*_gpu_advice(of_torch), *said, *advice(report)])
 
 
 def _system() -> System:

@@ -1,8 +1,8 @@
 """What besa's kernels do on each GPU: whether they run, how fast, and which way products go.
 
->>> gpus = examine_gpus([])      # of `besa.machine.gpus()`
->>> gpus is None
-True
+>>> found = examine_gpus(besa.machine.gpus())
+>>> if found is not None:
+...     print(found.gpus[0].problem or found.gpus[0].products[0].speedup)
 
 For one token a product takes as long as its weight is read, so all that is measured goes round more
 weights than the L2 cache holds. Launches are replayed from CUDA graphs, without Python's time
@@ -12,6 +12,7 @@ between them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from besa.doctor.report import Gpus, GpuKernels, GpuProduct, GpuWay
+from besa.doctor.report import GpuKernels, GpuProduct, Gpus, GpuWay
 from besa.doctor.speed import SIZE, SPARSITY
 from besa.errors import BesaError
 from besa.formats import Packed, pack, quantize_int8
@@ -33,7 +34,7 @@ from besa.machine import Gpu
 
 DTYPE = torch.bfloat16
 
-# What the copies of a matrix take together: five times the largest L2 cache that there is.
+# What the copies of a matrix take together: twice the largest L2 cache that there is.
 _WORKING_SET = 256 << 20
 # Bytes that a copy reads for the bandwidth; as many are written.
 _COPIED = 512 << 20
@@ -82,7 +83,7 @@ def examine_gpus(gpus: Sequence[Gpu]) -> Gpus | None:
     return Gpus(
         nvrtc=None if nvrtc is None else ".".join(map(str, nvrtc.version)),
         cache=None if folder is None else str(folder.parent),
-        gpus=found,
+        gpus=tuple(found),
     )
 
 
@@ -101,7 +102,8 @@ def _measured(index: int) -> GpuKernels:
     except (RuntimeError, BesaError) as error:
         return GpuKernels(unmeasured=str(error).splitlines()[0])
     finally:
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -110,7 +112,7 @@ def measure(device: torch.device, size: int = SIZE) -> GpuKernels:
     bandwidth = _bandwidth(device)
     return GpuKernels(
         read_bandwidth=bandwidth,
-        products=[_product(kind, device, size, bandwidth) for kind in KINDS],
+        products=tuple(_product(kind, device, size, bandwidth) for kind in KINDS),
     )
 
 
@@ -152,7 +154,7 @@ def _product(kind: Kind, device: torch.device, size: int, bandwidth: float) -> G
         speedup=dense_seconds / seconds,
         bytes=records.nbytes,
         share_of_read_bandwidth=records.nbytes / seconds / bandwidth,
-        ways=list(ways_of(table, records.two_four)),
+        ways=tuple(ways_of(table, records.two_four)),
     )
 
 
@@ -222,7 +224,7 @@ def _captured(products: Sequence[Product], device: torch.device) -> torch.cuda.C
             product()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         for product in products:
             product()
     return graph

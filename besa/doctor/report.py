@@ -127,7 +127,7 @@ class GpuProduct:
     speedup: float
     bytes: int
     share_of_read_bandwidth: float
-    ways: list[GpuWay]
+    ways: tuple[GpuWay, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class GpuKernels:
     unmeasured: str | None = None
     same_as: int | None = None
     read_bandwidth: float | None = None
-    products: list[GpuProduct] = field(default_factory=list)
+    products: tuple[GpuProduct, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ class Gpus:
 
     nvrtc: str | None
     cache: str | None
-    gpus: list[GpuKernels]
+    gpus: tuple[GpuKernels, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ Its tensors are buffers under the names of the packed format, so that a state di
 holds. Buffers, because nothing here can be trained: `besa::sparse_linear` records no gradient.
 
 On an NVIDIA GPU the weight is laid out for the kernels there, as records (`besa.kernels.cuda`), and
-the canonical tensors are gone until they are asked for: by a state dict, by `packed`, or by a move to
-another device.
+the canonical tensors are gone until they are asked for: by a state dict, by `packed`, or by a move
+to another device.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from besa.errors import BesaError
 from besa.formats import QUANT_METHOD, FormatError, Packed, PackedConfig, pack, packed_of
 from besa.formats.slicing import stack_rows, take_columns, take_rows
 from besa.kernels.cuda import linear as gpu
-from besa.kernels.cuda.records import Records, parts, to_records
+from besa.kernels.cuda.records import Records, fitting, parts, to_records
 from besa.kernels.isa import chosen_isa
 
 logger = init_logger("vllm.besa")
@@ -68,7 +68,7 @@ class BesaConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        return 0  # on a GPU the weight is expanded by plain torch
+        return 0  # below 8.0, plain torch expands the weight
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -192,17 +192,20 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Makes one packed weight of the parts that were loaded."""
-        packed = self._stacked_sources().to(layer.get_parameter("weight_rows").device)
-        if packed.values.is_floating_point():  # the type that the engine runs the model in
-            packed = replace(packed, values=packed.values.to(self.dtype))
+        whole, device = self._stacked_sources(), layer.get_parameter("weight_rows").device
+        with fitting(whole, whole.in_features, device):
+            packed = whole.to(device)
+            if packed.values.is_floating_point():  # the type that the engine runs the model in
+                packed = replace(packed, values=packed.values.to(self.dtype))
+            if gpu.usable(device, packed.values.dtype):
+                self.records = to_records(*parts(packed), packed.in_features)
+                gpu.tuned(self.records, packed.scale, self.dtype, self.config.int8_input)
         for name in ("weight_values", "weight_bitmask", "weight_rows", "weight", "weight_scale"):
             if hasattr(layer, name):
                 delattr(layer, name)
         # LoRA looks for a weight of the first one's name to learn the device.
         tensors: dict[str, Tensor | None]
-        if gpu.usable(packed.values.device, packed.values.dtype):
-            self.records = to_records(*parts(packed), packed.in_features)
-            gpu.tuned(self.records, packed.scale, self.dtype, self.config.int8_input)
+        if self.records is not None:
             tensors = {"weight_packed": self.records.data, "weight_offsets": self.records.offsets}
         else:
             tensors = {
@@ -233,8 +236,9 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias."""
         if self.records is not None:
-            here = replace(self.records, data=layer.weight_packed, offsets=layer.weight_offsets)
-            return gpu.records_linear(x, here, layer.weight_scale, bias, self.config.int8_input)
+            held: Any = layer  # for mypy a module's attribute may be a module
+            here = replace(self.records, data=held.weight_packed, offsets=held.weight_offsets)
+            return gpu.records_linear(x, here, held.weight_scale, bias, self.config.int8_input)
         result: Tensor = torch.ops.besa.sparse_linear(
             x,
             layer.weight_packed,

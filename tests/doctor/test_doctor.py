@@ -73,6 +73,7 @@ NUMBER, TEXT, NONE = int, str, type(None)
 def test_json_has_every_key(record: dict[str, Any]):
     found = kind(record)
     assert found.pop("gpus") is list
+    assert (found.pop("gpu_kernels") is NONE) == (not torch.cuda.is_available())
     assert found.pop("openmp") is list
     assert found.pop("warnings") is list
     assert set(found.pop("cpu_features").values()) <= {bool}
@@ -96,6 +97,7 @@ def test_json_has_every_key(record: dict[str, Any]):
     assert set(native_record.values()) == {TEXT, NONE}
     assert found.pop("busy_cores") in (float, NONE)
     assert found == {
+        "record_version": NUMBER,
         "besa": TEXT,
         "prefix": TEXT,
         "kernel": {"isa": TEXT, "reason": TEXT},

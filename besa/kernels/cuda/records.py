@@ -139,6 +139,10 @@ def to_records(values: Tensor, bitmask: Tensor, row_ptr: Tensor, cols: int) -> R
     if values.dtype not in (torch.bfloat16, torch.float16, torch.int8):
         raise ValueError(f"values are bfloat16, float16 or int8 on a GPU, not {values.dtype}")
     rows = len(bitmask)
+    if not rows * cols:
+        nothing = torch.zeros(1, dtype=torch.int32, device=values.device)
+        empty = torch.empty(0, dtype=torch.uint8, device=values.device)
+        return Records(empty, nothing, rows, cols, _MASK_BYTES, values.dtype)
     if _fits_two_four(values, bitmask):
         data = torch.empty(
             row_blocks(rows) * padded_cols(cols) // COLS * _TWO_FOUR_BYTES,
@@ -166,8 +170,13 @@ def to_records(values: Tensor, bitmask: Tensor, row_ptr: Tensor, cols: int) -> R
 @torch.no_grad()
 def to_packed(records: Records) -> tuple[Tensor, Tensor, Tensor]:
     """values, bitmask and row_ptr, as `to_records` got them."""
-    values, bitmask = [], []
     width = -(-records.cols // 8)
+    if not records.rows * records.cols:
+        device = records.data.device
+        empty = torch.empty(records.rows, width, dtype=torch.uint8, device=device)
+        none = torch.empty(0, dtype=records.dtype, device=device)
+        return none, empty, row_pointers_reference(empty)
+    values, bitmask = [], []
     across = padded_cols(records.cols) // COLS
     step = max(1, _CHUNK // (ROWS * _GROUP * across * COLS)) * _GROUP
     for block in range(0, row_blocks(records.rows), step):
@@ -184,11 +193,6 @@ def to_packed(records: Records) -> tuple[Tensor, Tensor, Tensor]:
         bitmask.append(
             (eights.to(torch.uint8) << _shifts(8, keep.device)).sum(2, dtype=torch.uint8)
         )
-    device = records.data.device
-    if not bitmask:  # a weight without rows
-        empty = torch.empty(0, width, dtype=torch.uint8, device=device)
-        none = torch.empty(0, dtype=records.dtype, device=device)
-        return none, empty, row_pointers_reference(empty)
     together = torch.cat(bitmask)
     return torch.cat(values), together, row_pointers_reference(together)
 

@@ -1,0 +1,55 @@
+"""The products' kernels compile for every generation of GPUs, and keep to their registers.
+
+Those that a product takes before anything is timed stand for all of them: a kernel for few tokens
+of each kind of weight, and the expansion.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from besa.kernels.cuda import compiler, driver, tuning
+from besa.kernels.cuda.call import Needed, Shape
+from besa.kernels.cuda.candidates import Gpu
+
+BF16, FP16, INT8 = torch.bfloat16, torch.float16, torch.int8
+
+# Multiprocessors and compute capability: A100, RTX 4090, H100, B200, RTX 5090.
+GPUS = {
+    "sm_80": Gpu(108, (8, 0)),
+    "sm_89": Gpu(128, (8, 9)),
+    "sm_90": Gpu(132, (9, 0)),
+    "sm_100": Gpu(148, (10, 0)),
+    "sm_120": Gpu(170, (12, 0)),
+}
+# Bytes in the code that move registers to memory and back. Which of the large blocks for 64 tokens
+# is the fastest is timed, so that one that spills a little does no harm.
+MOST_SPILLED = 256
+
+SHAPES = {
+    "bf16": Shape(4096, 4096, BF16, BF16, False, 1280, 0, False),
+    "fp16": Shape(4096, 4096, FP16, FP16, False, 1280, 0, False),
+    "2:4": Shape(4096, 4096, BF16, BF16, True, 1152, 0, False),
+    "int8": Shape(4096, 4096, INT8, BF16, False, 768, 0, True),
+    "int8, groups of 128": Shape(4096, 4096, INT8, BF16, False, 768, 128, True),
+}
+
+
+def needed_for(shape: Shape, gpu: Gpu) -> set[Needed]:
+    table = tuning.untimed(shape, gpu)
+    return {one for n in (1, 64, 2048) for one in table.way(n).kernels(shape, min(n, 1024)) or []}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler.nvrtc() is None, reason="needs NVRTC")
+@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_compiles(kind: str, target: str) -> None:
+    needed = needed_for(SHAPES[kind], GPUS[target])
+    assert len(needed) >= 3
+    for one in needed:
+        source = (driver.FOLDER / one.source).read_text(encoding="utf-8")
+        found = target + "a" if one.specific else target
+        cubin = compiler.compile_cubin(source, found, one.name, driver.headers(), one.source)
+        assert cubin.spilled <= MOST_SPILLED, one
