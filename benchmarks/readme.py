@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common import gain, milliseconds
+from gpu_tables import gpu_tables
 from kernel_report import readme_table
 from serving_report import engine_name, speed, tables
 
@@ -227,6 +228,11 @@ def onnx_table(title: str, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gpu() -> str:
+    """What `benchmarks/gpu.sh` has left of a GPU; one sentence if nothing."""
+    return gpu_tables(RESULTS / "gpu")
+
+
 def rounds_of(record: dict[str, Any]) -> str:
     """How many rounds there were, and how sure they make an interval."""
     return (
@@ -246,6 +252,7 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "kernels": (readme_table, ("kernels.json",)),
     "engines": (engines, ("engines.json",)),
     "onnx": (onnx, ("onnx.json",)),
+    "gpu": (gpu, ()),
 }
 
 
