@@ -21,6 +21,9 @@ FORMATS = ("vllm", "dense", "onnx")
 GRAPHS = ("genai", "standard")
 DENSE_PRECISIONS = ("fp32", "fp16", "int8", "int4")
 SPARSE_PRECISIONS = ("bf16", "fp16", "fp32", "int8")
+# Of graphs for NVIDIA GPUs, the default first.
+CUDA_PRECISIONS = ("fp16", "int4")
+CUDA_SPARSE_PRECISIONS = ("fp16", "bf16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +47,17 @@ class ExportConfig:
         "row)",
         metavar="N",
     )
+    device: str = setting(
+        "cpu",
+        "onnx: what computes the graph, %(choices)s (default: %(default)s)",
+        choices=("cpu", "cuda"),
+    )
     sparse: bool = setting(False, "onnx: packed weights, by besa's operator (default: dense ones)")
     precision: str | None = setting(
         None,
         "onnx: fp32 (the default), fp16 (for GPUs), int8 or int4; with --sparse "
-        f"{either(SPARSE_PRECISIONS)} (default: as stored)",
+        f"{either(SPARSE_PRECISIONS)} (default: as stored); with --device cuda fp16 (the default) "
+        "or int4, with both fp16 (the default), bf16 or int8",
     )
     onnx_graph: str = setting(
         "genai",
@@ -66,8 +75,10 @@ class ExportConfig:
             raise BesaError("--quantize is for packing: leave it out with --format dense")
         if self.format == "onnx":
             self._check_onnx()
-        elif self.sparse or self.precision or self.onnx_graph != "genai":
-            raise BesaError("--sparse, --precision and --onnx-graph are for --format onnx")
+        elif self.sparse or self.precision or self.onnx_graph != "genai" or self.device != "cpu":
+            raise BesaError(
+                "--sparse, --precision, --onnx-graph and --device are for --format onnx"
+            )
         elif self.group_size is not None and not self.quantize:
             raise BesaError("--group-size is for --quantize int8: give both, or neither")
         if self.group_size not in (None, *GROUP_SIZES):
@@ -77,9 +88,14 @@ class ExportConfig:
     def _check_onnx(self) -> None:
         if self.quantize:
             raise BesaError(f"--format onnx takes --precision {self.quantize}, not --quantize")
-        known = SPARSE_PRECISIONS if self.sparse else DENSE_PRECISIONS
+        known: tuple[str, ...] = SPARSE_PRECISIONS if self.sparse else DENSE_PRECISIONS
+        kind = "sparse" if self.sparse else "dense"
+        if self.device == "cuda":
+            known = CUDA_SPARSE_PRECISIONS if self.sparse else CUDA_PRECISIONS
+            kind += " CUDA"
+            if self.onnx_graph != "genai":
+                raise BesaError("--device cuda takes --onnx-graph genai")
         if self.precision not in (None, *known):
-            kind = "sparse" if self.sparse else "dense"
             raise BesaError(
                 f"precision {self.precision!r}: a {kind} graph has one of {', '.join(known)}"
             )

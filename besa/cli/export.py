@@ -5,11 +5,13 @@ besa export PRUNED --out SPARSE --quantize int8 --group-size 128
 besa export --format dense SPARSE --out DENSE
 besa export --format onnx PRUNED --out ONNX
 besa export --format onnx PRUNED --out ONNX --sparse --precision int8
+besa export --format onnx PRUNED --out ONNX --sparse --device cuda
 
 PRUNED is any Hugging Face directory with safetensors whose linears hold zeros, whoever pruned it.
 SPARSE loads in vLLM and transformers wherever besa is installed. `--format dense` goes back, bit
 for bit. ONNX is a graph for ONNX Runtime and ONNX Runtime GenAI: one that runs anywhere or, with
---sparse, one on packed weights. An interrupted run goes on when the same command is typed again.
+--sparse, one on packed weights. Graphs for NVIDIA GPUs (--device cuda) are untested on GPUs. An
+interrupted run goes on when the same command is typed again.
 """
 
 from __future__ import annotations

@@ -21,6 +21,12 @@ from besa.model.export_record import (
 )
 from besa.report.formatting import percent, size
 
+# Of graphs for GPUs, what has not been run there: of dense and of sparse ones.
+_UNTESTED = (
+    "ONNX Runtime's CUDA provider has not run it",
+    "its kernels ran on one outside ONNX Runtime, the graph on none; logits not compared",
+)
+
 
 def print_export(out: Path, record: ExportRecord, verbose: bool) -> None:
     """Prints what an export came to; with `verbose`, every packed linear."""
@@ -72,8 +78,9 @@ def _print_unpacked(out: Path, record: UnpackedRecord) -> None:
 
 def _print_graph(out: Path, record: OnnxRecord) -> None:
     kind = "sparse" if record.sparse else "dense"
+    device = " for cuda" if record.device == "cuda" else ""
     print(
-        f"{out}: a {kind} graph ({record.graph}), {record.precision}, "
+        f"{out}: a {kind} graph ({record.graph}){device}, {record.precision}, "
         f"{size(record.bytes)} of weights; the checkpoint has {size(record.source_bytes)}"
     )
     if packed := record.packed:
@@ -85,8 +92,10 @@ def _print_graph(out: Path, record: OnnxRecord) -> None:
             f"logits {check.error:.1g} (relative) off transformers' in {check.dtype}, the "
             f"same likeliest token for {percent(check.agreement, 0)} of {check.tokens}"
         )
-    else:
+    elif not device or not record.sparse:
         print("logits not compared: this CPU has no kernel for one of the operators")
+    if device:
+        print(f"untested on GPUs: {_UNTESTED[record.sparse]}")
 
 
 def _densities(linears: Sequence[PackedLinearRecord]) -> Table:

@@ -9,12 +9,14 @@
 //     scale    float [out, groups] for int8 values, which multiply X quantized to int8 per token
 //     group_size  columns that share a scale; 0 for a whole row
 //
+// A fifth input is for GPUs (ort_cuda.cpp), and left out.
+//
 // values, bitmask and scale are initializers: ONNX Runtime maps them from their file, and they are
 // read where they lie. All that is made of them at load is the index of each row's first value. The
 // kernels are those of torch's operator; the threads are the session's own.
 //
 // The kernels are linked into this library once more, without OpenMP: it needs neither torch nor any
-// other runtime beside it.
+// other runtime beside it. ort_cuda.cpp has the operator's kernel for NVIDIA GPUs.
 
 #include "ort_api.h"
 
@@ -30,12 +32,13 @@
 #include "abi.h"
 #include "api.h"
 #include "isa.h"
+#include "ort_cuda.h"
 #include "packing.h"
 #include "sparse_linear.h"
 
 namespace {
 
-constexpr int kX = 0, kValues = 1, kBitmask = 2, kScale = 3, kInputs = 4;
+constexpr int kX = 0, kValues = 1, kBitmask = 2, kScale = 3;
 
 int cpus() {
     cpu_set_t set;
@@ -77,6 +80,8 @@ class Kernel {
         const Tensor values = constant(info, kValues);
         const Tensor bitmask = constant(info, kBitmask);
         const Tensor scale = constant(info, kScale);
+        if (!values.data || !bitmask.data)
+            refuse("SparseMatMul: values and bitmask have to be initializers");
         const std::int64_t width = (in_features_ + 7) / 8;
         if (in_features_ < 1 || bitmask.shape.size() != 2 || bitmask.shape[1] != width ||
             bitmask.count == 0)
@@ -99,12 +104,7 @@ class Kernel {
         const Tensor bitmask = input(context, kBitmask), scale = input(context, kScale);
         if (x.shape.empty() || x.shape.back() != in_features_)
             refuse("SparseMatMul: X does not have in_features columns");
-        std::vector<std::int64_t> shape = x.shape;
-        shape.back() = out_features_;
-        OrtValue* output = nullptr;
-        void* y = nullptr;
-        check(api->KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &output));
-        check(api->GetTensorMutableData(output, &y));
+        void* y = output(context, x.shape, out_features_);
 
         besa::Job job{};
         job.values = values.data;
@@ -133,27 +133,6 @@ class Kernel {
     }
 
    private:
-    static Tensor constant(const OrtKernelInfo* info, int index) {
-        std::size_t inputs = 0;
-        check(api->KernelInfo_GetInputCount(info, &inputs));
-        int is_constant = 0;
-        const OrtValue* value = nullptr;
-        if (static_cast<std::size_t>(index) < inputs)
-            check(api->KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
-        if (is_constant && value) return read(value);
-        if (index != kScale) refuse("SparseMatMul: values and bitmask have to be initializers");
-        return {};
-    }
-
-    static Tensor input(const OrtKernelContext* context, int index) {
-        std::size_t inputs = 0;
-        check(api->KernelContext_GetInputCount(context, &inputs));
-        const OrtValue* value = nullptr;
-        if (static_cast<std::size_t>(index) < inputs)
-            check(api->KernelContext_GetInput(context, index, &value));
-        return value ? read(value) : Tensor{};
-    }
-
     void index(const Tensor& values, const Tensor& bitmask, std::int64_t width) {
         const auto* bits = static_cast<const std::uint8_t*>(bitmask.data);
         row_ptr_.resize(out_features_ + 1);
@@ -189,49 +168,22 @@ class Kernel {
 };
 
 // The operator for one type of X and one of values.
-struct Operator : OrtCustomOp {
+struct Operator : SparseMatMul<Operator, Kernel> {
     ONNXTensorElementDataType x, values;
 
     Operator(ONNXTensorElementDataType x_, ONNXTensorElementDataType values_)
-        : OrtCustomOp{}, x(x_), values(values_) {
-        version = kApiVersion;
-        GetName = [](const OrtCustomOp*) { return "SparseMatMul"; };
-        GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
-        GetInputTypeCount = [](const OrtCustomOp*) -> std::size_t { return kInputs; };
-        GetInputType = [](const OrtCustomOp* op, std::size_t i) {
-            switch (i) {
-                case kX: return static_cast<const Operator*>(op)->x;
-                case kValues: return static_cast<const Operator*>(op)->values;
-                case kBitmask: return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
-                default: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-            }
-        };
-        GetInputCharacteristic = [](const OrtCustomOp*, std::size_t i) {
-            return i == kScale ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
-        };
-        GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return OrtMemTypeDefault; };
-        GetOutputTypeCount = [](const OrtCustomOp*) -> std::size_t { return 1; };
-        GetOutputType = [](const OrtCustomOp* op, std::size_t) {
-            return static_cast<const Operator*>(op)->x;
-        };
-        GetOutputCharacteristic = [](const OrtCustomOp*, std::size_t) {
-            return INPUT_OUTPUT_REQUIRED;
-        };
-        GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
-        GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
-        GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
-        GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
-        GetStartVersion = [](const OrtCustomOp*) { return 1; };
-        GetEndVersion = [](const OrtCustomOp*) { return 1; };
-        CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info,
-                            void** kernel) -> OrtStatusPtr {
-            return guarded([&] { *kernel = new Kernel(info); });
-        };
-        KernelComputeV2 = [](void* kernel, OrtKernelContext* context) -> OrtStatusPtr {
-            return guarded([&] { static_cast<const Kernel*>(kernel)->compute(context); });
-        };
-        KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+        : SparseMatMul(nullptr), x(x_), values(values_) {}
+
+    ONNXTensorElementDataType input_type(std::size_t index) const {
+        switch (index) {
+            case kX: return x;
+            case kValues: return values;
+            case kScale: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+            default: return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+        }
     }
+
+    static OrtMemType input_memory(std::size_t) { return OrtMemTypeDefault; }
 };
 
 // They live as long as the library: sessions keep their addresses.
@@ -255,6 +207,7 @@ OrtCustomOpDomain* domain() {
         OrtCustomOpDomain* fresh = nullptr;
         check(api->CreateCustomOpDomain("ai.besa", &fresh));
         for (const Operator& op : operators()) check(api->CustomOpDomain_Add(fresh, &op));
+        add_cuda_operators(api, fresh, "CUDAExecutionProvider");
         return fresh;
     }();
     return made;

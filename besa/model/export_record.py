@@ -168,6 +168,7 @@ class OnnxRecord(ExportRecord):
 
     Attributes:
         graph: "genai" or "standard", which is what was made, not what was asked for.
+        device: "cpu" or "cuda", what it is for.
         sparse: whether its weights are packed; `packed` are those products.
         precision, group_size: of the weights.
         pattern: of the zeros; None where nobody knows.
@@ -176,6 +177,7 @@ class OnnxRecord(ExportRecord):
     """
 
     graph: str
+    device: str = "cpu"
     sparse: bool
     precision: str
     group_size: int | None = None

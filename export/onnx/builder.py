@@ -33,20 +33,24 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 
 
 def build(
-    source: Path, out: Path, precision: str, change: Callable[[ir.Model], None] | None = None
+    source: Path,
+    out: Path,
+    precision: str,
+    change: Callable[[ir.Model], None] | None = None,
+    device: str = "cpu",
 ) -> None:
     """Writes the graph of a checkpoint to `out`.
 
     Args:
-        precision: fp32, int8 and int4 for CPUs; fp16 for NVIDIA GPUs.
+        precision: fp32, int8 and int4 for CPUs; fp16, bf16 and int4 for NVIDIA GPUs.
         change: is given the graph, an onnx_ir.Model, before it is written.
+        device: "cpu" or "cuda", ONNX Runtime's execution provider.
 
     Raises:
         BesaError: the builder does not know the architecture, or failed.
     """
-    provider = "cuda" if precision == "fp16" else "cpu"
     cache = out / "cache"
-    arguments = ("", str(source), str(out), precision, provider, str(cache))
+    arguments = ("", str(source), str(out), precision, device, str(cache))
     with (
         _builder() as (builder, base),
         _changed(base, change, source),

@@ -6,9 +6,10 @@ PosixPath('onnx')
 
 Dense: the graph of ONNX Runtime GenAI's model builder, of standard operators where it is asked for
 or the builder does not know the architecture. Sparse: the builder's graph with its products on
-packed weights (besa.export.onnx.sparse), and besa's operator library beside it. Either is checked
-before it appears: by onnx.checker, and by its logits, which have to be transformers' up to what the
-precision costs.
+packed weights (besa.export.onnx.sparse, for NVIDIA GPUs besa.export.onnx.records), and besa's
+operator library beside it. Either is checked before it appears: by onnx.checker, and by its logits,
+which have to be transformers' up to what the precision costs. Those of a graph that only a GPU can
+run are not compared.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ from besa.export.onnx.builder import DATA, MODEL, build
 from besa.export.onnx.card import onnx_card
 from besa.export.onnx.check import check_graph
 from besa.export.onnx.decoder import Decoder, compare
+from besa.export.onnx.machine_code import need_nvrtc
+from besa.export.onnx.records import pack_for_cuda
 from besa.export.onnx.runtime import (
     NAME,
     MissingKernelError,
+    distribution,
     open_session,
     ort_library,
     reason,
@@ -69,9 +73,11 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
     out = Path(config.out)
     check_free(out, config.overwrite)
     library = ort_library() if config.sparse else None
+    if config.sparse and config.device == "cuda":
+        need_nvrtc()
     checkpoint = open_plain(pruned)
     directory = checkpoint.directory
-    precision = config.precision or (_NAMES[checkpoint.dtype] if config.sparse else "fp32")
+    precision, device = _precision(config, checkpoint), _device(config)
     pattern = _pattern(checkpoint, config, tell)
     settings = {
         "command": "export",
@@ -79,6 +85,7 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
         "sparse": config.sparse,
         "precision": precision,
         "group_size": config.group_size,
+        "device": device,
         "graph": config.onnx_graph,
         "model": str(pruned),
         "model_fingerprint": checkpoint.fingerprint(),
@@ -90,12 +97,15 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
         path = workspace.path
         try:
             with interruptible("run the same command again"):
-                graph, packed = _write_graph(path, directory, config, precision, tell)
+                graph, packed = _write_graph(path, directory, config, precision, device, tell)
                 give_memory_back()
                 _copy_companions(directory, path, library)
                 tell(Event("checking", what="the graph", done=2, total=3))
                 check_graph(path / MODEL)
-                check = _check_logits(path, directory, precision, library, weights)
+                # No provider of the CPU has the operator on records.
+                check = None
+                if not (config.sparse and device == "cuda"):
+                    check = _check_logits(path, directory, precision, device, library, weights)
                 record = OnnxRecord(
                     besa_version=__version__,
                     model=str(pruned),
@@ -108,6 +118,7 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
                     format="onnx",
                     source=read_raw_record(directory),
                     graph=graph,
+                    device=device,
                     sparse=config.sparse,
                     precision=precision,
                     group_size=config.group_size,
@@ -126,6 +137,19 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
     return ExportResult(out, record)
 
 
+def _precision(config: ExportConfig, checkpoint: Checkpoint) -> str:
+    if config.precision:
+        return config.precision
+    if config.device == "cuda":
+        return "fp16"
+    return _NAMES[checkpoint.dtype] if config.sparse else "fp32"
+
+
+def _device(config: ExportConfig) -> str:
+    """What computes the graph: a dense one of fp16 is for GPUs, unasked."""
+    return "cuda" if config.precision == "fp16" and not config.sparse else config.device
+
+
 def _pattern(checkpoint: Checkpoint, config: ExportConfig, tell: Tell) -> str | None:
     """The pattern of the zeros: read where they are packed, else as besa.json has it."""
     if config.sparse:
@@ -136,22 +160,36 @@ def _pattern(checkpoint: Checkpoint, config: ExportConfig, tell: Tell) -> str | 
 
 
 def _write_graph(
-    path: Path, directory: Path, config: ExportConfig, precision: str, tell: Tell
+    path: Path, directory: Path, config: ExportConfig, precision: str, device: str, tell: Tell
 ) -> tuple[str, list[PackedProduct]]:
     """Writes the graph; tells which kind it became, "genai" or "standard", and what is packed."""
     packed: list[PackedProduct] = []
+    packing = OnnxPacking(_VALUES.get(precision, precision), config.group_size)
+    # What packed weights take the place of.
+    plain = precision
+    if config.sparse and device == "cuda":
+        plain = "fp16" if precision == "int8" else precision
+    elif config.sparse:
+        plain = "fp32"
 
     def pack_weights(graph: ir.Model) -> None:
         tell(Event("packing", what="the graph", done=1, total=3))
-        packed.extend(pack_graph(graph, OnnxPacking(_VALUES[precision], config.group_size)))
+        if device == "cuda":
+            activations = torch.bfloat16 if plain == "bf16" else torch.float16
+            packed.extend(pack_for_cuda(graph, packing, activations))
+        else:
+            packed.extend(pack_graph(graph, packing))
 
     tell(Event("building", what="the graph", done=1, total=3))
     change = pack_weights if config.sparse else None
     if config.onnx_graph == "genai":
         try:
-            build(directory, path, "fp32" if config.sparse else precision, change)
+            build(directory, path, plain, change, device)
             return "genai", packed
         except BesaError as error:
+            if device == "cuda":
+                hint = "for the CPU it becomes a standard one"
+                raise BesaError(f"{str(error).rstrip('.')}; {hint}") from None
             if precision != "fp32" and not config.sparse:
                 raise BesaError(f"{error}; without --precision it becomes a standard one") from None
             message = f"{str(error).rstrip('.')}; it becomes a standard one"
@@ -179,7 +217,7 @@ def _name_library(path: Path) -> None:
 
 
 def _check_logits(
-    path: Path, directory: Path, precision: str, library: str | None, weights: int
+    path: Path, directory: Path, precision: str, device: str, library: str | None, weights: int
 ) -> LogitsCheck | None:
     """Compares the graph's logits with transformers'; None where the CPU lacks a kernel for it.
 
@@ -190,7 +228,7 @@ def _check_logits(
     try:
         session = open_session(path / MODEL, library, threads)
     except MissingKernelError:
-        if precision == "fp16":  # a graph for GPUs
+        if device == "cuda":
             return None
         raise
     described = json.loads((path / GENAI_CONFIG).read_text(encoding="utf-8"))
@@ -201,6 +239,8 @@ def _check_logits(
     try:
         found = compare(decoder, model)
     except Exception as error:  # noqa: BLE001 - ONNX Runtime raises many kinds
+        if device == "cuda":  # some of its operators can do more on GPUs
+            return None
         raise BesaError(
             f"ONNX Runtime cannot run the graph of {directory} ({reason(error)}): try --onnx-graph "
             "standard"
@@ -216,4 +256,5 @@ def _check_logits(
 def _onnx_versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("onnx", "onnxruntime", "onnxruntime-genai")}
+    names = ("onnx", *filter(None, map(distribution, ("onnxruntime", "onnxruntime_genai"))))
+    return {name: version(name) for name in names}

@@ -56,10 +56,21 @@ def runtime() -> Any:
     telemetry.turn_off()  # before the import
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise BesaError(f"{', '.join(missing)} not installed: pip install 'besa[onnx]'")
+        raise BesaError(
+            f"{', '.join(missing)} not installed: pip install 'besa[onnx]', or for NVIDIA GPUs "
+            "'besa[onnx-gpu]'"
+        )
     import onnxruntime
 
     return onnxruntime
+
+
+def distribution(module: str) -> str | None:
+    """The package that has brought a module: onnxruntime has builds for CPUs and for GPUs."""
+    from importlib.metadata import packages_distributions
+
+    found = packages_distributions().get(module, [])
+    return min(found, key=len) if found else None
 
 
 def genai() -> Any:

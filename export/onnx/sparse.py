@@ -65,11 +65,11 @@ def pack_graph(model: ir.Model, packing: OnnxPacking) -> list[PackedProduct]:
     products = []
     weights = 0
     for node in list(model.graph):
-        weight = _constant_weight(node)
+        weight = constant_weight(node)
         if weight is None:
             continue
         nonzeros, _ = nonzeros_and_patterns(weight)
-        sparse = _gains(weight, nonzeros, packing)
+        sparse = gains(weight, nonzeros, packing)
         if packing.values == "int8" and not sparse:
             _put_int8_product(model, node, weight)
             continue
@@ -101,7 +101,7 @@ def pack_graph(model: ir.Model, packing: OnnxPacking) -> list[PackedProduct]:
     return products
 
 
-def _constant_weight(node: ir.Node) -> Tensor | None:
+def constant_weight(node: ir.Node) -> Tensor | None:
     """The constant weight of a MatMul or Gemm as float32 [out, in]; None if there is none."""
     if node.domain != "" or node.op_type not in ("MatMul", "Gemm"):
         return None
@@ -129,7 +129,7 @@ def _matrix(value: ir.Value) -> Tensor | None:
     return torch.from_numpy(np.array(constant.numpy(), np.float32))
 
 
-def _gains(weight: Tensor, nonzeros: int, packing: OnnxPacking) -> bool:
+def gains(weight: Tensor, nonzeros: int, packing: OnnxPacking) -> bool:
     """Whether the packed weight takes clearly fewer bytes than a dense one of the same type."""
     size = 1 if packing.values == "int8" else packing.float_type.itemsize
     return nonzeros * size + weight.numel() / 8 < WORTH * weight.numel() * size
@@ -142,12 +142,12 @@ def _put_packed_product(
     old = node.inputs[1]
     assert old is not None
     name = str(old.name).removesuffix(".weight")
-    inputs = [node.inputs[0], _initializer(model, f"{name}.weight_values", packed.values)]
-    inputs.append(_initializer(model, f"{name}.weight_bitmask", packed.bitmask))
+    inputs = [node.inputs[0], initializer(model, f"{name}.weight_values", packed.values)]
+    inputs.append(initializer(model, f"{name}.weight_bitmask", packed.bitmask))
     if packed.scale is not None:
-        inputs.append(_initializer(model, f"{name}.weight_scale", packed.scale))
+        inputs.append(initializer(model, f"{name}.weight_scale", packed.scale))
     attributes = {"in_features": packed.in_features, "group_size": packing.group_size or 0}
-    _replace_operator(model, node, DOMAIN, NAME, inputs, attributes)
+    replace_operator(model, node, DOMAIN, NAME, inputs, attributes)
 
 
 def _put_int8_product(model: ir.Model, node: ir.Node, weight: Tensor) -> None:
@@ -166,8 +166,8 @@ def _put_int8_product(model: ir.Model, node: ir.Node, weight: Tensor) -> None:
     padded[:, cols:] = 128
     inputs = [
         node.inputs[0],
-        _initializer(model, f"{name}.weight_Q8", padded.view(rows, blocks, _BLOCK)),
-        _initializer(model, f"{name}.weight_scales", scale.contiguous()),
+        initializer(model, f"{name}.weight_Q8", padded.view(rows, blocks, _BLOCK)),
+        initializer(model, f"{name}.weight_scales", scale.contiguous()),
     ]
     attributes = {
         "K": cols,
@@ -177,10 +177,10 @@ def _put_int8_product(model: ir.Model, node: ir.Node, weight: Tensor) -> None:
         "accuracy_level": _ACCURACY,
     }
     model.opset_imports.setdefault("com.microsoft", 1)
-    _replace_operator(model, node, "com.microsoft", "MatMulNBits", inputs, attributes)
+    replace_operator(model, node, "com.microsoft", "MatMulNBits", inputs, attributes)
 
 
-def _replace_operator(
+def replace_operator(
     model: ir.Model,
     node: ir.Node,
     domain: str,
@@ -219,7 +219,8 @@ def _add_bias(model: ir.Model, node: ir.Node, bias: ir.Value | None) -> None:
     model.graph.insert_after(node, add)
 
 
-def _initializer(model: ir.Model, name: str, tensor: Tensor) -> ir.Value:
+def initializer(model: ir.Model, name: str, tensor: Tensor) -> ir.Value:
+    """A new constant of the graph."""
     constant = TorchTensor(tensor, name=name)
     value = ir.Value(
         name=name,
@@ -240,7 +241,7 @@ def _shrink_embedding(model: ir.Model, dtype: torch.dtype) -> None:
             continue
         name = str(table.name)
         model.graph.initializers.pop(name)
-        node.replace_input_with(0, _initializer(model, name, rows.to(dtype)))
+        node.replace_input_with(0, initializer(model, name, rows.to(dtype)))
         found = node.outputs[0]
         cast = ir.Node(
             "", "Cast", [found], [ir.AttrInt64("to", ir.DataType.FLOAT.value)], name=f"{name}/Cast"

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from besa.export.onnx.runtime import distribution
 from besa.serve.cpu import threads
 from besa.serve.engines import Engine, Generated, Launch, OfflineModel, need
 from besa.serve.settings import ServeConfig
@@ -30,7 +31,8 @@ class OnnxEngine(Engine):
 
     def version(self) -> str | None:
         installed = importlib.util.find_spec("onnxruntime_genai") is not None
-        return version("onnxruntime-genai") if installed else None
+        package = distribution("onnxruntime_genai") if installed else None
+        return None if package is None else version(package)
 
     def check(self) -> None:
         packages = ("fastapi", "openai", "uvicorn", "onnx", "onnxruntime", "onnxruntime_genai")
