@@ -55,7 +55,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from besa.model.blocks import find_linears
-from besa.pruning.allocate import CANDIDATES, RankedMatrix, RateLearner, RateMask, rank_buckets
+from besa.pruning.allocate import (
+    CANDIDATES,
+    RankedMatrix,
+    RateLearner,
+    RateMask,
+    kept_buckets,
+    rank_buckets,
+    rate_mask,
+)
 from besa.pruning.learn import learn_step
 from besa.pruning.masked import WeightFactory, masked
 
@@ -126,10 +134,20 @@ def besa_representation(scores: Tensor) -> Tensor:
     return rank_buckets(scores)
 
 
+def besa_masks(
+    weights: Sequence[Tensor], representation: Sequence[Tensor], theta: Tensor
+) -> list[RateMask]:
+    """The masked matrices by the logits of all rows, as `RateLearner` makes them."""
+    rows = [len(weight) for weight in weights]
+    kept = kept_buckets(theta, torch.arange(CANDIDATES, device=theta.device) / CANDIDATES)
+    matrices = map(RankedMatrix, weights, representation)
+    given = matrices, kept.keep.split(rows), kept.first.split(rows)
+    return [rate_mask(*one) for one in zip(*given, strict=True)]
+
+
 def besa_masked(weight: Tensor, buckets: Tensor, theta: Tensor) -> Tensor:
-    """Masked weight by buckets, as `RateLearner` makes it."""
-    beta = theta.softmax(1)
-    return RateMask.apply(beta.cumsum(1), weight, buckets, first_kept(beta).to(torch.uint8))
+    """One matrix masked by its buckets, under autograd."""
+    return besa_masks([weight], [buckets], theta)[0]()
 
 
 def first_kept(beta: Tensor) -> Tensor:
@@ -226,23 +244,30 @@ def mask_part(
     """One pass through the masks of all linears, there and back, as a step does it.
 
     A step with dense masks holds all it made until the backward pass has used it; besa makes a
-    masked weight where it is used, forgets it, and makes it anew for the backward pass.
+    masked weight where it is used, forgets it, and makes it anew for the backward pass. Its logits
+    are one tensor.
     """
     given = list(zip(block.weights, representation, block.thetas, strict=True))
+    logits = block.thetas
+    if contender == "besa":
+        logits = [torch.cat(block.thetas).detach().requires_grad_()]
 
     def at_once() -> None:
         masked = [dense_masked(*one) for one in given]
         torch.autograd.backward(masked, list(gradients))
 
     def one_by_one() -> None:
-        with torch.no_grad():
-            for one in given:
-                besa_masked(*one)
-        for one, gradient in zip(given, gradients, strict=True):
-            besa_masked(*one).backward(gradient)
+        masks = besa_masks(block.weights, representation, logits[0])
+        for mask in masks:
+            mask.make()
+        to_keep = []
+        for mask, gradient in zip(masks, gradients, strict=True):
+            mask.make()
+            to_keep.append(mask.gradient(gradient))
+        torch.autograd.backward([mask.parameter for mask in masks], to_keep)
 
     def work() -> None:
-        for theta in block.thetas:
+        for theta in logits:
             theta.grad = None
         {"dense": at_once, "besa": one_by_one}[contender]()
 

@@ -27,8 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +34,7 @@ from torch import Tensor
 from besa.kernels.mask_buckets import mask_buckets
 from besa.kernels.segment_sum import segment_sum
 from besa.pruning.learn import Proposal
+from besa.pruning.masked import MaskedMatrix
 from besa.pruning.patterns import row_chunks
 
 CANDIDATES = 100  # D; bucket numbers fit in uint8
@@ -62,25 +61,55 @@ def rank_buckets(scores: Tensor, candidates: int = CANDIDATES) -> Tensor:
     return buckets
 
 
-class RateMask(torch.autograd.Function):
+@dataclass(frozen=True, eq=False)
+class RateMask(MaskedMatrix):
     """weight * mask, with the straight-through gradient to the keep-probabilities of buckets.
 
-    forward: mask_ij = [bucket_ij >= first_kept_i].
-    backward: dL/dP_ib = sum over j in bucket b of dL/dmasked_ij * weight_ij.
+    mask_ij = [bucket_ij >= first_kept_i], and
+    dL/dP_ib = sum over j in bucket b of dL/dmasked_ij * weight_ij.
+
+    Attributes:
+        parameter: P, the probability that a bucket is kept, float [rows, candidates].
+        weight: [rows, cols].
+        buckets: uint8 [rows, cols].
+        first_kept: uint8 [rows].
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, keep: Tensor, weight: Tensor, buckets: Tensor, first_kept: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(weight, buckets)
-        ctx.candidates = keep.shape[1]
-        return mask_buckets(weight, buckets, first_kept)
+    parameter: Tensor
+    weight: Tensor
+    buckets: Tensor
+    first_kept: Tensor
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, buckets = ctx.saved_tensors
-        return segment_sum(grads[0], buckets, ctx.candidates, weight=weight), None, None, None
+    def make(self) -> Tensor:
+        """`MaskedMatrix.make`."""
+        return mask_buckets(self.weight, self.buckets, self.first_kept)
+
+    def gradient(self, upstream: Tensor) -> Tensor:
+        """`MaskedMatrix.gradient`."""
+        return segment_sum(upstream, self.buckets, self.parameter.shape[1], weight=self.weight)
+
+
+@dataclass(frozen=True)
+class KeptBuckets:
+    """What rows keep.
+
+    Attributes:
+        keep: the probability that a bucket is kept, float [rows, candidates].
+        rates: the rate that is pruned, float [rows].
+        first: the first bucket that the hard mask keeps, uint8 [rows].
+    """
+
+    keep: Tensor
+    rates: Tensor
+    first: Tensor
+
+
+def kept_buckets(theta: Tensor, candidates: Tensor) -> KeptBuckets:
+    """What rows keep by their logits [rows, candidates]; differentiable but for the hard mask."""
+    beta = theta.softmax(1)
+    rates = beta @ candidates
+    first = (rates.detach() * len(candidates)).round().to(torch.uint8)
+    return KeptBuckets(beta.cumsum(1), rates, first)
 
 
 @dataclass(frozen=True)
@@ -89,6 +118,14 @@ class RankedMatrix:
 
     weight: Tensor
     buckets: Tensor
+
+
+def rate_mask(matrix: RankedMatrix, keep: Tensor, first: Tensor) -> RateMask:
+    """The mask of a matrix by what its rows keep, or all of them alike if one row is given."""
+    rows = len(matrix.weight)
+    if len(keep) != rows:
+        keep, first = keep.expand(rows, -1), first.expand(rows).contiguous()
+    return RateMask(keep, matrix.weight, matrix.buckets, first)
 
 
 class RateLearner:
@@ -117,27 +154,25 @@ class RateLearner:
         device = matrices[0].weight.device
         self.candidates = torch.arange(CANDIDATES, device=device) / CANDIDATES
         start = -((self.candidates - sparsity) ** 2) / (2 * width**2)
-        rows = [len(x.weight) if granularity == "row" else 1 for x in matrices]
-        self.thetas = [start.repeat(n, 1).requires_grad_() for n in rows]
-        self.optimizer = torch.optim.Adam(self.thetas, lr=lr, betas=(0.9, 0.99))
+        # The logits of all matrices, one below the other: a small operation costs a GPU the time
+        # of its start, so that each is done once for the block.
+        self.rows = [len(x.weight) if granularity == "row" else 1 for x in matrices]
+        self.theta = start.repeat(sum(self.rows), 1).requires_grad_()
+        fused = True if device.type == "cuda" else None  # one kernel instead of a dozen
+        self.optimizer = torch.optim.Adam([self.theta], lr=lr, betas=(0.9, 0.99), fused=fused)
         sizes = torch.tensor([x.weight.numel() for x in matrices], device=device)
         self.shares = sizes / sizes.sum()
-        self.rates: list[Tensor] = []
+        self.rates: Tensor = self.theta.new_full((len(self.theta),), sparsity)
 
     def propose(self) -> Proposal:
         """The weights under the hard masks of the rates as they are."""
-        betas = [theta.softmax(1) for theta in self.thetas]
-        rates = [beta @ self.candidates for beta in betas]
-        weights = []
-        for matrix, beta, rate in zip(self.matrices, betas, rates, strict=True):
-            keep = beta.cumsum(1).expand(len(matrix.weight), -1)
-            first = (rate.detach() * CANDIDATES).round().expand(len(matrix.weight))
-            weights.append(
-                partial(RateMask.apply, keep, matrix.weight, matrix.buckets, first.to(torch.uint8))
-            )
-        overall = torch.stack([rate.mean() for rate in rates]) @ self.shares
+        rows = kept_buckets(self.theta, self.candidates)
+        given = self.matrices, rows.keep.split(self.rows), rows.first.split(self.rows)
+        weights = [rate_mask(*one) for one in zip(*given, strict=True)]
+        means = [rates.mean() for rates in rows.rates.split(self.rows)]
+        overall = torch.stack(means) @ self.shares
         penalty = self.penalty * ((overall - self.sparsity) / self.sparsity) ** 2
-        self.rates = [rate.detach() for rate in rates]
+        self.rates = rows.rates.detach()
         return Proposal(weights, overall, penalty)
 
     def update(self, size: float) -> None:
@@ -148,4 +183,5 @@ class RateLearner:
 
     def result(self) -> list[Tensor]:
         """The rates of the last proposal, float32 [rows] per matrix."""
-        return [r.expand(len(x.weight)) for r, x in zip(self.rates, self.matrices, strict=True)]
+        rates = zip(self.matrices, self.rates.split(self.rows), strict=True)
+        return [rate.expand(len(x.weight)) for x, rate in rates]

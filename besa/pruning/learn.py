@@ -151,11 +151,15 @@ def learn_step(
     """One step on batch `i`; gives the error before it and the rate, scalars on the device."""
     with torch.enable_grad():
         proposal = learner.propose()
-        output = forward(i, proposal.weights).float()
-        target = target.to(output.device).float()
-        error = (output - target).square().mean() / target.square().mean()
+        error = relative_error(forward(i, proposal.weights), target)
         ((error + proposal.penalty) * LOSS_SCALE).backward()
     learner.update(size)
     rate = proposal.rate
     rate = rate.detach() if isinstance(rate, Tensor) else error.new_full((), rate)
     return error.detach(), rate
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """||output - target||^2 / ||target||^2 in float32, a scalar on the output's device."""
+    output, target = output.float(), target.to(output.device).float()
+    return (output - target).square().mean() / target.square().mean()

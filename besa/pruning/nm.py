@@ -19,29 +19,38 @@ tensor([8, 8, 8, 8, 8, 8, 8, 8])
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from besa.pruning.config import Pattern
 from besa.pruning.learn import Proposal
+from besa.pruning.masked import MaskedMatrix
 from besa.pruning.patterns import n_of_m
 
 
-class ChoiceMask(torch.autograd.Function):
-    """weight * mask; the backward pass gives dL/dmask for all weights, kept or not."""
+@dataclass(frozen=True, eq=False)
+class ChoiceMask(MaskedMatrix):
+    """weight * mask; its gradient is dL/dmask for all weights, kept or not.
 
-    @staticmethod
-    def forward(ctx: Any, _importance: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return weight * mask
+    Attributes:
+        parameter: the importances, float32 [rows, cols].
+        weight: [rows, cols].
+        mask: bool [rows, cols].
+    """
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return (grads[0] * weight).float(), None, None
+    parameter: Tensor
+    weight: Tensor
+    mask: Tensor
+
+    def make(self) -> Tensor:
+        """`MaskedMatrix.make`."""
+        return self.weight * self.mask
+
+    def gradient(self, upstream: Tensor) -> Tensor:
+        """`MaskedMatrix.gradient`."""
+        return (upstream * self.weight).float()
 
 
 class ChoiceLearner:
@@ -69,7 +78,7 @@ class ChoiceLearner:
     def propose(self) -> Proposal:
         """The weights under the masks of the importances as they are."""
         parts = zip(self.importances, self.weights, self.result(), strict=True)
-        weights = [partial(ChoiceMask.apply, *part) for part in parts]
+        weights = [ChoiceMask(*part) for part in parts]
         return Proposal(weights, 1 - self.pattern.n / self.pattern.m)
 
     @torch.no_grad()

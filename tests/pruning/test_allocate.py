@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from besa.model.blocks import Linear
 from besa.pruning.allocate import CANDIDATES, RankedMatrix, RateLearner, RateMask, rank_buckets
 from besa.pruning.config import Pattern
-from besa.pruning.learn import Step, learn
+from besa.pruning.learn import Step, learn, learn_step
 from besa.pruning.masked import WeightFactory
 from besa.pruning.methods.besa import allocated_masks
 from besa.pruning.nm import ChoiceLearner, ChoiceMask
@@ -62,9 +65,9 @@ def test_the_hard_mask_at_a_candidate_rate_prunes_that_share_of_the_row():
     scores = random(4, 200).abs()
     buckets = rank_buckets(scores)
     for first in (0, 1, 50, 99):
-        masked = RateMask.apply(
+        masked = RateMask(
             torch.ones(4, CANDIDATES), scores, buckets, torch.full((4,), first, dtype=torch.uint8)
-        )
+        ).make()
         expected = lowest_pruned(scores, torch.full((4,), 2 * first))
         assert torch.equal(masked != 0, expected)
 
@@ -75,7 +78,7 @@ def test_the_hard_mask_at_a_candidate_rate_prunes_that_share_of_the_row():
 def test_forward_is_the_hard_mask():
     weight, buckets = random(5, 40), rank_buckets(random(5, 40, seed=1))
     first = torch.tensor([0, 13, 50, 99, 100], dtype=torch.uint8)
-    masked = RateMask.apply(torch.rand(5, CANDIDATES), weight, buckets, first)
+    masked = RateMask(torch.rand(5, CANDIDATES), weight, buckets, first).make()
     for i in range(5):
         for j in range(40):
             expected = weight[i, j] if buckets[i, j] >= first[i] else 0
@@ -87,7 +90,7 @@ def test_gradient_to_the_probabilities_is_the_dense_one():
     buckets = rank_buckets(random(6, 300))
     keep = torch.rand(6, CANDIDATES, requires_grad=True)
     first = torch.randint(0, 100, (6,), dtype=torch.uint8)
-    RateMask.apply(keep, weight, buckets, first).backward(upstream)
+    RateMask(keep, weight, buckets, first)().backward(upstream)
 
     dense = keep.detach().clone().requires_grad_()
     (dense.gather(1, buckets.long()) * weight).backward(upstream)
@@ -121,7 +124,7 @@ def test_gradient_to_the_logits_is_that_of_dense_autograd(rows_of_theta: int):
     rates = beta @ (torch.arange(CANDIDATES, dtype=torch.float64) / CANDIDATES)
     first = (rates.detach() * CANDIDATES).round().to(torch.uint8).expand(7)
     keep = beta.cumsum(1).expand(7, -1)
-    masked = RateMask.apply(keep, weight, buckets, first)
+    masked = RateMask(keep, weight, buckets, first)()
     loss(masked).backward()
 
     dense_theta = start.clone().requires_grad_()
@@ -271,6 +274,33 @@ def test_the_same_seed_learns_the_same_rates(uneven: Uneven):
     assert [loss for loss, _, _ in a] != [loss for loss, _, _ in c]  # another order of batches
 
 
+class Counted(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("granularity", ["row", "layer"])
+def test_the_logits_of_all_matrices_move_together(uneven: Uneven, granularity: str):
+    """A GPU takes longer to start such an operation than to do it."""
+    matrices = [
+        RankedMatrix(w, rank_buckets(s)) for w, s in zip(uneven.weights, uneven.scores, strict=True)
+    ]
+    learner = RateLearner(matrices, 0.5, granularity)
+    with Counted() as counted:
+        learn_step(learner, uneven.forward, 0, uneven.targets[0])
+    counts = counted.counts
+    assert counts["_softmax"] == counts["_softmax_backward_data"] == 1
+    assert counts["cumsum"] == 2  # there and back
+    assert counts["addcdiv_"] == 1
+
+
 def test_learning_leaves_weights_targets_and_torchs_seed_alone(uneven: Uneven):
     before = [t.clone() for t in (*uneven.weights, *uneven.targets)]
     state = torch.get_rng_state()
@@ -297,7 +327,7 @@ def test_choice_is_the_mask_and_its_gradient_that_of_a_soft_mask():
     weight, upstream = random(6, 32), random(6, 32, seed=1)
     mask = n_of_m(weight.abs(), 2, 4)
     importance = weight.abs().log().requires_grad_()
-    masked = ChoiceMask.apply(importance, weight, mask)
+    masked = ChoiceMask(importance, weight, mask)()
     assert torch.equal(masked, weight * mask)
     masked.backward(upstream)
 

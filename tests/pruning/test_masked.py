@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from besa.model.blocks import Linear, find_linears
-from besa.pruning.masked import masked
+from besa.pruning.masked import MaskedMatrix, WeightFactory, masked
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -62,8 +63,16 @@ class Block(nn.Module):
         return self.middle(self.first(x).tanh())
 
 
+class ByHand(nn.Linear):
+    """A linear that takes its weight in another way than most."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
 BLOCKS = {
     "linear": (lambda: nn.Linear(16, 10), None),
+    "linear by hand": (lambda: ByHand(16, 10), None),
     "conv1d": (lambda: Conv1D(10, 16), None),
     "experts one by one": (lambda: Experts(by_expert, False), 3),
     "experts by tensor": (lambda: Experts(by_tensor_index, True), 3),
@@ -98,6 +107,28 @@ def product(weight: Tensor, mask: Tensor) -> Tensor:
     return weight * mask
 
 
+@dataclass(frozen=True, eq=False)
+class Product(MaskedMatrix):
+    """`product`, with its gradient to the mask."""
+
+    parameter: Tensor
+    weight: Tensor
+
+    def make(self) -> Tensor:
+        return self.weight * self.parameter
+
+    def gradient(self, upstream: Tensor) -> Tensor:
+        return upstream * self.weight
+
+
+def as_function(weight: Tensor, mask: Tensor) -> WeightFactory:
+    return partial(product, weight, mask)
+
+
+def as_matrix(weight: Tensor, mask: Tensor) -> WeightFactory:
+    return Product(mask, weight)
+
+
 def gradients(masks: dict[str, list[Tensor]]) -> list[Tensor]:
     return [
         torch.zeros_like(mask) if mask.grad is None else mask.grad
@@ -106,14 +137,14 @@ def gradients(masks: dict[str, list[Tensor]]) -> list[Tensor]:
     ]
 
 
+@pytest.mark.parametrize("way", [as_function, as_matrix])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_output_and_gradients_are_those_of_plain_autograd(name: str):
+def test_output_and_gradients_are_those_of_plain_autograd(
+    name: str, way: Callable[[Tensor, Tensor], WeightFactory]
+):
     case = Case(name)
     lazy, plain = case.leaves(), case.leaves()
-    makes = {
-        n: [partial(product, w, m) for w, m in zip(case.weights[n], lazy[n], strict=True)]
-        for n in lazy
-    }
+    makes = {n: [way(w, m) for w, m in zip(case.weights[n], lazy[n], strict=True)] for n in lazy}
     with masked(case.block, case.linears, makes):
         output = case.block(case.x)
     output.square().sum().backward()
@@ -158,6 +189,59 @@ def test_nothing_masked_outlives_its_use():
     assert len(alive) == 6 + 5
     assert most == 1
     assert all(mask.grad is not None for mask in masks.values())
+
+
+def test_of_a_masked_matrix_and_the_gradient_to_it_one_exists():
+    block = nn.Sequential(*[nn.Linear(16, 16) for _ in range(6)]).requires_grad_(False)
+    linears = find_linears(block, "block", None)
+    made: list[weakref.ref[Tensor]] = []
+    gradients: list[weakref.ref[Tensor]] = []
+
+    def alive() -> int:
+        return sum(reference() is not None for reference in (*made, *gradients))
+
+    class Watched(Product):
+        def make(self) -> Tensor:
+            assert alive() == 0
+            matrix = super().make()
+            made.append(weakref.ref(matrix))
+            return matrix
+
+        def gradient(self, upstream: Tensor) -> Tensor:
+            assert alive() == 0
+            gradients.append(weakref.ref(upstream))
+            return super().gradient(upstream)
+
+    masks = {x.name: random(16, 16).requires_grad_() for x in linears}
+    weights = {x.name: block.get_parameter(x.parameter) for x in linears}
+    makes = {x.name: [Watched(masks[x.name], weights[x.name])] for x in linears}
+    with masked(block, linears, makes):
+        loss = block(random(3, 16)).square().sum()
+    assert alive() == 0
+    loss.backward()
+    assert len(made) == 6 + 5
+    assert len(gradients) == 6
+    assert all(mask.grad is not None for mask in masks.values())
+
+
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 5, 12), (2, 0, 12)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_masked_linear_takes_any_batch_and_hands_gradients_to_inputs_and_bias(
+    shape: tuple[int, ...], bias: bool
+):
+    block = nn.Sequential(nn.Linear(12, 9, bias=bias))
+    block[0].weight.requires_grad_(False)
+    linears = find_linears(block, "block", None)
+    mask = random(9, 12).sigmoid().requires_grad_()
+    x = random(*shape, seed=1).requires_grad_()
+    leaves = [x, mask, *([block[0].bias] if bias else [])]
+    with masked(block, linears, {"0": [Product(mask, block[0].weight)]}):
+        output = block(x)
+    found = torch.autograd.grad(output.tanh().sum(), leaves)
+    expected = nn.functional.linear(x, block[0].weight * mask, block[0].bias)
+    torch.testing.assert_close(output, expected)
+    for a, b in zip(found, torch.autograd.grad(expected.tanh().sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_only_the_experts_in_use_are_made():

@@ -47,11 +47,10 @@ class _MaskBuckets(ctypes.Structure):
     ]
 
 
-def serves(*matrices: Tensor | None) -> bool:
-    """Whether the kernels take matrices of this type, one for all of them, on this device."""
-    given = [x for x in matrices if x is not None]
-    types = {x.dtype for x in given}
-    return len(types) == 1 and types <= _TYPES.keys() and usable(given[0].device)
+def serves(matrix: Tensor, other: Tensor | None = None) -> bool:
+    """Whether the kernels take matrices of this type, one for both of them, on this device."""
+    same = other is None or other.dtype == matrix.dtype
+    return same and matrix.dtype in _TYPES and usable(matrix.device)
 
 
 def segment_sum(
@@ -103,8 +102,12 @@ def mask_buckets(weight: Tensor, buckets: Tensor, first_kept: Tensor) -> Tensor:
 
 def _vector(cols: int, *matrices: Tensor | None) -> str:
     """Whether eight neighbours can be taken at a time, as C++ writes it."""
-    aligned = all(x.data_ptr() % 16 == 0 for x in matrices if x is not None)
-    return "true" if cols % _EIGHT == 0 and aligned else "false"
+    if cols % _EIGHT:
+        return "false"
+    for matrix in matrices:
+        if matrix is not None and matrix.data_ptr() % 16:
+            return "false"
+    return "true"
 
 
 def _stream(tensor: Tensor) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from besa.kernels.cuda import buckets as bucket_kernels
 from besa.kernels.cuda import compensate as compensate_kernel
@@ -15,11 +15,14 @@ from besa.kernels.cuda import compiler, driver
 from besa.kernels.cuda import n_of_m as n_of_m_kernel
 from besa.kernels.mask_buckets import mask_buckets, mask_buckets_reference
 from besa.kernels.segment_sum import segment_sum, segment_sum_reference
+from besa.model.blocks import find_linears
 from besa.pruning import compensate as module
 from besa.pruning import patterns
-from besa.pruning.allocate import RateMask
+from besa.pruning.allocate import RankedMatrix, RateLearner, RateMask, rank_buckets
 from besa.pruning.compensate import block_errors_reference, inverse_factor
 from besa.pruning.config import Pattern
+from besa.pruning.learn import learn_step
+from besa.pruning.masked import WeightFactory, masked
 from besa.pruning.methods.sparsegpt import sparsegpt
 from besa.pruning.patterns import lowest_pruned_overall, n_of_m, n_of_m_reference
 from besa.pruning.updates import obs
@@ -122,11 +125,49 @@ def test_the_mask_and_its_gradient_take_the_kernels(monkeypatch: pytest.MonkeyPa
     gradient = segment_sum_reference(upstream, buckets, 10, weight)
     monkeypatch.setattr("besa.kernels.mask_buckets.mask_buckets_reference", not_the_reference)
     monkeypatch.setattr("besa.kernels.segment_sum.segment_sum_reference", not_the_reference)
-    masked = RateMask.apply(keep, weight, buckets, first)
-    assert torch.equal(masked, expected)
-    masked.backward(upstream)
+    matrix = RateMask(keep, weight, buckets, first)()
+    assert torch.equal(matrix, expected)
+    matrix.backward(upstream)
     assert keep.grad is not None
     assert torch.equal(keep.grad, gradient)
+
+
+def learning(device: str, dtype: torch.dtype) -> tuple[list[float], list[Tensor]]:
+    """The errors of six steps of BESA's learning on two linears, and the rates it learns."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 48)).requires_grad_(False)
+    block = block.to(device, dtype)
+    linears = find_linears(block, "block", None)
+    weights = [block.get_parameter(x.parameter) for x in linears]
+    x = random(40, 64).to(device, dtype)
+    target = block(x)
+    buckets = [rank_buckets(weight.float().abs()) for weight in weights]
+    learner = RateLearner(list(map(RankedMatrix, weights, buckets)), 0.5)
+
+    def forward(_: int, weights: Sequence[WeightFactory]) -> Tensor:
+        makes = {x.name: [make] for x, make in zip(linears, weights, strict=True)}
+        with masked(block, linears, makes):
+            return block(x)
+
+    errors = [float(learn_step(learner, forward, 0, target)[0]) for _ in range(6)]
+    return errors, [rates.cpu() for rates in learner.result()]
+
+
+def assert_learns_the_same(
+    found: tuple[list[float], list[Tensor]], expected: tuple[list[float], list[Tensor]]
+) -> None:
+    assert expected[0][-1] < expected[0][0]
+    np.testing.assert_allclose(found[0], expected[0], rtol=0.05)
+    for a, b in zip(found[1], expected[1], strict=True):
+        assert float((a - b).abs().mean()) < 0.01
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_learns_the_same_by_either_way(dtype: torch.dtype):
+    expected = learning("cpu", dtype)
+    with driver_on_cpu():
+        assert_learns_the_same(learning("cpu", dtype), expected)
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -271,8 +312,14 @@ def test_buckets_on_a_gpu(dtype: torch.dtype):
     assert bucket_kernels.serves(values.cuda())
     out = segment_sum(values.cuda(), buckets.cuda(), 100, weight.cuda())
     assert torch.equal(out.cpu(), segment_sum_reference(values, buckets, 100, weight))
-    masked = mask_buckets(weight.cuda(), buckets.cuda(), first.cuda())
-    assert torch.equal(masked.cpu(), mask_buckets_reference(weight, buckets, first))
+    matrix = mask_buckets(weight.cuda(), buckets.cuda(), first.cuda())
+    assert torch.equal(matrix.cpu(), mask_buckets_reference(weight, buckets, first))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_learns_the_same_on_a_gpu(dtype: torch.dtype):
+    assert_learns_the_same(learning("cuda", dtype), learning("cpu", dtype))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
