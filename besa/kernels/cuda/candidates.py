@@ -35,7 +35,7 @@ _REGISTERS = 65536  # of a multiprocessor
 _SPLIT_COST = 0.1  # of the time, for the sums of a cluster
 
 # Plans of the kernel of many tokens that are timed, from as many tokens on and to as many.
-_PLANS, _PLANS_FROM, _PLANS_TO = 8, 17, 1024
+_PLANS, _PLANS_FROM, _PLANS_TO = 12, 17, 1024
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,12 @@ BESA_WGMMA(Fp16, "f16")
 // What this thread wrote to shared memory is there for wgmma, after the block's next barrier.
 DEVICE void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// An address that is computed here, once, and not again for each predicated access.
+DEVICE const char* once(const char* p) {
+    asm("" : "+l"(p));
+    return p;
+}
+
 // ---------------------------------------------------------------- bulk copies and their barriers
 
 // A barrier is 8 bytes at a `shared_address`. Its phase ends when `count` arrivals and all bytes that

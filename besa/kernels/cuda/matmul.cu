@@ -1,15 +1,19 @@
-// y = x W^T + bias for some 33 to 256 tokens, with W as records (see records.cuh); sm_90a.
+// y = x W^T + bias for some 33 to 512 tokens, with W as records (see records.cuh); sm_90a.
 //
 // A thread block has WARPGROUPS * 64 rows of W and N tokens. Each of its warps decodes the records of
 // one row block into the A registers of wgmma, which takes A from registers: four warps, a warpgroup,
 // multiply 64 rows together. What they multiply by, 64 columns of N tokens, lies once in the block's
-// shared memory. wgmma works on its own, so that a warp decodes tile k + 1 while tile k is multiplied.
+// shared memory.
 //
-// Decoding a tile costs a multiprocessor some 80 cycles, however many tokens there are, and multiplying
-// it N / 2: decode it once for as many tokens as fit the registers. W has too few rows to fill the GPU,
-// so the blocks of a cluster share the columns, and add their sums in the end, each those of some
-// tokens, reading the others' shared memory in the order of the blocks: no counters, no workspace, and
-// the same bits in every run.
+// The way of a tile from its mask to its product is some 1300 cycles long, most of them waiting, while
+// the work is 100 passes of shared memory: it takes 16 to 24 warps of a multiprocessor to hide it. So
+// registers decide. A tile has one set of A registers: while the product reads them, the warp locates
+// the next tile's values, and fetches them when it has ended. (With two sets, 8 warps took 1700 to 1950
+// cycles for a step, as many for 64 tokens as for 128, and 16 warps 2200; measured on an H100.)
+//
+// W has too few rows to fill the GPU, so the blocks of a cluster share the columns, and add their sums
+// in the end, each those of some tokens, reading the others' shared memory in the order of the blocks:
+// no counters, no workspace, and the same bits in every run.
 //
 // The columns of a tile are multiplied in the order in which the A registers have them: k' =
 // 16 i + 8 h + 2 t + j of mma i is column 16 t + 4 i + 2 h + j. So x is stored in this order.
@@ -28,12 +32,12 @@ struct Problem {
     int early;     // whether the next kernel may begin as soon as all blocks have, not when they end
 };
 
-constexpr int X_BUFFERS = 3;
+constexpr int X_BUFFERS = 2;
 
 // 16 bytes of one token, columns 8 c to 8 c + 7 of a tile: in four words, pair m of columns to chunk
-// 4 (c % 2) + m, word c / 2. `to` is `place_in_row` of the row.
-DEVICE void store_x(uint32_t to, uint4 v) {
-    char* shared = shared_memory();
+// 4 (c % 2) + m, word c / 2. `to` is `place_in_row` of the row, `more` a multiple of 1024.
+DEVICE void store_x(uint32_t to, uint32_t more, uint4 v) {
+    char* shared = shared_memory() + more;
     *reinterpret_cast<uint32_t*>(shared + to) = v.x;
     *reinterpret_cast<uint32_t*>(shared + (to ^ 16)) = v.y;
     *reinterpret_cast<uint32_t*>(shared + (to ^ 32)) = v.z;
@@ -50,9 +54,10 @@ template <class T, int WARPGROUPS, int N, int STAGES, int BLOCKS>
 KERNEL(WARPGROUPS * 128, BLOCKS) matmul(const Problem p) {
     constexpr int THREADS = WARPGROUPS * 128, ROWS = WARPGROUPS * 64;
     constexpr int X_BYTES = N * ROW_BYTES, CHUNKS = N * 8 / THREADS;  // of 16 bytes of x a thread
-    constexpr int PARTS = CHUNKS > 4 ? 2 : 1, PART = CHUNKS / PARTS;  // loaded one after the other
-    constexpr int KEPT = WARPGROUPS * BLOCKS <= 2 && N < 256;  // if there are registers for it
-    const int warp = threadIdx.x / 32;
+    constexpr int PARTS = CHUNKS > 2 ? 2 : 1, PART = CHUNKS / PARTS;  // loaded one after the other
+    constexpr bool SUMMED = WARPGROUPS * BLOCKS < 6;  // if there are registers for it
+    // The shuffle tells the compiler that a warp's lanes agree: addresses stay in uniform registers.
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const int rank = cluster_rank(), ranks = cluster_size();
     const int tiles = p.cols / 64, first = tiles * rank / ranks;
     const int steps = tiles * (rank + 1) / ranks - first;
@@ -63,9 +68,9 @@ KERNEL(WARPGROUPS * 128, BLOCKS) matmul(const Problem p) {
     // are not used. The sums take their place.
     const uint32_t x_at = (0u - shared_address(shared_memory())) % 1024;
     const uint32_t x_address = shared_address(shared_memory()) + x_at;
-    Ring<STAGES, KEPT> ring =
-        make_ring<STAGES, KEPT>(p, x_at + X_BUFFERS * X_BYTES + warp * STAGES * p.capacity,
-                          row0 / 16 + warp, first, steps);
+    Ring<STAGES, 0> ring =
+        make_ring<STAGES, 0>(p, x_at + X_BUFFERS * X_BYTES + warp * STAGES * p.capacity,
+                             row0 / 16 + warp, first, steps);
     wait_for_previous();  // it may have written x; the weights were there before
 
     // Chunk i of this thread is 16 bytes of token (i * THREADS + threadIdx.x) / 8; tokens past the last
@@ -89,62 +94,39 @@ KERNEL(WARPGROUPS * 128, BLOCKS) matmul(const Problem p) {
     auto store_part = [&](int buffer, int part) {
 #pragma unroll
         for (int i = 0; i < PART; ++i)
-            store_x(x_to + buffer * X_BYTES + (part * PART + i) * (THREADS / 8) * ROW_BYTES, loaded[i]);
+            store_x(x_to, buffer * X_BYTES + (part * PART + i) * (THREADS / 8) * ROW_BYTES, loaded[i]);
     };
 
     float sum[N / 64][32] = {};
-    int buffer = 0;
-    Tile tile;  // the next one to fetch
-    auto multiply = [&](const uint32_t(&a)[4][4]) {
-        __syncthreads();  // all of x is there
-        multiply_tile<T, N>(sum, a, x_address + buffer * X_BYTES);
-    };
-    // Multiplies by tile `step`, whose weights are in `a`, and makes ready the next one in `a_next`,
-    // which the products of the step before may still be reading.
-    auto advance = [&](int step, uint32_t(&a)[4][4], uint32_t(&a_next)[4][4]) {
-        load_part(step + 1, 0);
-        multiply(a);
-        buffer = buffer + 1 == X_BUFFERS ? 0 : buffer + 1;
-        if (!KEPT) tile = next_tile(ring, step + 1);
-        products_wait<1>();
-        keep_all(a_next);
-        Tile later;
-        if (KEPT) later = next_tile(ring, step + 2);
-        fetch_half<0>(tile, a_next);
-        store_part(buffer, 0);
-        if (PARTS == 2) load_part(step + 1, 1);
-        fetch_half<1>(tile, a_next);
-        if (PARTS == 2) store_part(buffer, 1);
-        publish_to_products();
-        if (KEPT) tile = later;
-    };
-
     if (steps > 0) {
-        uint32_t a[4][4], b[4][4] = {};
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
             load_part(0, part);
             store_part(0, part);
         }
         publish_to_products();
-        tile = next_tile(ring, 0);
+        uint32_t a[4][4];
+        Tile tile = next_tile(ring, 0, SUMMED);
         fetch_half<0>(tile, a);
         fetch_half<1>(tile, a);
-        if (KEPT) tile = next_tile(ring, 1);
-        int step = 0;
-        for (; step + 2 < steps; step += 2) {
-            advance(step, a, b);
-            advance(step + 1, b, a);
-        }
-        if (step + 1 < steps) {  // two endings: copied registers would make products wait
-            advance(step, a, b);
-            multiply(b);
-        } else {
-            multiply(a);
+        for (int step = 0, buffer = 0;; ++step, buffer ^= 1) {
+            const bool last = step + 1 == steps;
+            if (!last) load_part(step + 1, 0);
+            __syncthreads();  // x is there, and nobody needs that of the step before
+            multiply_tile<T, N>(sum, a, x_address + buffer * X_BYTES);
+            if (last) break;
+            tile = next_tile(ring, step + 1, SUMMED);
+            products_wait<0>();
+            keep_all(a);
+            fetch_half<0>(tile, a);
+            store_part(buffer ^ 1, 0);
+            if (PARTS == 2) load_part(step + 1, 1);
+            fetch_half<1>(tile, a);
+            if (PARTS == 2) store_part(buffer ^ 1, 1);
+            publish_to_products();
         }
         products_wait<0>();
         keep_all(a);
-        keep_all(b);
     }
     wait<0>();
     start_next();

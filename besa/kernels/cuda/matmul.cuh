@@ -22,24 +22,21 @@ struct Ring {
     uint32_t at;     // bytes of shared memory
     uint32_t to;     // the address of this lane's first 16 bytes
     int stage;       // of the next tile to decode
-    int begin, end;  // of the record of this lane's step among 32
+    int begin, end;  // of the next record to send for, in units of 16 bytes
 };
 
-// Sends for the record of tile `step`, if there is one.
+// Sends for the record of tile `step`, if there is one, and for the end of the next one: that is not
+// needed before the next call. `zero` is 0, and known to be so after what it is made of.
 template <int STAGES, int KEPT>
-DEVICE void send(Ring<STAGES, KEPT>& ring, int step, int stage) {
-    if (step % 32 == 0) {
-        bool live = step + ring.lane < ring.steps;
-        ring.begin = live ? __ldg(ring.offsets + step + ring.lane) : 0;
-        ring.end = live ? __ldg(ring.offsets + step + ring.lane + 1) : 0;
-    }
-    int first = __shfl_sync(~0u, ring.begin, step % 32);
-    int size = __shfl_sync(~0u, ring.end, step % 32) - first - ring.lane;
-    const char* from = ring.records + (int64_t(first) + ring.lane) * 16;
+DEVICE void send(Ring<STAGES, KEPT>& ring, int step, int stage, int zero = 0) {
+    const int size = ring.end - ring.begin - ring.lane - zero;
+    const char* from = once(ring.records + (int64_t(ring.begin) + ring.lane) * 16);
 #pragma unroll
     for (int i = 0; i < PIECES; ++i)
         if (32 * i < size) copy16(ring.to + stage * ring.capacity + 512 * i, from + 512 * i);
     commit();
+    ring.begin = ring.end;
+    ring.end = __ldg(ring.offsets + min(step + 2, ring.steps));
 }
 
 // A ring at `at` for row block `row_block` of a weight of `rows`, tiles `first` to `first + steps`
@@ -48,27 +45,33 @@ template <int STAGES, int KEPT, class Problem>
 DEVICE Ring<STAGES, KEPT> make_ring(const Problem& p, uint32_t at, int row_block, int first, int steps) {
     const int lane = threadIdx.x % 32;
     const bool there = row_block < (p.rows + 63) / 64 * 4;
-    Ring<STAGES, KEPT> ring = {
-        p.records, p.offsets + int64_t(row_block) * (p.cols / 64) + first, there ? steps : 0,
-        p.capacity, lane, at, shared_address(shared_memory()) + at + lane * 16, 0, 0, 0};
-    if (!there) {  // a mask of zeros for every step
+    const int* offsets = p.offsets + (there ? int64_t(row_block) * (p.cols / 64) + first : 0);
+    if (!there) {  // no records, and a mask of zeros for every step
+        steps = 0;
 #pragma unroll
         for (int i = 0; i < STAGES; ++i)
             *reinterpret_cast<uint32_t*>(shared_memory() + at + i * p.capacity + 4 * lane) = 0;
     }
+    Ring<STAGES, KEPT> ring = {
+        p.records, offsets, steps, p.capacity, lane, at,
+        shared_address(shared_memory()) + at + lane * 16, 0, __ldg(offsets),
+        __ldg(offsets + min(1, steps))};
 #pragma unroll
     for (int i = 0; i < STAGES - 1 - KEPT; ++i) send(ring, i, i);
     return ring;
 }
 
-// Tile `step`, the next one; and sends for the one that takes the place of the last one fetched.
+// Tile `step`, the next one; and sends for the one that takes the place of the last one fetched. With
+// `summed`, that waits for the sums over the lanes, whose top bits are 0: these then come before the
+// wait for a product, which the compiler else puts first, so that nothing overlaps.
 template <int STAGES, int KEPT>
-DEVICE Tile next_tile(Ring<STAGES, KEPT>& ring, int step) {
+DEVICE Tile next_tile(Ring<STAGES, KEPT>& ring, int step, bool summed) {
     wait<STAGES - 2 - KEPT>();
     __syncwarp();
-    int done = ring.stage - 1 - KEPT;
-    send(ring, step + STAGES - 1 - KEPT, done < 0 ? done + STAGES : done);
     Tile tile = locate(ring.at + ring.stage * ring.capacity, ring.lane);
+    int done = ring.stage - 1 - KEPT;
+    int zero = summed ? int((tile.upto[0] | tile.upto[1]) >> 31) : 0;
+    send(ring, step + STAGES - 1 - KEPT, done < 0 ? done + STAGES : done, zero);
     ring.stage = ring.stage + 1 == STAGES ? 0 : ring.stage + 1;
     return tile;
 }

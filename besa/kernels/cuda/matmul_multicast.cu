@@ -1,4 +1,4 @@
-// y = x W^T + bias for some 129 tokens and more, with W as records: matmul.cu with less traffic; sm_90a.
+// y = x W^T + bias for some 65 tokens and more, with W as records: matmul.cu with less traffic; sm_90a.
 //
 // Where every block reads all of its tokens of x, L2 is what limits 256 tokens: 128 rows of W take 2 MB
 // of x beside 0.6 MB of records. So C blocks of a cluster, with other rows each, take the same part of
@@ -12,6 +12,10 @@
 // The warps do not meet at every tile: x has X_BUFFERS, each with a barrier that says it is full (all
 // bytes are there) and one that says it is free (all warps of the C blocks have multiplied by it). Warp
 // 0 sends for x.
+//
+// With more than 128 tokens their sums leave room for no more than 8 warps of a multiprocessor. Then a
+// warp does more at a time: DOUBLE sets of A registers, so that it decodes the next tile while one is
+// multiplied, and KEPT, a tile more that is located meanwhile (see matmul.cuh).
 //
 // A launch has the grid (C * splits, tokens / N, rows / (64 WARPGROUPS) / C), rounded up, in clusters of
 // C * splits: as in matmul.cu, `splits` blocks share the columns.
@@ -52,9 +56,9 @@ struct Problem {
 template <class T, int WARPGROUPS, int N, int STAGES, int BLOCKS>
 KERNEL(WARPGROUPS * 128, BLOCKS) matmul(const Problem p) {
     constexpr int ROWS = WARPGROUPS * 64, X_BYTES = N * ROW_BYTES, PIECE = 64 * ROW_BYTES;
-    constexpr int KEPT = WARPGROUPS * BLOCKS <= 2;
-    // A tile of x is sent for AHEAD of its product, to where the one two before the present one was.
-    constexpr int X_BUFFERS = N * BLOCKS > 256 ? 3 : 4, AHEAD = X_BUFFERS - 2;
+    constexpr int DOUBLE = N > 128, KEPT = DOUBLE;
+    // A tile of x is sent for AHEAD of its product, to where the last one was that has been multiplied.
+    constexpr int X_BUFFERS = N * BLOCKS > 256 ? 2 + DOUBLE : 4, AHEAD = X_BUFFERS - 1 - DOUBLE;
     // The shuffle tells the compiler that a warp's lanes agree: addresses stay in uniform registers.
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int member = cluster_rank() % p.sharing, part = cluster_rank() / p.sharing;
@@ -118,42 +122,42 @@ KERNEL(WARPGROUPS * 128, BLOCKS) matmul(const Problem p) {
         multiply(step, a);
         if (warp == 0 && step + AHEAD < steps) send_x(step + AHEAD);
         __syncwarp();
-        if (!KEPT) tile = next_tile(ring, step + 1);
-        products_wait<1>();
+        if (!KEPT) tile = next_tile(ring, step + 1, true);
+        products_wait<DOUBLE>();
         keep_all(a_next);
-        if (step > 0 && lane < p.sharing)
-            barrier_arrive(free + 8 * ((step - 1) % X_BUFFERS), part * p.sharing + lane);
+        if (step >= DOUBLE && lane < p.sharing)
+            barrier_arrive(free + 8 * ((step - DOUBLE) % X_BUFFERS), part * p.sharing + lane);
         __syncwarp();
         Tile later;
-        if (KEPT) later = next_tile(ring, step + 2);
+        if (KEPT) later = next_tile(ring, step + 2, false);
         fetch_half<0>(tile, a_next);
         fetch_half<1>(tile, a_next);
         if (KEPT) tile = later;
     };
 
     if (steps > 0) {
-        uint32_t a[4][4], b[4][4] = {};
+        uint32_t a[1 + DOUBLE][4][4] = {};
         if (warp == 0)
             for (int i = 0; i < min(AHEAD, steps); ++i) send_x(i);
         __syncwarp();
-        tile = next_tile(ring, 0);
-        fetch_half<0>(tile, a);
-        fetch_half<1>(tile, a);
-        if (KEPT) tile = next_tile(ring, 1);
+        tile = next_tile(ring, 0, !DOUBLE);
+        fetch_half<0>(tile, a[0]);
+        fetch_half<1>(tile, a[0]);
+        if (KEPT) tile = next_tile(ring, 1, false);
         int step = 0;
         for (; step + 2 < steps; step += 2) {
-            advance(step, a, b);
-            advance(step + 1, b, a);
+            advance(step, a[0], a[DOUBLE]);
+            advance(step + 1, a[DOUBLE], a[0]);
         }
         if (step + 1 < steps) {  // two endings: copied registers would make products wait
-            advance(step, a, b);
-            multiply(step + 1, b);
+            advance(step, a[0], a[DOUBLE]);
+            multiply(step + 1, a[DOUBLE]);
         } else {
-            multiply(step, a);
+            multiply(step, a[0]);
         }
         products_wait<0>();
-        keep_all(a);
-        keep_all(b);
+        keep_all(a[0]);
+        keep_all(a[DOUBLE]);
     }
     wait<0>();
     start_next();

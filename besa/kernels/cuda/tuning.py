@@ -4,8 +4,8 @@
 >>> print(untimed(shape, Gpu(multiprocessors=132, capability=(9, 0))).describe())  # of 2:4
 1 to 8 tokens: records, 1 x 16 rows, 16 warps, 2 stages
 9 to 16 tokens: records, 1 x 16 rows, 13 warps, 2 stages
-17 to 32 tokens: records, 1 x 16 rows, 8 warps, 2 stages
-33 to 64 tokens: records, 2 x 16 rows, 10 warps, 2 stages
+17 to 32 tokens: records, 1 x 16 rows, 10 warps, 2 stages
+33 to 64 tokens: records, 2 x 16 rows, 8 warps, 2 stages
 from 65 tokens: expand, cuBLAS
 
 A way that is best for one shape is up to twice as slow for another: what counts is how evenly the

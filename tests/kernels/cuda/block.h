@@ -158,7 +158,7 @@ static void change(Fiber& from) {
     ++block.first, --block.count;
     block.current = next;
     threadIdx.x = next->index;
-    Fiber::change(from, next->fiber);
+    if (&next->fiber != &from) Fiber::change(from, next->fiber);  // itself, if it only let others
 }
 
 static void stop(State state) {

@@ -26,12 +26,16 @@ from besa.kernels.cuda.records import Records, parts, to_records
 from tests.kernels.cuda.emulation import Emulated, guarded, needs_compiler
 
 BF16, FP16 = torch.bfloat16, torch.float16
-FEW_ROWS = Config(warpgroups=1, tokens=64, stages=3, blocks=4)
+FEW_ROWS = Config(warpgroups=1, tokens=64, stages=3, blocks=5)
 TWO_BLOCKS = Config(warpgroups=2, tokens=64, stages=3, blocks=2)
-AHEAD = Config(warpgroups=2, tokens=64, stages=4, blocks=1)  # locates a tile ahead
-THREE = Config(warpgroups=2, tokens=192, stages=4, blocks=1)
-TIGHT = Config(warpgroups=1, tokens=256, stages=3, blocks=2)  # of x three buffers, not four
-WIDE = Config(warpgroups=2, tokens=256, stages=3, blocks=1)  # loads x in two parts
+DEEP = Config(warpgroups=1, tokens=64, stages=4, blocks=4)
+TALL = Config(warpgroups=4, tokens=64, stages=3, blocks=1)
+PARTS = Config(warpgroups=2, tokens=128, stages=3, blocks=2)  # loads x in two parts
+LARGE = Config(warpgroups=4, tokens=128, stages=3, blocks=1)
+TWO_OF_X = Config(warpgroups=1, tokens=128, stages=3, blocks=4)  # of x two buffers, not four
+AHEAD = Config(warpgroups=2, tokens=256, stages=4, blocks=1)  # locates a tile ahead
+TIGHT = Config(warpgroups=1, tokens=256, stages=3, blocks=2)  # and has three buffers of x
+WIDE = Config(warpgroups=2, tokens=256, stages=3, blocks=1)
 
 # Rounding y to its type: a mean of 0.4 units of the last place.
 TOLERANCE = {BF16: 3e-3, FP16: 4e-4}
@@ -93,20 +97,25 @@ def multiply(plan: Plan, x: Tensor, records: Records, bias: Tensor | None) -> Te
         (Plan(TWO_BLOCKS, 4), 133, 448, 70, 0.3, BF16, True),  # two blocks of tokens; rows % 4
         (Plan(TWO_BLOCKS, 8), 64, 192, 40, 0.5, BF16, True),  # blocks without columns, without rows
         (Plan(TWO_BLOCKS, 1), 66, 2176, 35, 0.7, BF16, False),  # more than 32 steps
-        (Plan(AHEAD, 1), 130, 2240, 64, 0.5, BF16, True),
-        (Plan(AHEAD, 4), 70, 320, 64, 0.0, BF16, False),  # one or two steps
+        (Plan(DEEP, 1), 130, 2240, 64, 0.5, BF16, True),
+        (Plan(DEEP, 4), 70, 320, 64, 0.0, BF16, False),  # one or two steps
         (Plan(FEW_ROWS, 3), 70, 256, 5, 0.9, FP16, False),
         (Plan(FEW_ROWS, 2), 129, 128, 65, 0.0, FP16, True),  # dense: the largest records
-        (Plan(WIDE, 2), 130, 192, 200, 0.5, BF16, True),
-        (Plan(WIDE, 1), 20, 128, 257, 1.0, BF16, True),  # all but empty
-        (Plan(AHEAD, 1, 1), 128, 64, 64, 0.5, BF16, False),
-        (Plan(AHEAD, 1, 1), 100, 2176, 33, 0.5, BF16, True),
-        (Plan(AHEAD, 2, 2), 300, 576, 70, 0.3, BF16, True),  # a block without rows that shares x
-        (Plan(AHEAD, 2, 4), 133, 320, 130, 0.0, BF16, False),
-        (Plan(FEW_ROWS, 1, 8), 250, 320, 64, 0.9, FP16, True),
-        (Plan(THREE, 2), 130, 320, 150, 0.5, BF16, False),
-        (Plan(THREE, 1, 2), 140, 384, 200, 0.5, BF16, True),  # x is cut into other pieces
-        (Plan(THREE, 2, 4), 140, 384, 192, 0.5, BF16, True),
+        (Plan(TALL, 2), 270, 320, 64, 0.5, BF16, True),
+        (Plan(PARTS, 2), 130, 192, 200, 0.5, BF16, True),
+        (Plan(PARTS, 1), 20, 128, 257, 1.0, BF16, True),  # all but empty
+        (Plan(PARTS, 3), 140, 2176, 100, 0.7, FP16, False),
+        (Plan(LARGE, 2), 300, 448, 128, 0.5, BF16, True),
+        (Plan(TWO_BLOCKS, 1, 1), 128, 64, 64, 0.5, BF16, False),
+        (Plan(TWO_BLOCKS, 1, 1), 100, 2176, 33, 0.5, BF16, True),
+        (Plan(TWO_BLOCKS, 2, 2), 300, 576, 70, 0.3, BF16, True),  # one shares x and has no rows
+        (Plan(TWO_OF_X, 2, 4), 133, 320, 130, 0.0, BF16, False),
+        (Plan(TWO_OF_X, 1, 8), 250, 320, 64, 0.9, FP16, True),
+        (Plan(TWO_OF_X, 3, 1), 250, 576, 128, 0.5, BF16, True),
+        (Plan(PARTS, 2, 2), 130, 384, 150, 0.5, BF16, False),
+        (Plan(LARGE, 2, 4), 300, 576, 128, 0.5, BF16, True),
+        (Plan(AHEAD, 1, 2), 140, 2176, 200, 0.5, BF16, True),
+        (Plan(AHEAD, 3, 1), 140, 384, 192, 0.5, BF16, True),
         (Plan(TIGHT, 2, 2), 140, 640, 256, 0.5, BF16, True),
         (Plan(WIDE, 2, 4), 140, 576, 300, 0.5, BF16, True),
         (Plan(WIDE, 4, 2), 64, 192, 256, 0.5, BF16, True),  # blocks without columns
@@ -128,7 +137,9 @@ def test_product(
 
 
 @needs_compiler
-@pytest.mark.parametrize("plan", [Plan(AHEAD, 1), Plan(AHEAD, 3), Plan(AHEAD, 3, 2)])
+@pytest.mark.parametrize(
+    "plan", [Plan(TWO_BLOCKS, 1), Plan(PARTS, 3), Plan(TWO_OF_X, 3, 2), Plan(AHEAD, 1, 2)]
+)
 def test_exact(plan: Plan) -> None:
     """Whole numbers have exact sums, so that any weight in a wrong place shows."""
     torch.manual_seed(0)
@@ -141,7 +152,7 @@ def test_exact(plan: Plan) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("plan", [Plan(AHEAD, 1), Plan(AHEAD, 1, 2)])
+@pytest.mark.parametrize("plan", [Plan(TWO_BLOCKS, 1), Plan(TWO_BLOCKS, 1, 2)])
 def test_infinite_token_stays_alone(plan: Plan) -> None:
     _, records = sparse(64, 128, 0.5, BF16)
     x = torch.randn(40, 128).to(BF16)
@@ -157,7 +168,7 @@ def test_launch() -> None:
     launch = Plan(TWO_BLOCKS, 4).launch(rows=4096, cols=4096, tokens=65, capacity=1344)
     assert launch.grid == (4, 2, 32)
     assert (launch.threads, launch.cluster) == (256, 4)
-    assert launch.shared == 1024 + 3 * 64 * 128 + 8 * 3 * 1344 + 16
+    assert launch.shared == 1024 + 2 * 64 * 128 + 8 * 3 * 1344 + 16
     launch = Plan(WIDE, 2, 4).launch(rows=4097, cols=4096, tokens=512, capacity=1344)
     assert (launch.grid, launch.cluster) == ((8, 2, 9), 8)
     with pytest.raises(AssertionError, match="whole tiles"):
