@@ -43,7 +43,9 @@ COMPARED = ("50%", "2:4", "int8 50%")
 # The least cosine of logits that ought to be equal. Roundings of bfloat16 add up over the blocks,
 # and those of int8 activations more so.
 LEAST_COSINE = {False: 0.995, True: 0.98}
-LEAST_COSINE_OF_GRAPH = 0.995
+# Of a graph against the same step as it is: a compiled norm rounds otherwise, which moves int8
+# activations by whole steps.
+LEAST_COSINE_OF_GRAPH = {False: 0.995, True: 0.95}
 
 
 class Bench:
@@ -151,7 +153,8 @@ class Bench:
             "compile_failed": packed.compile_failed or dense.compile_failed,
             "cosine": packed.cosine,
             "dense_cosine": dense.cosine,
-            "right": min(dense.cosine, packed.cosine) >= LEAST_COSINE_OF_GRAPH,
+            "right": dense.cosine >= LEAST_COSINE_OF_GRAPH[False]
+            and packed.cosine >= LEAST_COSINE_OF_GRAPH["int8" in kind],
         }
 
 

@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="of calibration, instead of 32 and 16")
     parser.add_argument("--tokens", type=int, default=2048, help="in a sample")
     parser.add_argument("--runs", type=int, default=3, help="of the copies")
-    parser.add_argument("--json", type=Path, default=RESULTS / "gpu_pipeline.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "gpu-pipeline.json")
     parser.add_argument("--tiny", action="store_true", help="a quick look that it runs")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -157,7 +157,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     most = x.float().abs().amax(-1, keepdim=True)
     finite = most.isfinite()
-    inverse = torch.where(finite & (most > 0), 127 / most, 0.0)
+    # Divided as the kernels do: torch takes 127 / most for 127 times the rounded 1 / most.
+    inverse = torch.where(finite & (most > 0), torch.full_like(most, 127) / most, 0.0)
     whole = torch.where(finite, x.float() * inverse, 0.0).round()
     return whole, torch.where(finite, most / 127, torch.nan)
 

@@ -149,7 +149,7 @@ def test_a_guess_is_called_one() -> None:
     assert {way.seconds for way in ways} == {None}
     line = command._way(ways[:2])
     assert line == "1 to 8 tokens: kernel, not measured, the first guess"
-    assert command._way(ways[-1:]) == "from 1025 tokens: expansion, the only way"
+    assert command._way(ways[-1:]) == "from 2049 tokens: expansion, the only way"
 
 
 @pytest.mark.parametrize("columns", [60, 100])

@@ -64,7 +64,7 @@ def candidates(shape: Shape, tokens: int, gpu: Gpu) -> list[Way]:
                 if len(splits) == 1 or gpu.capability >= (9, 0):
                     ways += _best(blocks, splits, count, shape, tokens, gpu.multiprocessors)
     if tokens > 16:
-        ways.append(Expand())
+        ways += [Expand(), Expand(int8=True)]
     fitting = [way for way in ways if way.kernels(shape, tokens) is not None]
     return fitting or [Expand()]
 

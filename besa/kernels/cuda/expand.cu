@@ -138,21 +138,38 @@ KERNEL(WARPS * 32, 2) expand(const Expansion p) {
         } else {
             const char* words = shared_memory() + record;
             uint32_t meta = reinterpret_cast<const uint32_t*>(words)[lane];
+            uint2 four[2][2][2];  // [j][u][h]: four q = 4 u + t of mma j, row g + 8 h
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 uint4 a = reinterpret_cast<const uint4*>(words + MASK_BYTES + 512 * j)[lane];
                 uint32_t pairs[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {  // four q = 4 u + t of mma j, row g + 8 h
+                for (int i = 0; i < 4; ++i) {
                     int h = i % 2, u = i / 2;
                     uint32_t bits = __shfl_sync(~0u, meta, 4 * g + 2 * j + u);
-                    uint2 four = placed(without_minus_zero(pairs[i]), bits >> (16 * h + 4 * t));
-                    if (j == 1) four = make_uint2(four.y, four.x);
-                    int place = 4 * (8 * (t % 2) + 4 * j + 2 * u + t / 2);
-                    int64_t to_four = int64_t(row + 8 * h) * p.cols + tile % across * 64 + place;
-                    if (row + 8 * h < p.rows)
-                        *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.dense) + to_four) = four;
+                    uint2 f = placed(without_minus_zero(pairs[i]), bits >> (16 * h + 4 * t));
+                    four[j][u][h] = j == 1 ? make_uint2(f.y, f.x) : f;
                 }
+            }
+            // The lane and lane t ^ 2 have every other of 8 fours in a row. Each takes half of them,
+            // that of mma t / 2, which are 32 bytes in a row.
+            const int half = t / 2, place = 4 * (8 * (t % 2) + 4 * half);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                uint4 fours[2];
+#pragma unroll
+                for (int u = 0; u < 2; ++u) {
+                    uint2 own = half ? four[1][u][h] : four[0][u][h];
+                    uint2 sent = half ? four[0][u][h] : four[1][u][h], got;
+                    got.x = __shfl_xor_sync(~0u, sent.x, 2);
+                    got.y = __shfl_xor_sync(~0u, sent.y, 2);
+                    fours[u] = half ? make_uint4(got.x, got.y, own.x, own.y)
+                                    : make_uint4(own.x, own.y, got.x, got.y);
+                }
+                uint4* to_fours = reinterpret_cast<uint4*>(
+                    static_cast<uint16_t*>(p.dense) + int64_t(row + 8 * h) * p.cols +
+                    tile % across * 64 + place);
+                if (row + 8 * h < p.rows) to_fours[0] = fours[0], to_fours[1] = fours[1];
             }
         }
         stage = stage + 1 == STAGES ? 0 : stage + 1;

@@ -34,41 +34,47 @@ class _Rescaling(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Expand:
-    """The dense matrix for as long as cuBLAS takes to multiply by it."""
+    """The dense matrix for as long as cuBLAS takes to multiply by it.
+
+    Attributes:
+        int8: whether int8 values stay int8, and cuBLAS multiplies them by quantized activations.
+    """
+
+    int8: bool = False
 
     def __str__(self) -> str:
-        return "expand, cuBLAS"
+        return "expand, cuBLAS in int8" if self.int8 else "expand, cuBLAS"
 
-    def kernels(self, shape: Shape, tokens: int) -> list[Needed] | None:  # noqa: ARG002
-        """All that it may launch, for any number of tokens."""
-        found = [Needed("expand.cu", expansion(shape, shape.x))]
-        if shape.int8 and shape.int8_input:
-            found += [
-                Needed("expand.cu", expansion(shape, torch.int8)),
-                Needed("expand.cu", f"rescale<{TYPES[shape.x]}>"),
-                Needed("sparse_linear.cu", f"quantize<{TYPES[shape.x]}>"),
-            ]
-        return found
+    def kernels(self, shape: Shape, tokens: int) -> list[Needed] | None:
+        """What it launches; None if cuBLAS has no such product."""
+        quantizes = shape.int8 and shape.int8_input
+        quantize = Needed("sparse_linear.cu", f"quantize<{TYPES[shape.x]}>")
+        if not self.int8:
+            dense = Needed("expand.cu", expansion(shape, shape.x))
+            return [dense, quantize] if quantizes else [dense]
+        if not quantizes or shape.group_size or shape.rows % 8 or tokens <= 16:
+            return None
+        names = (expansion(shape, torch.int8), f"rescale<{TYPES[shape.x]}>")
+        return [quantize, *(Needed("expand.cu", name) for name in names)]
 
     def run(self, call: Call) -> None:
         """Queues the expansion and the product."""
         shape = call.shape
-        if not shape.int8 or not shape.int8_input:
-            dense = expand(call, shape.x)
-            if call.bias is None:
-                torch.mm(call.x, dense.T, out=call.y)
-            else:
-                torch.addmm(call.bias, call.x, dense.T, out=call.y)
-            return
-        x8, x_scale = quantized(call)
-        if shape.group_size == 0 and shape.rows % 8 == 0 and call.tokens > 16:
+        if self.int8:
+            x8, x_scale = quantized(call)
             sums = torch._int_mm(x8, expand(call, torch.int8).T)
             _rescale(call, sums, x_scale)
-            return
-        product = F.linear(x8.to(shape.x), expand(call, shape.x)).float() * x_scale.unsqueeze(1)
-        if call.bias is not None:
-            product += call.bias
-        call.y.copy_(product)
+        elif shape.int8 and shape.int8_input:
+            x8, x_scale = quantized(call)
+            dense = expand(call, shape.x)
+            product = F.linear(x8.to(shape.x), dense).float() * x_scale.unsqueeze(1)
+            if call.bias is not None:
+                product += call.bias
+            call.y.copy_(product)
+        elif call.bias is None:
+            torch.mm(call.x, expand(call, shape.x).T, out=call.y)
+        else:
+            torch.addmm(call.bias, call.x, expand(call, shape.x).T, out=call.y)
 
 
 def expansion(shape: Shape, dtype: torch.dtype) -> str:

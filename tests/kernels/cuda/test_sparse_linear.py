@@ -195,5 +195,13 @@ def test_expansion_of_int8(
         check(Expand(), packed, torch.randn(20, cols).to(BF16), int8_input)
 
 
+def test_expansion_that_stays_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: _Properties)
+    for rows, cols in [(16, 64), (40, 200)]:
+        packed = pack(*quantize_int8(weight_of(rows, cols, 0.5, torch.float32)))
+        check(Expand(int8=True), packed, torch.randn(20, cols).to(BF16))
+        check(Expand(int8=True), packed, torch.randn(33, cols).to(FP16), bias=False)
+
+
 class _Properties:
     multi_processor_count = 3
