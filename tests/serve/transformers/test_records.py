@@ -1,7 +1,7 @@
-"""Packed checkpoints in transformers as on a GPU: the weights as records, multiplied by their oracle.
+"""Packed checkpoints in transformers as on a GPU: weights as records, multiplied by their oracle.
 
-No GPU is needed: weights become records on the CPU, too, where the operator makes the canonical form
-of them again. So loading, saving, copying and moving are tested, and with them the layout.
+No GPU is needed: weights become records on the CPU, too, where the operator makes the canonical
+form of them again. So loading, saving, copying and moving are tested, and with them the layout.
 """
 
 from __future__ import annotations

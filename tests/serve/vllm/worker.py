@@ -4,8 +4,8 @@
 
 A job is {"model": directory, "flags": arguments of vllm.LLM, "adapter": a LoRA's directory or
 none, "records": whether weights become records as on a GPU, which the operator multiplies here by
-its oracle}; its result {"tokens": …, "logprobs": …} of every prompt, greedily, and the bytes that each
-rank's linears hold; or {"error": message}.
+its oracle}; its result {"tokens": …, "logprobs": …} of every prompt, greedily, and the bytes that
+each rank's linears hold; or {"error": message}.
 vLLM takes ten seconds to import and three for a tiny model, so many jobs share a process.
 """
 
