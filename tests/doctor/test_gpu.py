@@ -22,7 +22,7 @@ from besa.doctor.report import DoctorReport, Gpus
 from besa.errors import BesaWarning
 from besa.kernels.cuda import cache, candidates, compiler, driver, tuning
 from besa.kernels.cuda.call import Shape
-from besa.kernels.cuda.linear import _shape
+from besa.kernels.cuda.linear import shape_of
 from besa.kernels.cuda.records import Records
 from besa.kernels.cuda.tuning import Table
 from besa.machine import Gpu
@@ -37,7 +37,7 @@ LIKE_H100 = candidates.Gpu(multiprocessors=132, capability=(9, 0))
 
 def tuned(records: Records, scale: torch.Tensor | None, x: torch.dtype, int8_input: bool) -> Table:
     """As if it had been measured: each bucket takes 10 µs more than the one before."""
-    shape = _shape(records, scale, x, int8_input)
+    shape = shape_of(records, scale, x, int8_input)
     assert shape is not None
     guess = tuning.untimed(shape, LIKE_H100)
     return Table(

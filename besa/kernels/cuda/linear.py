@@ -69,16 +69,16 @@ def records_linear(
 
 
 def tuned(records: Records, scale: Tensor | None, x: torch.dtype, int8_input: bool) -> Table | None:
-    """The table of a weight on a GPU, measured if no process has done so; None where x is cast."""
-    shape = _shape(records, scale, x, int8_input)
-    if shape is None:
+    """The table of a weight on a GPU, measured if no process has done so; None if it needs none."""
+    shape = shape_of(records, scale, x, int8_input)
+    if shape is None or not records.rows * records.cols:
         return None
     some = torch.empty(1, shape.cols, dtype=x, device=records.data.device)
     out = some.new_empty(1, records.rows)
     return table(Call(shape, records.data, records.offsets, scale, None, some, out))
 
 
-def _shape(
+def shape_of(
     records: Records, scale: Tensor | None, x: torch.dtype, int8_input: bool
 ) -> Shape | None:
     """What the kernels are told of a weight; None if they don't take it with such an x."""
@@ -122,7 +122,7 @@ def _on_gpu(
         return out
     if cols == 0:
         return out.zero_() if bias is None else out.copy_(bias.expand(out.shape))
-    shape = _shape(records, scale, x.dtype, int8_input)
+    shape = shape_of(records, scale, x.dtype, int8_input)
     if shape is None:
         return out.copy_(_cast_and_multiplied(x, records, scale, bias, int8_input))
     flat = x.reshape(-1, cols)
@@ -143,33 +143,29 @@ def _cast_and_multiplied(
 ) -> Tensor:
     """By torch, for activations that the kernels have no product for; slow, and said once."""
     _say_cast(records.dtype, x.dtype)
-    through = x.dtype if x.dtype in TYPES else torch.bfloat16
-    exact = records.dtype if records.dtype != torch.int8 else torch.int8
-    shape = Shape(
-        records.rows,
-        padded_cols(records.cols),
-        records.dtype,
-        through if exact == torch.int8 else exact,
-        records.two_four,
-        records.capacity,
-        0,
-        False,
-    )
-    empty = x.new_empty(0)
-    call = Call(shape, records.data, records.offsets, scale, None, empty, empty)
-    weight = expand(call, exact)[:, : records.cols]
+    weight = _values(records).float()
     factor = None
     if scale is not None:
         if scale.shape[1] > 1:
             size = _group_size(records.cols, scale)
             scale = scale.repeat_interleave(size, 1)[:, : records.cols]
-        weight = weight.float() * scale
+        weight = weight * scale
         if int8_input:
             x, factor = quantize_rows(x)
-    product = F.linear(x.float(), weight.float())
+    product = F.linear(x.float(), weight)
     if factor is not None:
         product = product * factor
     return product if bias is None else product + bias.float()
+
+
+def _values(records: Records) -> Tensor:
+    """The dense matrix [rows, cols] of the values, of their own type."""
+    x = records.dtype if records.dtype in TYPES else torch.bfloat16  # of no product here
+    shape = shape_of(records, None, x, int8_input=False)
+    assert shape is not None
+    none = records.data.new_empty(0)
+    call = Call(shape, records.data, records.offsets, None, None, none, none)
+    return expand(call, records.dtype)[:, : records.cols]
 
 
 @cache

@@ -14,7 +14,7 @@ from besa.kernels.cuda import tuning
 from besa.kernels.cuda.call import Call
 from besa.kernels.cuda.candidates import Gpu, candidates
 from besa.kernels.cuda.expansion import Expand
-from besa.kernels.cuda.linear import _shape
+from besa.kernels.cuda.linear import shape_of
 from besa.kernels.cuda.multiply import Multiply
 from besa.kernels.cuda.records import padded_cols
 from besa.kernels.linear import quantize_rows
@@ -78,7 +78,7 @@ def test_every_way(kind: str) -> None:
         for tokens in (1, 3, 8, 13, 30, 64, 200):
             x = torch.randn(tokens, cols, device="cuda").to(layer.dtype)
             expected = expected_of(packed, x, layer.bias, layer.int8_input)
-            shape = _shape(layer.records, packed.scale, x.dtype, layer.int8_input)
+            shape = shape_of(layer.records, packed.scale, x.dtype, layer.int8_input)
             assert shape is not None
             padded = nn.functional.pad(x, (0, padded_cols(cols) - cols))
             for way in [*candidates(shape, tokens, Gpu.of(x.device)), Expand()]:

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from besa.errors import BesaWarning
 from besa.formats import Packed, pack, quantize_int8
+from besa.kernels.cuda import linear
 from besa.kernels.cuda.call import Call, Way
 from besa.kernels.cuda.expansion import Expand, expand
-from besa.kernels.cuda.linear import _shape
+from besa.kernels.cuda.linear import shape_of
 from besa.kernels.cuda.multiply import Multiply
 from besa.kernels.cuda.records import Records, padded_cols, parts, to_records
 from besa.kernels.linear import quantize_rows
@@ -46,7 +48,7 @@ def call_of(
     packed: Packed, x: Tensor, bias: Tensor | None = None, int8_input: bool = True
 ) -> tuple[Call, Records]:
     records = to_records(*parts(packed), packed.in_features)
-    shape = _shape(records, packed.scale, x.dtype, int8_input)
+    shape = shape_of(records, packed.scale, x.dtype, int8_input)
     assert shape is not None
     cols = packed.in_features
     x = torch.nn.functional.pad(x, (0, padded_cols(cols) - cols)).contiguous()
@@ -193,6 +195,23 @@ def test_expansion_of_int8(
         weight = weight_of(rows, cols, 0.5, torch.float32)
         packed = pack(*quantize_int8(weight, group_size), group_size)
         check(Expand(), packed, torch.randn(20, cols).to(BF16), int8_input)
+
+
+@pytest.mark.parametrize("group_size", [None, 32, "no int8"])
+def test_activations_of_another_type(
+    group_size: int | str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: _Properties)
+    weight, x = weight_of(20, 200, 0.5, torch.float32), torch.randn(3, 200)
+    if isinstance(group_size, str):
+        packed = pack(weight.to(BF16))
+    else:
+        packed = pack(*quantize_int8(weight, group_size), group_size)
+    records = to_records(*parts(packed), 200)
+    with pytest.warns(BesaWarning, match="activations are float32"):
+        linear._say_cast.cache_clear()
+        y = linear._cast_and_multiplied(x, records, packed.scale, None, True)
+    torch.testing.assert_close(y, product_of(packed, x, None, True).float(), rtol=1e-4, atol=1e-4)
 
 
 def test_expansion_that_stays_int8(monkeypatch: pytest.MonkeyPatch) -> None:
