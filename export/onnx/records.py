@@ -30,7 +30,8 @@ from besa.export.onnx.sparse import (
     replace_operator,
 )
 from besa.export.weights import nonzeros_and_patterns, pack_weight
-from besa.kernels.cuda.records import COLS, parts, to_records
+from besa.kernels.cuda.records import parts, to_records
+from besa.kernels.cuda.tiles import COLS
 from besa.model.export_record import PackedProduct
 
 CODE = "besa.code"

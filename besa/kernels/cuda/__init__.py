@@ -9,7 +9,7 @@ is kept on disk.
     libcuda.py    what is used of the CUDA driver's C interface
     driver.py     loads and launches kernels on torch's devices
 
-    records.py    packed weights as the kernels read them, and back
+    records.py    packed weights as the kernels read them, and back; tiles.py, what is in a record
     linear.py     the operator that multiplies by them
     call.py       one product, and what a way to compute it is
     multiply.py, matmul.py, expansion.py   the ways: sparse_linear.cu; matmul.cu; expand.cu, cuBLAS
