@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from besa.errors import BesaError
+from besa.errors import BesaError, BesaWarning
 from besa.kernels.cuda import cache as disk
 from besa.kernels.cuda import driver
 from besa.kernels.cuda.call import Call, Needed, Shape, Way
@@ -109,10 +110,24 @@ def table(call: Call) -> Table:
     if known is not None and _fits(known, tried):
         found = known
     else:
-        found = _measure(call, tried)
-        _keep(path, name, found)
+        try:
+            found = _measure(call, tried)
+            _keep(path, name, found)
+        except RuntimeError as error:  # no memory to time in, a capture by somebody else
+            _say_untimed(str(error).splitlines()[0])
+            found = untimed(shape, Gpu.of(device))
     _tables[key] = found
     return found
+
+
+@cache
+def _say_untimed(reason: str) -> None:
+    warnings.warn(
+        "the ways of GPU products could not be timed, so that some may take a slower one: "
+        f"{reason}",
+        BesaWarning,
+        stacklevel=2,
+    )
 
 
 def _rounded(shape: Shape) -> Shape:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from besa.errors import BesaError
+from besa.errors import BesaError, BesaWarning
 from besa.formats import module, pack
 from besa.formats.module import SparseLinear
 from besa.kernels.cuda import candidates, driver, libcuda, tuning
@@ -162,6 +162,18 @@ def test_a_damaged_table_is_measured_again_and_once(tuned, tmp_path, damage):
     assert file.read_text() == whole
     assert tuned() == first
     assert tuned.measured == []
+
+
+def test_no_memory_to_time_in(tuned, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: object) -> Table:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nA long story.")
+
+    monkeypatch.setattr(tuning, "_measure", fails)
+    tuning._say_untimed.cache_clear()
+    with pytest.warns(BesaWarning, match=r"could not be timed.*: CUDA out of memory\.$"):
+        found = tuned()
+    assert found == tuning.untimed(SHAPE, candidates.Gpu(132, (9, 0)))
+    assert not (tmp_path / "tuning").exists()
 
 
 def test_every_bucket_has_a_way(tuned):
