@@ -54,6 +54,29 @@ def gpu_tables(folder: Path) -> str:
     return "\n\n".join([*parts, conditions(list(records.values()))])
 
 
+def gpu_sentence(folder: Path) -> str:
+    """What a model of LLaMA-7B's shape gains and loses, with the conditions."""
+    record = json.loads((folder / "decode-llama-7b.json").read_text("utf-8"))
+    settings = record["settings"]
+    found = {
+        (row["what"], row["kind"]): row
+        for row in reversed(record["rows"])  # the first batch counts
+        if sound(row)
+    }
+    one = {kind: found["decode", kind]["times_dense"] for kind in ("50%", "2:4", "int8 50%")}
+    tokens = found["decode", "50%"]["tokens_a_second"]
+    prompt, whole = found["prompt", "50%"], found["model", "50%"]
+    model = f"{model_name(settings)}'s shape"
+    return (
+        f"On an {record['conditions']['gpu'].split()[1]}, a model of {model} (random weights, "
+        f"transformers, compiled, {settings['context']} tokens in its cache) generates "
+        f"{tokens:.0f} tokens/s with half of its weights, {gain(one['50%'])} those of the dense "
+        f"one; at 2:4 {gain(one['2:4'])}, with int8 values {gain(one['int8 50%'])}. It takes "
+        f"{whole['bytes_of_dense']:.2f} of the memory, and a prompt of {prompt['tokens']} tokens "
+        f"goes through at {gain(prompt['times_dense'])} the speed."
+    )
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [list(header), ["---"] * len(header), *map(list, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

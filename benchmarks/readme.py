@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common import gain, milliseconds
-from gpu_tables import gpu_tables
+from gpu_tables import gpu_sentence, gpu_tables
 from kernel_report import readme_table
 from serving_report import engine_name, speed, tables
 
@@ -233,6 +233,11 @@ def gpu() -> str:
     return gpu_tables(RESULTS / "gpu")
 
 
+def gpu_speed() -> str:
+    """The same in a sentence."""
+    return gpu_sentence(RESULTS / "gpu")
+
+
 def rounds_of(record: dict[str, Any]) -> str:
     """How many rounds there were, and how sure they make an interval."""
     return (
@@ -253,6 +258,7 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "engines": (engines, ("engines.json",)),
     "onnx": (onnx, ("onnx.json",)),
     "gpu": (gpu, ()),
+    "gpu-speed": (gpu_speed, ()),
 }
 
 
