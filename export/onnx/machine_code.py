@@ -1,9 +1,11 @@
 """The machine code of a graph for NVIDIA GPUs: kernels compiled here, in a table that C++ reads.
 
->>> wanted = instances(to_records(*parts(packed), cols), None, torch.float16)
->>> code = machine_code(wanted)  # bytes, the graph's initializer `besa.code`
->>> [(entry.architecture, entry.tokens) for entry in read_table(code)][:2]
-[(80, 8), (80, 16)]
+>>> from besa.formats import pack
+>>> from besa.kernels.cuda.records import parts, to_records
+>>> weight = torch.ones(16, 64, dtype=torch.float16)
+>>> wanted = instances(to_records(*parts(pack(weight)), cols=64), None, torch.float16)
+>>> sorted(instance.tokens for instance in wanted)
+[8, 16, 32, 64]
 
 For each of `ARCHITECTURES` that NVRTC knows it has the kernel `multiply` of sparse_linear.cu in
 besa/kernels/cuda, for up to 8, 16, 32 and 64 tokens; longer inputs are cut into pieces of 64. In
