@@ -40,16 +40,26 @@ _PLANS, _PLANS_FROM, _PLANS_TO = 12, 17, 1024
 
 @dataclass(frozen=True)
 class Gpu:
-    """What candidates depend on of a GPU."""
+    """What candidates depend on of a GPU.
+
+    Attributes:
+        shared: bytes of shared memory of a multiprocessor.
+    """
 
     multiprocessors: int
     capability: tuple[int, int]
+    shared: int = 228 * 1024  # of an H100; an A100 has 164 KiB, an RTX 4090 100
 
     @classmethod
     def of(cls, device: torch.device) -> Gpu:
         """That of a device."""
         properties = torch.cuda.get_device_properties(device)
-        return cls(properties.multi_processor_count, (properties.major, properties.minor))
+        return cls(
+            properties.multi_processor_count,
+            (properties.major, properties.minor),
+            # Not every version of torch says.
+            getattr(properties, "shared_memory_per_multiprocessor", cls.shared),
+        )
 
 
 def candidates(shape: Shape, tokens: int, gpu: Gpu) -> list[Way]:
@@ -62,7 +72,7 @@ def candidates(shape: Shape, tokens: int, gpu: Gpu) -> list[Way]:
         for blocks, counts in next(quota for most, quota in _QUOTAS if tokens <= most).items():
             for splits, count in zip((_SPLITS[:1], _SPLITS[1:]), counts, strict=True):
                 if len(splits) == 1 or gpu.capability >= (9, 0):
-                    ways += _best(blocks, splits, count, shape, tokens, gpu.multiprocessors)
+                    ways += _best(blocks, splits, count, shape, tokens, gpu)
     if tokens > 16:
         ways += [Expand(), Expand(int8=True)]
     fitting = [way for way in ways if way.kernels(shape, tokens) is not None]
@@ -70,25 +80,22 @@ def candidates(shape: Shape, tokens: int, gpu: Gpu) -> list[Way]:
 
 
 def _best(
-    blocks: int,
-    splits: tuple[int, ...],
-    count: int,
-    shape: Shape,
-    tokens: int,
-    multiprocessors: int,
+    blocks: int, splits: tuple[int, ...], count: int, shape: Shape, tokens: int, gpu: Gpu
 ) -> list[Way]:
     """The sizes that fill the GPU best, one for each number of thread blocks and clusters."""
     best: dict[tuple[int, int], tuple[float, int, int, int]] = {}
     for warps, resident in _sizes(blocks, tokens):
         for split in splits:
-            occupancy = _occupancy(blocks, warps, resident, split, shape, multiprocessors)
+            occupancy = _occupancy(blocks, warps, resident, split, shape, gpu.multiprocessors)
             size = (occupancy, -warps, resident, split)
             best[resident, split] = max(best.get((resident, split), size), size)
-    return [
+    ways = [
         Multiply(blocks, -minus_warps, stages, resident, split)
         for _, minus_warps, resident, split in sorted(best.values(), reverse=True)[:count]
         for stages in _STAGES
     ]
+    # A kibibyte of each thread block is the system's.
+    return [way for way in ways if way.resident * (way.shared(shape, tokens) + 1024) <= gpu.shared]
 
 
 def _sizes(blocks: int, tokens: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ MOST_TOKENS = 64
 
 # Tokens that each block quantizes for itself, and how many bytes they may have.
 _OWN_TOKENS, _OWN_X = 2, 32 * 1024
-_MULTIPROCESSOR_SHARED = 227 * 1024
+_MOST_SHARED = 227 * 1024  # of a thread block, on any GPU
 
 
 class _Problem(ctypes.Structure):
@@ -52,7 +52,7 @@ class Multiply:
         """What it launches; None if a block would need more memory than it shall."""
         if tokens > MOST_TOKENS:
             return None
-        if self.shared(shape, tokens) > _MULTIPROCESSOR_SHARED // self.resident - 1024:
+        if self.shared(shape, tokens) > _MOST_SHARED:
             return None
         found = [Needed("sparse_linear.cu", self.name(shape, tokens))]
         if self._kind(shape, tokens) == "INT8_READY":
