@@ -88,14 +88,11 @@ def pack_mask_reference(weight: Tensor) -> tuple[Tensor, Tensor]:
     _check_matrix(weight)
     pattern, magnitude = _PATTERNS[weight.dtype]
     rows, cols = weight.shape
-    width = -(-cols // 8)
-    bitmask = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
-    shifts = torch.arange(8, dtype=torch.uint8, device=weight.device)
+    bitmask = torch.empty(rows, -(-cols // 8), dtype=torch.uint8, device=weight.device)
     step = _step(cols)
     for row in range(0, rows, step):
         keep = (weight[row : row + step].view(pattern) & magnitude) != 0
-        eights = F.pad(keep, (0, 8 * width - cols)).unflatten(1, (width, 8)).to(torch.uint8)
-        bitmask[row : row + step] = (eights << shifts).sum(2, dtype=torch.uint8)
+        bitmask[row : row + step] = to_bits(keep)
     return bitmask, row_pointers_reference(bitmask)
 
 
@@ -127,10 +124,8 @@ def row_pointers(bitmask: Tensor) -> Tensor:
 def row_pointers_reference(bitmask: Tensor) -> Tensor:
     """`row_pointers` in plain torch, for any device."""
     _check_bitmask(bitmask)
-    counts = bitmask - ((bitmask >> 1) & 0x55)  # the bits of each two, then four, then eight
-    counts = (counts & 0x33) + ((counts >> 2) & 0x33)
-    counts = (counts + (counts >> 4)) & 0x0F
-    return F.pad(counts.sum(1, dtype=torch.int64).cumsum(0), (1, 0))
+    low, high = bits_of_fours(bitmask)
+    return F.pad((low + high).sum(1, dtype=torch.int64).cumsum(0), (1, 0))
 
 
 def compress(weight: Tensor, bitmask: Tensor, row_ptr: Tensor) -> Tensor:
@@ -244,15 +239,37 @@ def has_stray_bits(bitmask: Tensor, cols: int) -> bool:
     return cols % 8 != 0 and bool((bitmask[:, -1] >> cols % 8).any())
 
 
+def to_bits(keep: Tensor) -> Tensor:
+    """bool [rows, cols] as a bitmask, uint8 [rows, ceil(cols / 8)]."""
+    width = -(-keep.shape[1] // 8)
+    eights = F.pad(keep, (0, 8 * width - keep.shape[1])).unflatten(1, (width, 8))
+    return (eights.to(torch.uint8) << _shifts(keep)).sum(2, dtype=torch.uint8)
+
+
+def from_bits(bitmask: Tensor, cols: int) -> Tensor:
+    """A bitmask, uint8 [rows, ceil(cols / 8)], as bool [rows, cols]."""
+    bits = (bitmask[:, :, None] >> _shifts(bitmask)) & 1
+    return bits.flatten(1)[:, :cols].bool()
+
+
+def bits_of_fours(bitmask: Tensor) -> tuple[Tensor, Tensor]:
+    """How many bits are set in the low and in the high half of each byte: uint8, 0 to 4."""
+    pairs = bitmask - ((bitmask >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return fours & 0x0F, fours >> 4
+
+
+def _shifts(beside: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=beside.device)
+
+
 def _chunks(bitmask: Tensor, row_ptr: Tensor, cols: int) -> Iterator[tuple[slice, Tensor, slice]]:
     """Some rows at a time, with their bits as bool [rows, cols] and their part of the values."""
     step = _step(cols)
-    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     bounds = [*row_ptr[:-1:step].tolist(), int(row_ptr[-1])]
     for row, part in zip(range(0, bitmask.shape[0], step), pairwise(bounds), strict=True):
         rows = slice(row, row + step)
-        bits = (bitmask[rows, :, None] >> shifts) & 1
-        yield rows, bits.flatten(1)[:, :cols].bool(), slice(*part)
+        yield rows, from_bits(bitmask[rows], cols), slice(*part)
 
 
 def _step(cols: int) -> int:

@@ -35,12 +35,11 @@ from besa.kernels.cuda.tiles import (
     fill,
     from_tiles,
     from_two_four,
-    shifts,
     tiled,
     two_four,
     untiled,
 )
-from besa.kernels.packing import row_pointers_reference
+from besa.kernels.packing import bits_of_fours, from_bits, row_pointers_reference, to_bits
 
 if TYPE_CHECKING:
     from besa.kernels.linear import PackedWeight
@@ -180,9 +179,8 @@ def to_records(values: Tensor, bitmask: Tensor, row_ptr: Tensor, cols: int) -> R
 @torch.no_grad()
 def to_packed(records: Records) -> tuple[Tensor, Tensor, Tensor]:
     """values, bitmask and row_ptr, as `to_records` got them."""
-    width = -(-records.cols // 8)
     if not records.rows * records.cols:
-        device = records.data.device
+        device, width = records.data.device, -(-records.cols // 8)
         empty = torch.empty(records.rows, width, dtype=torch.uint8, device=device)
         none = torch.empty(0, dtype=records.dtype, device=device)
         return none, empty, row_pointers_reference(empty)
@@ -199,8 +197,7 @@ def to_packed(records: Records) -> tuple[Tensor, Tensor, Tensor]:
         if not len(dense):
             continue
         values.append(dense[keep])
-        eights = F.pad(keep, (0, 8 * width - records.cols)).unflatten(1, (width, 8))
-        bitmask.append((eights.to(torch.uint8) << shifts(8, keep.device)).sum(2, dtype=torch.uint8))
+        bitmask.append(to_bits(keep))
     together = torch.cat(bitmask)
     return torch.cat(values), together, row_pointers_reference(together)
 
@@ -210,9 +207,7 @@ def _fits_two_four(values: Tensor, bitmask: Tensor) -> bool:
     if values.dtype == torch.int8:
         return False
     for part in bitmask.split(max(1, _CHUNK // max(1, bitmask.shape[1]))):
-        pairs = (part & 0x55) + (part >> 1 & 0x55)  # bits set in each two
-        fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
-        if ((fours & 0x0F) > 2).any() or (fours >> 4 > 2).any():
+        if any(bool((count > 2).any()) for count in bits_of_fours(part)):
             return False
     return not any(
         bool((part == MINUS_ZERO).any()) for part in values.view(torch.int16).split(_CHUNK)
@@ -227,10 +222,8 @@ def _units(values: Tensor, bitmask: Tensor, cols: int) -> Tensor:
     for row in range(0, rows, step):
         part = bitmask[row : row + step]
         part = F.pad(part, (0, across * 8 - part.shape[1], 0, -len(part) % ROWS))
-        bits = part - (part >> 1 & 0x55)
-        bits = (bits & 0x33) + (bits >> 2 & 0x33)
-        bits = (bits + (bits >> 4)) & 0x0F
-        tiles = bits.view(-1, ROWS, across, 8).sum((1, 3), dtype=torch.int64)
+        low, high = bits_of_fours(part)
+        tiles = (low + high).view(-1, ROWS, across, 8).sum((1, 3), dtype=torch.int64)
         counts[row // ROWS : row // ROWS + len(tiles)] = tiles
     return (MASK_BYTES + counts * values.element_size() + UNIT - 1) // UNIT
 
@@ -246,9 +239,7 @@ def _dense_chunks(
     step = max(1, _CHUNK // (ROWS * _GROUP * max(1, padded))) * ROWS * _GROUP
     bounds = [*row_ptr[:-1:step].tolist(), int(row_ptr[-1])] if rows else []
     for i, row in enumerate(range(0, rows, step)):
-        part = bitmask[row : row + step]
-        bits = (part[:, :, None] >> shifts(8, part.device)) & 1
-        keep = F.pad(bits.flatten(1)[:, :cols].bool(), (0, padded - cols))
+        keep = F.pad(from_bits(bitmask[row : row + step], cols), (0, padded - cols))
         dense = torch.zeros(keep.shape, dtype=values.dtype, device=values.device)
         dense.masked_scatter_(keep, values[bounds[i] : bounds[i + 1]])
         below = -len(keep) % (ROWS * _GROUP)
