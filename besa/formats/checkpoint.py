@@ -107,7 +107,9 @@ def tensors_of(packed: Packed, weight: str) -> dict[str, Tensor]:
     tensors = {
         weight + "_values": packed.values,
         weight + "_bitmask": packed.bitmask,
-        weight + "_rows": torch.arange(len(packed.bitmask), dtype=torch.int32),
+        weight + "_rows": torch.arange(
+            len(packed.bitmask), dtype=torch.int32, device=packed.values.device
+        ),
     }
     if packed.scale is not None:
         tensors[weight + "_scale"] = packed.scale

@@ -28,7 +28,7 @@ import besa.kernels.linear  # noqa: F401 - the operator
 from besa.errors import BesaError
 from besa.formats import Packed, tensors_of
 from besa.kernels.cuda import linear as gpu
-from besa.kernels.cuda.records import Records, fitting, parts, to_packed, to_records
+from besa.kernels.cuda.records import Records, fitting, to_packed
 
 # What a file holds of the weight, besides its scale.
 _CANONICAL = ("weight_values", "weight_bitmask", "weight_rows")
@@ -129,27 +129,27 @@ class SparseLinear(nn.Module):
         device, ready = packed.values.device, not packed.row_ptr.is_meta
         self.nonzeros = packed.values.numel()
         self.values_dtype = packed.values.dtype
-        for name, tensor in tensors_of(packed, "weight").items():
-            setattr(self, name, tensor.to(device))
-        self.row_ptr = packed.row_ptr if ready else None
-        self.records = None
-        if ready and gpu.usable(device, packed.values.dtype):
+        self._hold_canonical(packed)
+        if not ready:
+            self.row_ptr = None
+        elif gpu.usable(device, packed.values.dtype):
             with fitting(packed, packed.in_features, device):
-                records = to_records(*parts(packed), packed.in_features)
-                gpu.tuned(records, self.weight_scale, self.dtype, self.int8_input)
-            self.records = records
+                self.records = gpu.records_of(
+                    packed, packed.in_features, self.dtype, self.int8_input
+                )
             for name in (*_CANONICAL, "row_ptr"):
                 setattr(self, name, None)
 
+    def _hold_canonical(self, packed: Packed) -> None:
+        """Takes a weight as a file holds it."""
+        for name, tensor in tensors_of(packed, "weight").items():
+            setattr(self, name, tensor)
+        self.row_ptr, self.records = packed.row_ptr, None
+
     def _as_canonical(self) -> None:
         """Gives the records up for the tensors that a file holds."""
-        if self.records is None:
-            return
-        packed = self.packed
-        self.records = None
-        for name, tensor in tensors_of(packed, "weight").items():
-            setattr(self, name, tensor.to(packed.values.device))
-        self.row_ptr = packed.row_ptr
+        if self.records is not None:
+            self._hold_canonical(self.packed)
 
     @property
     def weight(self) -> Tensor:
@@ -218,9 +218,8 @@ class SparseLinear(nn.Module):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.records is not None:
-            packed = self.packed
-            for name, tensor in tensors_of(packed, "weight").items():
-                destination[prefix + name] = tensor.to(packed.values.device)
+            for name, tensor in tensors_of(self.packed, "weight").items():
+                destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, *args: Any) -> None:
         was_ready = self.records is not None or self.row_ptr is not None

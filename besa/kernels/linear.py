@@ -87,7 +87,7 @@ def dense_linear(
         weight: [out, in], floating point, or int8 with its scale, float32 [out, groups].
     """
     if native.library() is None or x.device.type != "cpu":
-        return _product(x, weight, scale, bias, int8_input, x.dtype)
+        return product(x, weight, scale, bias, int8_input, x.dtype)
     if weight.shape[-1] != x.shape[-1]:
         raise ValueError(f"x has {x.shape[-1]} columns, but weight {weight.shape[-1]}")
     return _native(x, weight.flatten(), None, None, scale, bias, len(weight), int8_input)
@@ -105,7 +105,7 @@ def sparse_linear_reference(
     """`besa::sparse_linear` in plain torch: the kernels' oracle, float32 throughout."""
     _check(x, values, bitmask, row_ptr, scale, bias)
     weight = expand_reference(values, bitmask, row_ptr, x.shape[-1]).float()
-    return _product(x, weight, scale, bias, int8_input, torch.float32)
+    return product(x, weight, scale, bias, int8_input, torch.float32)
 
 
 def _expanded(
@@ -120,10 +120,10 @@ def _expanded(
     """The weight expanded on its device, then torch's product in x's own type."""
     _check(x, values, bitmask, row_ptr, scale, bias)
     weight = expand(values, bitmask, row_ptr, x.shape[-1])
-    return _product(x, weight, scale, bias, int8_input, x.dtype)
+    return product(x, weight, scale, bias, int8_input, x.dtype)
 
 
-def _product(
+def product(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
@@ -131,10 +131,18 @@ def _product(
     int8_input: bool,
     dtype: torch.dtype,
 ) -> Tensor:
+    """x weight^T + bias by torch's product in `dtype`, for a dense weight on any device.
+
+    Args:
+        weight: [out, in], floating point, or whole numbers with their scale.
+
+    Returns:
+        [..., out], of x's type.
+    """
     inputs, factor = x.to(dtype), None
     if scale is not None:
-        if scale.shape[1] > 1:
-            scale = scale.repeat_interleave(_group_size(x, scale), 1)[:, : x.shape[-1]]
+        if size := group_size(x.shape[-1], scale):
+            scale = scale.repeat_interleave(size, 1)[:, : x.shape[-1]]
         weight = weight.float() * scale
         if int8_input:
             inputs, factor = quantize_rows(x)
@@ -199,7 +207,6 @@ def _native(
     if scale is not None:
         scale = scale.contiguous()
     values = values.contiguous()
-    group_size = _group_size(x, scale) if scale is not None and scale.shape[1] > 1 else 0
     job = Job(
         values=values.data_ptr(),
         bitmask=None if bitmask is None else bitmask.data_ptr(),
@@ -212,7 +219,7 @@ def _native(
         tokens=tokens,
         rows=rows,
         cols=cols,
-        group_size=group_size,
+        group_size=group_size(cols, scale),
         values_dtype=_DTYPES[values.dtype],
         input_dtype=_DTYPES[x.dtype],
         int8_input=int8_input and values.dtype == torch.int8,
@@ -225,10 +232,21 @@ def _native(
     return out
 
 
-def _group_size(x: Tensor, scale: Tensor) -> int:
-    """Columns that share a scale: no two of the sizes give the same number of several groups."""
+def group_size(cols: int, scale: Tensor | None) -> int:
+    """Columns that share a scale; 0 where a row does, or there is none.
+
+    No two of the sizes give the same number of several groups.
+
+    Args:
+        scale: [out, groups], of a weight of `cols` columns.
+
+    Raises:
+        ValueError: if no size gives so many groups.
+    """
+    if scale is None or scale.shape[1] == 1:
+        return 0
     for size in GROUP_SIZES:
-        if -(-x.shape[-1] // size) == scale.shape[1]:
+        if -(-cols // size) == scale.shape[1]:
             return size
     raise ValueError(f"scale has {scale.shape[1]} groups, which no group size makes")
 
@@ -260,8 +278,7 @@ def _check(
     if scale is not None:
         if scale.dtype != torch.float32 or scale.ndim != 2 or len(scale) != rows:
             raise ValueError(f"scale must be float32 [{rows}, groups], not {describe(scale)}")
-        if scale.shape[1] != 1:
-            _group_size(x, scale)
+        group_size(x.shape[-1], scale)
     if bias is not None and (bias.shape != (rows,) or not bias.is_floating_point()):
         raise ValueError(f"bias must be floating point [{rows}], not {describe(bias)}")
     for tensor in (values, bitmask, row_ptr, scale, bias):

@@ -37,7 +37,7 @@ from besa.errors import BesaError
 from besa.formats import QUANT_METHOD, FormatError, Packed, PackedConfig, pack, packed_of
 from besa.formats.slicing import stack_rows, take_columns, take_rows
 from besa.kernels.cuda import linear as gpu
-from besa.kernels.cuda.records import Records, fitting, parts, to_records
+from besa.kernels.cuda.records import Records, fitting
 from besa.kernels.isa import chosen_isa
 
 logger = init_logger("vllm.besa")
@@ -198,8 +198,9 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             if packed.values.is_floating_point():  # the type that the engine runs the model in
                 packed = replace(packed, values=packed.values.to(self.dtype))
             if gpu.usable(device, packed.values.dtype):
-                self.records = to_records(*parts(packed), packed.in_features)
-                gpu.tuned(self.records, packed.scale, self.dtype, self.config.int8_input)
+                self.records = gpu.records_of(
+                    packed, packed.in_features, self.dtype, self.config.int8_input
+                )
         for name in ("weight_values", "weight_bitmask", "weight_rows", "weight", "weight_scale"):
             if hasattr(layer, name):
                 delattr(layer, name)

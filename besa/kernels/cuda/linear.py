@@ -22,13 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from besa.errors import BesaWarning
-from besa.kernels.abi import GROUP_SIZES
 from besa.kernels.cuda.call import TYPES, Call, Shape
 from besa.kernels.cuda.expansion import expand
-from besa.kernels.cuda.records import Records, padded_cols, to_packed
+from besa.kernels.cuda.records import Records, padded_cols, parts, to_packed, to_records
 from besa.kernels.cuda.tuning import Table, table
 from besa.kernels.cuda.usable import usable as has_kernels
-from besa.kernels.linear import quantize_rows, sparse_linear_reference
+from besa.kernels.linear import PackedWeight, group_size, product, sparse_linear_reference
 
 
 def records_linear(
@@ -68,6 +67,13 @@ def records_linear(
     return result
 
 
+def records_of(packed: PackedWeight, cols: int, x: torch.dtype, int8_input: bool) -> Records:
+    """The records of a packed weight on a GPU, with products of such an x measured (`tuned`)."""
+    records = to_records(*parts(packed), cols)
+    tuned(records, packed.scale, x, int8_input)
+    return records
+
+
 def tuned(records: Records, scale: Tensor | None, x: torch.dtype, int8_input: bool) -> Table | None:
     """The table of a weight on a GPU, measured if no process has done so; None if it needs none."""
     shape = shape_of(records, scale, x, int8_input)
@@ -91,19 +97,12 @@ def shape_of(
         x=x,
         two_four=records.two_four,
         capacity=records.capacity,
-        group_size=_group_size(records.cols, scale),
+        group_size=group_size(records.cols, scale),
         int8_input=int8_input and records.dtype == torch.int8,
     )
 
 
-def _group_size(cols: int, scale: Tensor | None) -> int:
-    """Columns that share a scale; 0 where a row does."""
-    if scale is None or scale.shape[1] == 1:
-        return 0
-    return next(size for size in GROUP_SIZES if -(-cols // size) == scale.shape[1])
-
-
-def _on_gpu(
+def _records_linear(
     x: Tensor,
     data: Tensor,
     offsets: Tensor | None,
@@ -117,6 +116,15 @@ def _on_gpu(
 ) -> Tensor:
     records = Records(data, offsets, rows, cols, capacity, dtype)
     _check(x, records, scale, bias)
+    if not x.is_cuda:
+        return sparse_linear_reference(x, *to_packed(records), scale, bias, int8_input)
+    return _on_gpu(x, records, scale, bias, int8_input)
+
+
+def _on_gpu(
+    x: Tensor, records: Records, scale: Tensor | None, bias: Tensor | None, int8_input: bool
+) -> Tensor:
+    rows, cols = records.rows, records.cols
     out = x.new_empty(*x.shape[:-1], rows)
     if out.numel() == 0:
         return out
@@ -124,7 +132,7 @@ def _on_gpu(
         return out.zero_() if bias is None else out.copy_(bias.expand(out.shape))
     shape = shape_of(records, scale, x.dtype, int8_input)
     if shape is None:
-        return out.copy_(_cast_and_multiplied(x, records, scale, bias, int8_input))
+        return _cast_and_multiplied(x, records, scale, bias, int8_input)
     flat = x.reshape(-1, cols)
     if cols != shape.cols:
         flat = F.pad(flat, (0, shape.cols - cols))
@@ -133,7 +141,7 @@ def _on_gpu(
         flat = flat.clone()
     if bias is not None:
         bias = bias.to(x.dtype)
-    call = Call(shape, data, offsets, scale, bias, flat, out.view(-1, rows))
+    call = Call(shape, records.data, records.offsets, scale, bias, flat, out.view(-1, rows))
     table(call).way(len(flat)).run(call)
     return out
 
@@ -143,19 +151,7 @@ def _cast_and_multiplied(
 ) -> Tensor:
     """By torch, for activations that the kernels have no product for; slow, and said once."""
     _say_cast(records.dtype, x.dtype)
-    weight = _values(records).float()
-    factor = None
-    if scale is not None:
-        if scale.shape[1] > 1:
-            size = _group_size(records.cols, scale)
-            scale = scale.repeat_interleave(size, 1)[:, : records.cols]
-        weight = weight * scale
-        if int8_input:
-            x, factor = quantize_rows(x)
-    product = F.linear(x.float(), weight)
-    if factor is not None:
-        product = product * factor
-    return product if bias is None else product + bias.float()
+    return product(x, _values(records), scale, bias, int8_input, torch.float32)
 
 
 def _values(records: Records) -> Tensor:
@@ -177,23 +173,6 @@ def _say_cast(values: torch.dtype, x: torch.dtype) -> None:
         BesaWarning,
         stacklevel=2,
     )
-
-
-def _on_cpu(
-    x: Tensor,
-    data: Tensor,
-    offsets: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    cols: int,
-    capacity: int,
-    dtype: torch.dtype,
-    int8_input: bool,
-) -> Tensor:
-    records = Records(data, offsets, rows, cols, capacity, dtype)
-    _check(x, records, scale, bias)
-    return sparse_linear_reference(x, *to_packed(records), scale, bias, int8_input)
 
 
 def _check(x: Tensor, records: Records, scale: Tensor | None, bias: Tensor | None) -> None:
@@ -231,6 +210,6 @@ _LIBRARY.define(
     "int rows, int cols, int capacity, ScalarType dtype, bool int8_input) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
-_LIBRARY.impl("records_linear", _on_cpu, "CPU")
-_LIBRARY.impl("records_linear", _on_gpu, "CUDA")
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("records_linear", _records_linear, _device)
 torch.library.register_fake("besa::records_linear", _fake, lib=_LIBRARY)

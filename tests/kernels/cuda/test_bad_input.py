@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from besa.errors import BesaError, BesaWarning
-from besa.formats import module, pack
+from besa.formats import pack
 from besa.formats.module import SparseLinear
 from besa.kernels.cuda import candidates, driver, libcuda, tuning
 from besa.kernels.cuda import linear as gpu
@@ -56,7 +56,7 @@ def test_a_linear_without_room_is_as_it_was(monkeypatch: pytest.MonkeyPatch, ste
     x = torch.randn(2, 640).bfloat16()
     before = linear(x)
     monkeypatch.setattr(gpu, "usable", lambda device, values: True)
-    monkeypatch.setattr(module if step == "to_records" else gpu, step, full)
+    monkeypatch.setattr(gpu, step, full)
     with pytest.raises(BesaError, match="no room for a packed weight of 512 x 640"):
         linear.to("cpu")
     assert linear.records is None
