@@ -21,7 +21,6 @@ import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
-from pathlib import Path
 
 import torch
 
@@ -29,8 +28,8 @@ from besa.errors import BesaError
 from besa.kernels.cuda import cache, compiler, driver
 from besa.kernels.cuda.call import Shape
 from besa.kernels.cuda.compiler import Cubin
-from besa.kernels.cuda.multiply import Multiply
-from besa.kernels.cuda.records import Records
+from besa.kernels.cuda.multiply import Multiply, group_of, pieces_of
+from besa.kernels.cuda.records import Records, padded_cols
 
 # Code for one of these also runs on later GPUs of the same generation.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -114,15 +113,23 @@ def instances(records: Records, group_size: int | None, dtype: torch.dtype) -> l
         group_size: columns that share a scale of int8 values; None if a row does.
         dtype: of the activations.
     """
-    int8 = records.dtype == torch.int8
-    kind = "INT8_FLOAT" if int8 else "TWO_FOUR" if records.two_four else "VALUES"
-    pieces = next(n for n in (2, 3, 5) if records.capacity <= 512 * n)
-    group = min(group_size or 0, 64)  # groups of 128 are two tiles with the same scale
+    shape = Shape(
+        rows=records.rows,
+        cols=padded_cols(records.cols),
+        values=records.dtype,
+        x=dtype,
+        two_four=records.two_four,
+        capacity=records.capacity,
+        group_size=group_size or 0,
+        int8_input=False,
+    )
+    group, pieces = group_of(shape), pieces_of(shape)
     found = []
-    for tokens, size in SIZES.items():
-        fits = 80 + size[0] * _STAGES * records.capacity <= _SHARED
-        stages = _STAGES if fits else _STAGES - 1
-        found.append(Instance(dtype, kind, group, tokens, pieces, *size, stages))
+    for tokens, (warps, resident) in SIZES.items():
+        way = Multiply(1, warps, _STAGES, resident)
+        stages = _STAGES if way.shared(shape, tokens) <= _SHARED else _STAGES - 1
+        kind = way.kind(shape, tokens)
+        found.append(Instance(dtype, kind, group, tokens, pieces, warps, resident, stages))
     return found
 
 
@@ -160,7 +167,7 @@ def machine_code(wanted: Iterable[Instance]) -> bytes:
 
 def _compile(job: tuple[int, Instance]) -> Cubin:
     architecture, one = job
-    text = (Path(driver.FOLDER) / _SOURCE).read_text(encoding="utf-8")
+    text = (driver.FOLDER / _SOURCE).read_text(encoding="utf-8")
     target = f"sm_{architecture}"
     return cache.cached_cubin(text, target, one.name, driver.headers(), _SOURCE, driver=0)
 

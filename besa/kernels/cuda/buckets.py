@@ -67,7 +67,7 @@ def segment_sum(
     name = f"segment_sum<{_TYPES[values.dtype]}, {vector}>"
     arguments = _SegmentSum(
         values.data_ptr(),
-        None if weight is None else weight.data_ptr(),
+        driver.at(weight),
         buckets.data_ptr(),
         out.data_ptr(),
         cols,
@@ -75,7 +75,7 @@ def segment_sum(
     )
     shared = _SUM_THREADS * (n_buckets + 1) * 4
     driver.kernel(_SOURCE, name, values.device).launch(
-        (rows, 1, 1), _SUM_THREADS, shared, arguments, _stream(values)
+        (rows, 1, 1), _SUM_THREADS, shared, arguments, driver.stream(values.device)
     )
     return out
 
@@ -95,7 +95,7 @@ def mask_buckets(weight: Tensor, buckets: Tensor, first_kept: Tensor) -> Tensor:
     )
     name = f"mask_buckets<{_BITS[weight.element_size()]}, {vector}>"
     driver.kernel(_SOURCE, name, weight.device).launch(
-        (rows * pieces, 1, 1), _MASK_THREADS, 0, arguments, _stream(weight)
+        (rows * pieces, 1, 1), _MASK_THREADS, 0, arguments, driver.stream(weight.device)
     )
     return out
 
@@ -108,7 +108,3 @@ def _vector(cols: int, *matrices: Tensor | None) -> str:
         if matrix is not None and matrix.data_ptr() % 16:
             return "false"
     return "true"
-
-
-def _stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream

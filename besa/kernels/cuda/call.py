@@ -24,6 +24,10 @@ class Needed:
     name: str
     specific: bool = False
 
+    def on(self, device: torch.device) -> driver.Kernel:
+        """Loaded, and compiled if it must be."""
+        return driver.kernel(self.source, self.name, device, specific=self.specific)
+
 
 class Way(Protocol):
     """A way to compute a product."""
@@ -90,16 +94,16 @@ class Call:
 
     @property
     def stream(self) -> int:
-        return torch.cuda.current_stream(self.x.device).cuda_stream
-
-
-def at(tensor: Tensor | None) -> int | None:
-    """Where a tensor is, for a kernel."""
-    return None if tensor is None else tensor.data_ptr()
+        return driver.stream(self.x.device)
 
 
 class _Quantization(ctypes.Structure):
     _fields_ = (*((name, c_void_p) for name in ("x", "x8", "x_scale")), ("cols", c_int))
+
+
+def quantization(x: torch.dtype) -> Needed:
+    """What `quantized` launches for x of this type."""
+    return Needed("sparse_linear.cu", f"quantize<{TYPES[x]}>")
 
 
 def quantized(call: Call) -> tuple[Tensor, Tensor]:
@@ -107,6 +111,6 @@ def quantized(call: Call) -> tuple[Tensor, Tensor]:
     x8 = torch.empty(call.x.shape, dtype=torch.int8, device=call.x.device)
     x_scale = torch.empty(call.tokens, dtype=torch.float32, device=call.x.device)
     arguments = _Quantization(call.x.data_ptr(), x8.data_ptr(), x_scale.data_ptr(), call.shape.cols)
-    kernel = driver.kernel("sparse_linear.cu", f"quantize<{TYPES[call.x.dtype]}>", call.x.device)
+    kernel = quantization(call.x.dtype).on(call.x.device)
     kernel.launch((call.tokens, 1, 1), 256, 32, arguments, call.stream, early=True)
     return x8, x_scale

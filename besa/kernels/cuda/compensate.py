@@ -61,7 +61,7 @@ def block_errors(
         factor.data_ptr(),
         mask.data_ptr(),
         errors.data_ptr(),
-        None if dead is None else dead.data_ptr(),
+        driver.at(dead),
         block.stride(0),
         mask.stride(0),
         rows,
@@ -71,7 +71,6 @@ def block_errors(
     )
     shared = 4 * WIDTH * (WIDTH + (_ROWS if m else 0))
     grid = (min(-(-rows // _ROWS), _MOST_BLOCKS), 1, 1)
-    stream = torch.cuda.current_stream(block.device).cuda_stream
     kernel = driver.kernel("compensate.cu", "compensate", block.device)
-    kernel.launch(grid, 32 * _ROWS, shared, arguments, stream)
+    kernel.launch(grid, 32 * _ROWS, shared, arguments, driver.stream(block.device))
     return errors

@@ -3,8 +3,7 @@
 >>> device = torch.device("cpu")
 >>> if unavailable(device) is None:
 ...     multiply = kernel("sparse_linear.cu", "quantize<Bf16>", device)
-...     stream = torch.cuda.current_stream(device).cuda_stream
-...     multiply.launch((16, 1, 1), threads=256, shared=32, arguments=problem, stream=stream)
+...     multiply.launch((16, 1, 1), 256, shared=32, arguments=problem, stream=stream(device))
 
 A kernel takes one structure by value, `arguments` (a ctypes.Structure of the same fields). The CUDA
 driver is called directly: torch's own launch of such a kernel (torch.cuda._compile_kernel) takes
@@ -24,6 +23,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from besa.errors import BesaError
 from besa.kernels.cuda import cache as disk
@@ -177,7 +177,7 @@ class Kernel:
             threads: of a block.
             shared: bytes of dynamic shared memory of a block.
             arguments: what the kernel takes. It is copied, and need not live on.
-            stream: `torch.cuda.current_stream(device).cuda_stream`.
+            stream: where, as `stream` gives it.
             early: the kernel may start before the one before it has ended, and waits in its code
                 (programmatic dependent launch). GPUs before compute capability 9.0 ignore it.
             cluster: neighbouring blocks in x that share memory, from 9.0 on.
@@ -243,6 +243,16 @@ class Kernel:
         status = libcuda.library().cuFuncGetAttribute(byref(value), which, self._function)
         check(status, f"read attribute {which} of {self}")
         return value.value
+
+
+def stream(device: torch.device) -> int:
+    """torch's current stream on a GPU, for `Kernel.launch`."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def at(tensor: Tensor | None) -> int | None:
+    """Where a tensor is, for a kernel's arguments."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _index(device: torch.device) -> int:

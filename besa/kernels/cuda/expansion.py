@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from besa.kernels.cuda import driver
-from besa.kernels.cuda.call import TYPES, Call, Needed, Shape, at, quantized
+from besa.kernels.cuda.call import TYPES, Call, Needed, Shape, quantization, quantized
 from besa.kernels.cuda.records import row_blocks
 
 # Blocks of an expansion to a multiprocessor, warps of a block, and their rings.
@@ -48,7 +48,7 @@ class Expand:
     def kernels(self, shape: Shape, tokens: int) -> list[Needed] | None:
         """What it launches; None if cuBLAS has no such product."""
         quantizes = shape.int8 and shape.int8_input
-        quantize = Needed("sparse_linear.cu", f"quantize<{TYPES[shape.x]}>")
+        quantize = quantization(shape.x)
         if not self.int8:
             dense = Needed("expand.cu", expansion(shape, shape.x))
             return [dense, quantize] if quantizes else [dense]
@@ -96,8 +96,8 @@ def expand(call: Call, dtype: torch.dtype) -> Tensor:
     groups = 1 if call.scale is None else call.scale.shape[1]
     arguments = _Expansion(
         call.records.data_ptr(),
-        at(call.offsets),
-        at(call.scale),
+        driver.at(call.offsets),
+        driver.at(call.scale),
         dense.data_ptr(),
         shape.rows,
         shape.cols,
@@ -121,7 +121,7 @@ def _rescale(call: Call, sums: Tensor, x_scale: Tensor) -> None:
         sums.data_ptr(),
         x_scale.data_ptr(),
         call.scale.data_ptr(),
-        at(call.bias),
+        driver.at(call.bias),
         call.y.data_ptr(),
         call.shape.rows,
     )

@@ -1,10 +1,7 @@
 """What is used of the CUDA driver's C interface, through ctypes.
 
-    gpu = device(0)
-    gpu.capability
-(9, 0)
-    with current(gpu):
-        check(library().cuModuleLoadData(byref(module), image), "load the kernel")
+Every call is `check(library().cuModuleLoadData(byref(module), image), "load the kernel")`, inside
+of `with current(device(0))`.
 
 https://docs.nvidia.com/cuda/cuda-driver-api has the functions, numbers and structures, which keep
 their meaning from version to version (and get another suffix, _v2, where they do not).

@@ -21,17 +21,6 @@
 // A launch has the grid (cluster, tokens / N, rows / (64 WARPGROUPS)), rounded up; matmul.py counts.
 #include "matmul.cuh"
 
-struct Problem {
-    const char* records;
-    const int* offsets;
-    const void* x;     // T [tokens, cols], 16-byte aligned, cols a multiple of 64
-    const void* bias;  // T [rows], or null
-    void* y;           // T [tokens, rows], 8-byte aligned
-    int rows, cols, tokens;
-    int capacity;  // bytes of the largest record
-    int early;     // whether the next kernel may begin as soon as all blocks have, not when they end
-};
-
 constexpr int X_BUFFERS = 2;
 
 // 16 bytes of one token, columns 8 c to 8 c + 7 of a tile: in four words, pair m of columns to chunk
@@ -63,7 +52,6 @@ KERNEL(WARPGROUPS * 128, BLOCKS) matmul(const Problem p) {
     const int steps = tiles * (rank + 1) / ranks - first;
     const int token0 = blockIdx.y * N, row0 = blockIdx.z * ROWS;
 
-    if (p.early) start_next();
     // Shared memory: x, from a multiple of 1024 on; the warps' rings; 16 bytes that may be read but
     // are not used. The sums take their place.
     const uint32_t x_at = (0u - shared_address(shared_memory())) % 1024;

@@ -7,6 +7,17 @@
 // Of one token and 64 columns of x, 16 bits each; of a record, five pieces of 512 bytes at most.
 constexpr int ROW_BYTES = 128, PIECES = 5;
 
+struct Problem {
+    const char* records;
+    const int* offsets;
+    const void* x;     // T [tokens, cols], 16-byte aligned, cols a multiple of 64; or by `arrange`
+    const void* bias;  // T [rows], or null
+    void* y;           // T [tokens, rows], 8-byte aligned
+    int rows, cols, tokens;
+    int capacity;  // bytes of the largest record
+    int sharing;   // blocks that share x, in matmul_multicast.cu: 1, 2, 4 or 8
+};
+
 // ---------------------------------------------------------------- records of a warp
 
 // The records of a warp's row block for the tiles that its thread block has, on their way through a ring
@@ -41,7 +52,7 @@ DEVICE void send(Ring<STAGES, KEPT>& ring, int step, int stage, int zero = 0) {
 
 // A ring at `at` for row block `row_block` of a weight of `rows`, tiles `first` to `first + steps`
 // of its tiles; all that has room has been sent for.
-template <int STAGES, int KEPT, class Problem>
+template <int STAGES, int KEPT>
 DEVICE Ring<STAGES, KEPT> make_ring(const Problem& p, uint32_t at, int row_block, int first, int steps) {
     const int lane = threadIdx.x % 32;
     const bool there = row_block < (p.rows + 63) / 64 * 4;
@@ -107,7 +118,7 @@ DEVICE void keep_all(uint32_t (&a)[4][4]) {
 // y of this block's tokens that are its share: the sums of blocks `first`, `first + stride`, ... of the
 // cluster, `ranks` in all, of which this is number `rank`, in this order. All have their sums at byte
 // `at` of shared memory, a multiple of 16, and none needs what was there.
-template <class T, int WARPGROUPS, int N, class Problem>
+template <class T, int WARPGROUPS, int N>
 DEVICE void add_and_write(const Problem& p, const float (&sum)[N / 64][32], uint32_t at, int token0,
                           int row0, int rank, int ranks, int first, int stride) {
     // A token is a row of PITCH numbers, which keeps the stores below free of bank conflicts.

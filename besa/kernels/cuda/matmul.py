@@ -16,12 +16,12 @@ import ctypes
 import math
 from collections.abc import Iterator
 from ctypes import c_int, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from besa.kernels.cuda import driver
-from besa.kernels.cuda.call import TYPES, Call, Needed, Shape, at
+from besa.kernels.cuda.call import TYPES, Call, Needed, Shape
 
 # wgmma exists there and nowhere else: kernels are compiled for sm_90a (the driver's `specific`).
 CAPABILITY = (9, 0)
@@ -36,11 +36,7 @@ _BARRIERS = 64  # bytes, matmul_multicast.cu
 
 
 class Problem(ctypes.Structure):
-    """The argument of both kernels, which call the last field `early` and `sharing`.
-
-    `x` is what `arrange` wrote for matmul_multicast.cu. `early`, 0 or 1, says when the next kernel
-    may begin: at once is better where a launch leaves room on every multiprocessor.
-    """
+    """The argument of both kernels; `x` is what `arrange` wrote for matmul_multicast.cu."""
 
     _fields_ = [
         ("records", c_void_p),
@@ -52,7 +48,7 @@ class Problem(ctypes.Structure):
         ("cols", c_int),
         ("tokens", c_int),
         ("capacity", c_int),
-        ("early_or_sharing", c_int),
+        ("sharing", c_int),
     ]
 
 
@@ -247,15 +243,12 @@ def candidates(rows: int, cols: int, tokens: int, capacity: int) -> Iterator[Pla
         and not (plan.config.tokens > 64 and plan.config.tokens >= 2 * tokens)
     ]
     # Fewer stages or buffers are for the places where more do not fit.
-    most: dict[tuple[int, int, int], int] = {}
+    most: dict[Config, int] = {}
     for plan in fitting:
-        c, size = plan.config, (plan.config.warpgroups, plan.config.tokens, plan.config.blocks)
-        most[size] = max(most.get(size, 0), c.stages)
+        size = replace(plan.config, stages=0)
+        most[size] = max(most.get(size, 0), plan.config.stages)
     fitting = [
-        plan
-        for plan in fitting
-        if plan.config.stages
-        == most[plan.config.warpgroups, plan.config.tokens, plan.config.blocks]
+        plan for plan in fitting if plan.config.stages == most[replace(plan.config, stages=0)]
     ]
     fitting.sort(key=lambda plan: estimate(plan, rows, cols, tokens, capacity))
     seen = set()
@@ -268,15 +261,9 @@ def candidates(rows: int, cols: int, tokens: int, capacity: int) -> Iterator[Pla
 
 @dataclass(frozen=True)
 class Matmul:
-    """A product by a plan, of weights of 16-bit values without a pattern.
-
-    Attributes:
-        plan: how it is launched.
-        early: whether the next kernel may begin at once, for `Plan`s without sharing.
-    """
+    """A product by a plan, of weights of 16-bit values without a pattern."""
 
     plan: Plan
-    early: bool = False
 
     def __str__(self) -> str:
         plan, config = self.plan, self.plan.config
@@ -317,15 +304,15 @@ class Matmul:
         launch = self.plan.launch(shape.rows, shape.cols, tokens, shape.capacity)
         problem = Problem(
             call.records.data_ptr(),
-            at(call.offsets),
+            driver.at(call.offsets),
             x.data_ptr(),
-            at(call.bias),
+            driver.at(call.bias),
             call.y.data_ptr(),
             shape.rows,
             shape.cols,
             tokens,
             shape.capacity,
-            self.plan.sharing or int(self.early),
+            self.plan.sharing,
         )
         driver.kernel(self.plan.source, self.plan.kernel(shape.x), device, specific=True).launch(
             launch.grid,

@@ -42,17 +42,6 @@ KERNEL(256, 8) arrange(const Arrangement p) {
     static_cast<uint4*>(p.arranged)[to] = make_uint4(from[0], from[8], from[16], from[24]);
 }
 
-struct Problem {
-    const char* records;
-    const int* offsets;
-    const void* arranged;  // x, by `arrange`
-    const void* bias;      // T [rows], or null
-    void* y;               // T [tokens, rows], 8-byte aligned
-    int rows, cols, tokens;
-    int capacity;  // bytes of the largest record
-    int sharing;   // C: 1, 2, 4 or 8
-};
-
 template <class T, int WARPGROUPS, int N, int STAGES, int BLOCKS>
 KERNEL(WARPGROUPS * 128, BLOCKS) matmul(const Problem p) {
     constexpr int ROWS = WARPGROUPS * 64, X_BYTES = N * ROW_BYTES, PIECE = 64 * ROW_BYTES;
@@ -98,7 +87,7 @@ KERNEL(WARPGROUPS * 128, BLOCKS) matmul(const Problem p) {
         barrier_expect(full + 8 * buffer, X_BYTES);
         for (uint32_t i = member * share; i < (member + 1) * share; i += piece) {
             int block = min(int(token0 / 64 + i / PIECE), last);
-            const char* from = static_cast<const char*>(p.arranged) +
+            const char* from = static_cast<const char*>(p.x) +
                                (int64_t(block) * tiles + first + step) * PIECE + i % PIECE;
             uint32_t to = base + x_at + buffer * X_BYTES + i;
             if (p.sharing == 1)

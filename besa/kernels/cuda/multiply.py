@@ -7,7 +7,7 @@ from ctypes import c_int, c_void_p
 from dataclasses import dataclass
 
 from besa.kernels.cuda import driver
-from besa.kernels.cuda.call import TYPES, Call, Needed, Shape, at, quantized
+from besa.kernels.cuda.call import TYPES, Call, Needed, Shape, quantization, quantized
 
 MOST_TOKENS = 64
 
@@ -55,21 +55,20 @@ class Multiply:
         if self.shared(shape, tokens) > _MOST_SHARED:
             return None
         found = [Needed("sparse_linear.cu", self.name(shape, tokens))]
-        if self._kind(shape, tokens) == "INT8_READY":
-            found.append(Needed("sparse_linear.cu", f"quantize<{TYPES[shape.x]}>"))
+        if self.kind(shape, tokens) == "INT8_READY":
+            found.append(quantization(shape.x))
         return found
 
     def name(self, shape: Shape, tokens: int) -> str:
         """The instance of the kernel."""
-        kind = self._kind(shape, tokens)
-        group = min(shape.group_size, 64)  # groups of 128 are two tiles with the same scale
-        pieces = 3 if shape.two_four else next(n for n in (2, 3, 5) if shape.capacity <= 512 * n)
+        kind, group, pieces = self.kind(shape, tokens), group_of(shape), pieces_of(shape)
         numbers = (group, self.blocks, _eights(tokens), self.warps, self.stages, pieces)
         split = "true" if self.splits > 1 else "false"
         arguments = ", ".join(map(str, (TYPES[shape.x], kind, *numbers, self.resident, split)))
         return f"multiply<{arguments}>"
 
-    def _kind(self, shape: Shape, tokens: int) -> str:
+    def kind(self, shape: Shape, tokens: int) -> str:
+        """What it does with the values: a `Kind` of sparse_linear.cu."""
         if not shape.int8:
             return "TWO_FOUR" if shape.two_four else "VALUES"
         if not shape.int8_input:
@@ -82,24 +81,23 @@ class Multiply:
         rings = 80 + self.warps * self.stages * self.blocks * shape.capacity
         sums = self.warps * self.blocks * _eights(tokens) * 512
         bytes_ = max(rings, sums)
-        if self._kind(shape, tokens) == "INT8":
+        if self.kind(shape, tokens) == "INT8":
             bytes_ += tokens * shape.cols + 4 * (8 * _eights(tokens) + tokens * self.warps)
         return bytes_
 
     def run(self, call: Call) -> None:
         """Queues the product."""
-        shape, tokens, stream = call.shape, call.tokens, call.stream
-        device = call.x.device
+        shape, tokens, device = call.shape, call.tokens, call.x.device
         x, x_scale = call.x, None
-        if self._kind(shape, tokens) == "INT8_READY":
+        if self.kind(shape, tokens) == "INT8_READY":
             x, x_scale = quantized(call)
         problem = _Problem(
             call.records.data_ptr(),
-            at(call.offsets),
+            driver.at(call.offsets),
             x.data_ptr(),
-            at(x_scale),
-            at(call.scale),
-            at(call.bias),
+            driver.at(x_scale),
+            driver.at(call.scale),
+            driver.at(call.bias),
             call.y.data_ptr(),
             shape.rows,
             shape.cols,
@@ -113,10 +111,20 @@ class Multiply:
             self.warps * 32,
             self.shared(shape, tokens),
             problem,
-            stream,
+            call.stream,
             early=True,
             cluster=self.splits,
         )
+
+
+def group_of(shape: Shape) -> int:
+    """Columns that share a scale as the kernel knows them: 0, 32 or 64."""
+    return min(shape.group_size, 64)  # groups of 128 are two tiles with the same scale
+
+
+def pieces_of(shape: Shape) -> int:
+    """Pieces of 512 bytes that a record has, at most, as the kernel knows them: 2, 3 or 5."""
+    return next(n for n in (2, 3, 5) if shape.capacity <= 512 * n)
 
 
 def _eights(tokens: int) -> int:

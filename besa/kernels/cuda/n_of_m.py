@@ -45,6 +45,6 @@ def n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
         return mask
     arguments = _Choice(scores.data_ptr(), mask.data_ptr(), scores.numel(), n)
     kernel = driver.kernel("n_of_m.cu", f"n_of_m<{m}>", scores.device)
-    stream = torch.cuda.current_stream(scores.device).cuda_stream
-    kernel.launch((-(-scores.numel() // _PIECE), 1, 1), _THREADS, 0, arguments, stream)
+    pieces, stream = -(-scores.numel() // _PIECE), driver.stream(scores.device)
+    kernel.launch((pieces, 1, 1), _THREADS, 0, arguments, stream)
     return mask

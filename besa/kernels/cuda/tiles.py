@@ -105,7 +105,7 @@ def two_four(dense: Tensor, keep: Tensor) -> Tensor:
 
 
 def from_two_four(records: Records, tiles: slice) -> tuple[Tensor, Tensor]:
-    """As `_from_tiles`."""
+    """As `from_tiles`."""
     data = records.data.view(-1, TWO_FOUR_BYTES)[tiles]
     words = data[:, :MASK_BYTES].contiguous().view(torch.int32).long()
     nibbles = (words[:, :, None] >> 4 * shifts(8, data.device).long()) & 0x0F

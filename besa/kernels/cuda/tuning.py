@@ -97,11 +97,14 @@ _tables: dict[tuple[int, Shape], Table] = {}
 
 def table(call: Call) -> Table:
     """The table of the call's shape, which is measured with the call's weight if it must be."""
-    shape = _rounded(call.shape)
-    key = (call.records.device.index, shape)
-    if (found := _tables.get(key)) is not None:
-        return found
     device = call.records.device
+    exact = (device.index, call.shape)
+    if (found := _tables.get(exact)) is not None:
+        return found
+    shape = _rounded(call.shape)
+    if (found := _tables.get((device.index, shape))) is not None:
+        _tables[exact] = found
+        return found
     if torch.cuda.is_current_stream_capturing():
         return untimed(shape, Gpu.of(device))
     path, kept = _kept(device)
@@ -116,7 +119,7 @@ def table(call: Call) -> Table:
         except RuntimeError as error:  # no memory to time in, a capture by somebody else
             _say_untimed(str(error).splitlines()[0])
             found = untimed(shape, Gpu.of(device))
-    _tables[key] = found
+    _tables[exact] = _tables[device.index, shape] = found
     return found
 
 
@@ -292,4 +295,4 @@ def _way(fields: dict[str, Any]) -> Way:
     if name == "Multiply":
         return Multiply(**fields)
     plan = fields["plan"]
-    return Matmul(Plan(**{**plan, "config": Config(**plan["config"])}), fields["early"])
+    return Matmul(Plan(**{**plan, "config": Config(**plan["config"])}))

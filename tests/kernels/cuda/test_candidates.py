@@ -11,16 +11,10 @@ from besa.kernels.cuda.candidates import Gpu, candidates
 from besa.kernels.cuda.expansion import Expand
 from besa.kernels.cuda.matmul import Matmul
 from besa.kernels.cuda.multiply import Multiply
+from tests.kernels.cuda.gpus import GPUS
 
 BF16 = torch.bfloat16
-H100 = Gpu(132, (9, 0))
-GPUS = {
-    "A100": Gpu(108, (8, 0), 164 * 1024),
-    "RTX 4090": Gpu(128, (8, 9), 100 * 1024),
-    "H100": H100,
-    "B200": Gpu(148, (10, 0)),
-    "RTX 5090": Gpu(170, (12, 0), 100 * 1024),
-}
+H100 = GPUS["H100"]
 
 
 def shape_of(rows: int, cols: int, kind: str = "50%") -> Shape:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from besa.kernels.cuda import driver
-from besa.kernels.cuda.call import Needed, Shape
-from besa.kernels.cuda.candidates import Gpu, candidates
-from besa.kernels.cuda.compiler import Cubin, compile_cubin
+from besa.kernels.cuda.call import Shape
+from besa.kernels.cuda.candidates import candidates
 from besa.kernels.cuda.expansion import Expand
 from besa.kernels.cuda.multiply import Multiply
+from tests.kernels.cuda.gpus import GPUS, TARGETS, compiled
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 BF16, FP16 = torch.bfloat16, torch.float16
 
 # A weight of each kind, as large as a model's.
@@ -26,13 +24,7 @@ KINDS = {
 }
 
 
-def compiled(needed: Needed, target: str) -> Cubin:
-    text = (driver.FOLDER / needed.source).read_text(encoding="utf-8")
-    target += "a" if needed.specific else ""
-    return compile_cubin(text, target, needed.name, driver.headers(), needed.source)
-
-
-@pytest.mark.parametrize("target", ARCHITECTURES)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_token(kind: str, target: str) -> None:
     """Two blocks of 16 warps are all that a multiprocessor holds: 64 registers for each thread."""
@@ -53,7 +45,7 @@ def test_expansion_and_what_belongs_to_it(kind: str, target: str) -> None:
 @pytest.mark.parametrize("kind", ["50%", "2:4", "int8"])
 @pytest.mark.parametrize("tokens", [8, 16, 32])
 def test_the_first_candidates_of_an_h100(kind: str, tokens: int) -> None:
-    ways = candidates(KINDS[kind], tokens, Gpu(multiprocessors=132, capability=(9, 0)))
+    ways = candidates(KINDS[kind], tokens, GPUS["H100"])
     few = [way for way in ways if isinstance(way, Multiply)][:2]
     for needed in {needed for way in few for needed in way.kernels(KINDS[kind], tokens) or []}:
         assert compiled(needed, "sm_90").spilled == 0, needed

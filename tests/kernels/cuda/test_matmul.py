@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from besa.formats import pack
-from besa.kernels.cuda import compiler, driver
+from besa.kernels.cuda import compiler
+from besa.kernels.cuda.call import Needed
 from besa.kernels.cuda.matmul import (
     CONFIGS,
     MULTICAST_CONFIGS,
@@ -24,6 +25,7 @@ from besa.kernels.cuda.matmul import (
 )
 from besa.kernels.cuda.records import Records, parts, to_records
 from tests.kernels.cuda.emulation import Emulated, guarded, needs_compiler
+from tests.kernels.cuda.gpus import compiled
 
 BF16, FP16 = torch.bfloat16, torch.float16
 FEW_ROWS = Config(warpgroups=1, tokens=64, stages=3, blocks=5)
@@ -202,8 +204,7 @@ def test_compiles_without_spills(plan: Plan) -> None:
     assert nvrtc is not None
     if 90 not in nvrtc.architectures:
         pytest.skip("an NVRTC that knows no sm_90")
-    source = (driver.FOLDER / plan.source).read_text()
-    cubin = compiler.compile_cubin(source, "sm_90a", plan.kernel(BF16), driver.headers())
+    cubin = compiled(Needed(plan.source, plan.kernel(BF16), specific=True), "sm_90")
     assert cubin.spilled == 0
     assert cubin.registers * 128 * plan.config.warpgroups * plan.config.blocks <= 65536
     assert "serialized" not in cubin.log  # products that wait for each other

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from besa.kernels.cuda import buckets as bucket_kernels
 from besa.kernels.cuda import compensate as compensate_kernel
-from besa.kernels.cuda import compiler, driver
+from besa.kernels.cuda import compiler
 from besa.kernels.cuda import n_of_m as n_of_m_kernel
+from besa.kernels.cuda.call import Needed
 from besa.kernels.mask_buckets import mask_buckets, mask_buckets_reference
 from besa.kernels.segment_sum import segment_sum, segment_sum_reference
 from besa.model.blocks import find_linears
@@ -27,6 +28,7 @@ from besa.pruning.methods.sparsegpt import sparsegpt
 from besa.pruning.patterns import lowest_pruned_overall, n_of_m, n_of_m_reference
 from besa.pruning.updates import obs
 from tests.kernels.cuda.emulation import driver_on_cpu, guarded, needs_compiler
+from tests.kernels.cuda.gpus import TARGETS, compiled
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Columns: none, one, odd, a row's tail of eights, more than a block's threads take at once.
@@ -288,7 +290,7 @@ def test_n_of_m_of_nan_of_other_layouts_and_of_other_groups(monkeypatch: pytest.
 
 
 @pytest.mark.skipif(compiler.nvrtc() is None, reason="no NVRTC")
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("source", "name"),
     [
@@ -300,8 +302,7 @@ def test_n_of_m_of_nan_of_other_layouts_and_of_other_groups(monkeypatch: pytest.
     ],
 )
 def test_compiles_without_spills(source: str, name: str, target: str):
-    text = (driver.FOLDER / source).read_text()
-    assert compiler.compile_cubin(text, target, name, driver.headers()).spilled == 0
+    assert compiled(Needed(source, name), target).spilled == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -9,20 +9,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from besa.kernels.cuda import compiler, driver, tuning
+from besa.kernels.cuda import compiler, tuning
 from besa.kernels.cuda.call import Needed, Shape
 from besa.kernels.cuda.candidates import Gpu
+from tests.kernels.cuda.gpus import TARGETS, compiled
 
 BF16, FP16, INT8 = torch.bfloat16, torch.float16, torch.int8
 
-# Multiprocessors and compute capability: A100, RTX 4090, H100, B200, RTX 5090.
-GPUS = {
-    "sm_80": Gpu(108, (8, 0)),
-    "sm_89": Gpu(128, (8, 9)),
-    "sm_90": Gpu(132, (9, 0)),
-    "sm_100": Gpu(148, (10, 0)),
-    "sm_120": Gpu(170, (12, 0)),
-}
 # Bytes in the code that move registers to memory and back. Which of the large blocks for 64 tokens
 # is the fastest is timed, so that one that spills a little does no harm.
 MOST_SPILLED = 256
@@ -43,13 +36,10 @@ def needed_for(shape: Shape, gpu: Gpu) -> set[Needed]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(compiler.nvrtc() is None, reason="needs NVRTC")
-@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", SHAPES)
 def test_compiles(kind: str, target: str) -> None:
-    needed = needed_for(SHAPES[kind], GPUS[target])
+    needed = needed_for(SHAPES[kind], TARGETS[target])
     assert len(needed) >= 3
     for one in needed:
-        source = (driver.FOLDER / one.source).read_text(encoding="utf-8")
-        found = target + "a" if one.specific else target
-        cubin = compiler.compile_cubin(source, found, one.name, driver.headers(), one.source)
-        assert cubin.spilled <= MOST_SPILLED, one
+        assert compiled(one, target).spilled <= MOST_SPILLED, one
