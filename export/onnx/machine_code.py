@@ -29,7 +29,7 @@ from besa.kernels.cuda import cache, compiler, driver
 from besa.kernels.cuda.call import Shape
 from besa.kernels.cuda.compiler import Cubin
 from besa.kernels.cuda.multiply import Multiply, group_of, pieces_of
-from besa.kernels.cuda.records import Records, padded_cols
+from besa.kernels.cuda.records import Records
 
 # Code for one of these also runs on later GPUs of the same generation.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -113,16 +113,7 @@ def instances(records: Records, group_size: int | None, dtype: torch.dtype) -> l
         group_size: columns that share a scale of int8 values; None if a row does.
         dtype: of the activations.
     """
-    shape = Shape(
-        rows=records.rows,
-        cols=padded_cols(records.cols),
-        values=records.dtype,
-        x=dtype,
-        two_four=records.two_four,
-        capacity=records.capacity,
-        group_size=group_size or 0,
-        int8_input=False,
-    )
+    shape = Shape.of(records, group_size or 0, dtype, int8_input=False)
     group, pieces = group_of(shape), pieces_of(shape)
     found = []
     for tokens, (warps, resident) in SIZES.items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from besa.kernels.cuda import driver
+from besa.kernels.cuda.records import Records, padded_cols
 
 # The types of activations that the kernels take.
 TYPES = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
@@ -61,6 +62,20 @@ class Shape:
     capacity: int
     group_size: int
     int8_input: bool
+
+    @classmethod
+    def of(cls, records: Records, group_size: int, x: torch.dtype, int8_input: bool) -> Shape:
+        """That of a weight and of such activations."""
+        return cls(
+            rows=records.rows,
+            cols=padded_cols(records.cols),
+            values=records.dtype,
+            x=x,
+            two_four=records.two_four,
+            capacity=records.capacity,
+            group_size=group_size,
+            int8_input=int8_input and records.dtype == torch.int8,
+        )
 
     @property
     def int8(self) -> bool:

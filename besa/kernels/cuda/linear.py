@@ -24,7 +24,7 @@ from torch import Tensor
 from besa.errors import BesaWarning
 from besa.kernels.cuda.call import TYPES, Call, Shape
 from besa.kernels.cuda.expansion import expand
-from besa.kernels.cuda.records import Records, padded_cols, parts, to_packed, to_records
+from besa.kernels.cuda.records import Records, parts, to_packed, to_records
 from besa.kernels.cuda.tuning import Table, table
 from besa.kernels.cuda.usable import usable as has_kernels
 from besa.kernels.linear import PackedWeight, group_size, product, sparse_linear_reference
@@ -90,16 +90,7 @@ def shape_of(
     """What the kernels are told of a weight; None if they don't take it with such an x."""
     if x not in TYPES or records.dtype not in (x, torch.int8):
         return None
-    return Shape(
-        rows=records.rows,
-        cols=padded_cols(records.cols),
-        values=records.dtype,
-        x=x,
-        two_four=records.two_four,
-        capacity=records.capacity,
-        group_size=group_size(records.cols, scale),
-        int8_input=int8_input and records.dtype == torch.int8,
-    )
+    return Shape.of(records, group_size(records.cols, scale), x, int8_input)
 
 
 def _records_linear(
