@@ -10,11 +10,8 @@ kernel, compiled for the CPU (tests/kernels/cuda/emulation.py).
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from ctypes import c_char, c_int64, c_size_t, c_void_p
 from pathlib import Path
@@ -55,7 +52,7 @@ def driver_on_cpu(wanted: Iterable[Instance]) -> Path:
             (HERE / "driver_on_cpu.h").read_text(),
         ]
     )
-    return emulation._compiled(source, text)
+    return emulation.compiled(source, text)
 
 
 class Weight(ctypes.Structure):
@@ -146,7 +143,7 @@ def operator_library(driver: Path) -> str:
 
 
 def _compiled(source: Path, *flags: str) -> Path:
-    """A library of a source and of besa's product: of an earlier run, if nothing has changed."""
+    """A library of a source and of besa's product."""
     compiler = emulation.compiler()
     assert compiler is not None
     product = [KERNELS / f"cuda_{part}.cpp" for part in ("product", "code", "driver")]
@@ -158,18 +155,5 @@ def _compiled(source: Path, *flags: str) -> Path:
         *flags,
         "-ldl",
     ]
-    digest = hashlib.sha256("\0".join(command).encode())
-    for path in (source, *sorted(KERNELS.glob("*cuda*.cpp")), *sorted(KERNELS.glob("*.h"))):
-        digest.update(path.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"besa-emulated-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    library = folder / f"{source.stem}-{digest.hexdigest()[:20]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / "library.so"
-            done = subprocess.run(
-                [*command, "-o", str(made)], capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, done.stderr
-            made.replace(library)
-    return library
+    includes = [*KERNELS.glob("*cuda*.cpp"), *KERNELS.glob("*.h")]
+    return emulation.library_of(source, command, includes)

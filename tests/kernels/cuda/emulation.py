@@ -22,7 +22,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_char_p, c_int, c_long, c_void_p
 from functools import cache
@@ -104,7 +104,7 @@ class Emulated:
         text = f'#include "{path}"\n' + "".join(
             f"EMULATE(launch_{i}, &{name})\n" for i, name in enumerate(names)
         )
-        self._path = _compiled(path, text)
+        self._path = compiled(path, text)
         # Keeps Python's lock: a library runs one launch at a time.
         self._library = ctypes.PyDLL(str(self._path))
         self._functions = {name: self._library[f"launch_{i}"] for i, name in enumerate(names)}
@@ -155,25 +155,38 @@ class Emulated:
         return f" ({' in '.join(lines)})" if found.returncode == 0 else ""
 
 
-def _compiled(path: Path, text: str) -> Path:
-    """The library of `text`: of an earlier run, if all that it is made of is the same."""
+def compiled(path: Path, text: str) -> Path:
+    """The library of `text`, which includes a kernel's source."""
     command = compiler()
     assert command is not None, "no C++ compiler"
-    command = [*command, *FLAGS, f"-I{KERNELS}", f"-I{HERE}"]
-    sources = [path, *sorted(KERNELS.glob("*.cuh")), *sorted(HERE.glob("*.h"))]
+    command = [*command, *FLAGS, f"-I{KERNELS}", f"-I{HERE}", "-x", "c++", "-"]
+    return library_of(path, command, [*KERNELS.glob("*.cuh"), *HERE.glob("*.h")], text)
+
+
+def library_of(
+    path: Path, command: Sequence[str], includes: Iterable[Path], text: str = ""
+) -> Path:
+    """What a compiler makes of `path`: of an earlier run, if all that it is made of is the same.
+
+    Args:
+        command: the compiler's, without an output.
+        includes: what else it reads.
+        text: its standard input.
+
+    Raises:
+        KernelError: it does not compile.
+    """
     digest = hashlib.sha256("\0".join([*command, _version(command[0]), text]).encode())
-    for source in sources:
+    for source in (path, *sorted(includes)):
         digest.update(source.read_bytes() + b"\0")
     folder = Path(tempfile.gettempdir()) / f"besa-emulated-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{path.stem}-{digest.hexdigest()[:20]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / "kernel.so"
-            main = Path(scratch) / "kernel.cpp"
-            main.write_text(text)
+            made = Path(scratch) / "library.so"
             done = subprocess.run(
-                [*command, "-o", str(made), str(main)], capture_output=True, text=True, check=False
+                [*command, "-o", str(made)], input=text, capture_output=True, text=True, check=False
             )
             if done.returncode:
                 raise KernelError(f"{path.name} does not compile:\n{done.stderr}")
