@@ -78,6 +78,7 @@ def _record(result: Result) -> dict[str, Any]:
         "tokens": perplexity.tokens,
         "windows": perplexity.windows,
         "seqlen": perplexity.seqlen,
+        "bos": result.bos,
         "dtype": result.dtype,
         "device": result.device,
     }
@@ -105,10 +106,12 @@ def _print_tables(results: list[Result], config: EvalConfig) -> None:
     if config.tasks:
         console.print(_task_table(results[:: len(config.texts)]))
     for text in config.texts:
-        first = next(result.perplexity for result in results if result.text == text)
+        result = next(result for result in results if result.text == text)
+        first = result.perplexity
+        begun = ", each after a beginning token" if result.bos else ""
         console.print(
             f"{text}: {first.tokens:,} tokens predicted in {first.windows:,} windows "
-            f"of {first.seqlen}",
+            f"of {first.seqlen}{begun}",
             markup=False,
             soft_wrap=True,
         )

@@ -8,7 +8,8 @@
 torch.Size([128, 512])
 
 As in the field's protocol the documents are one text, tokenized in one go (so that a beginning
-token comes once, if the tokenizer adds one) and cut into windows of `seqlen` tokens.
+token comes once, if the tokenizer adds one) and cut into windows of `seqlen` tokens. Or each window
+has a beginning token of its own as the first of them (`besa.data.beginning`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from besa.errors import BesaError
 
@@ -29,7 +31,9 @@ _CHARACTERS_A_TOKEN = 8
 _MARGIN = 64
 
 
-def token_stream(tokenizer: Any, documents: Iterable[str], limit: int | None = None) -> Tensor:
+def token_stream(
+    tokenizer: Any, documents: Iterable[str], limit: int | None = None, special: bool = True
+) -> Tensor:
     """The tokens of all documents, joined by a blank line.
 
     Args:
@@ -37,12 +41,13 @@ def token_stream(tokenizer: Any, documents: Iterable[str], limit: int | None = N
         documents: read in order.
         limit: no more than this many tokens are wanted: only as many documents as those need
             (and up to twice that) are read and tokenized, however long the text is.
+        special: whether the tokenizer may put tokens of its own before the text and after it.
 
     Returns:
         int64 [n].
     """
     if limit is None:
-        return _encode(tokenizer, SEPARATOR.join(documents))
+        return _encode(tokenizer, SEPARATOR.join(documents), special)
     documents = iter(documents)
     text = ""
     budget = _CHARACTERS_A_TOKEN * (limit + _MARGIN)
@@ -55,13 +60,15 @@ def token_stream(tokenizer: Any, documents: Iterable[str], limit: int | None = N
             if length > budget:
                 break
         text = SEPARATOR.join(pieces)
-        stream = _encode(tokenizer, text[:budget])
+        stream = _encode(tokenizer, text[:budget], special)
         if len(stream) >= limit + _MARGIN or len(text) <= budget:
             return stream[:limit]
         budget *= 2
 
 
-def calibration_windows(stream: Tensor, samples: int, seqlen: int, seed: int) -> Tensor:
+def calibration_windows(
+    stream: Tensor, samples: int, seqlen: int, seed: int, bos: int | None = None
+) -> Tensor:
     """A random choice of windows that do not overlap.
 
     The stream is cut into windows from a random beginning (of those that leave enough of them)
@@ -69,6 +76,7 @@ def calibration_windows(stream: Tensor, samples: int, seqlen: int, seed: int) ->
 
     Args:
         stream: int64 [n].
+        bos: a token to begin each window with, its first of `seqlen`.
 
     Returns:
         int64 [samples, seqlen].
@@ -76,41 +84,46 @@ def calibration_windows(stream: Tensor, samples: int, seqlen: int, seed: int) ->
     Raises:
         BesaError: the stream is too short.
     """
-    available = len(stream) // seqlen
+    taken = seqlen if bos is None else seqlen - 1
+    available = len(stream) // max(1, taken)
     if available < samples:
         raise BesaError(
             f"the calibration text has {available} windows of {seqlen} tokens, not {samples}: "
             "lower the samples or the sequence length, or give more text"
         )
     generator = torch.Generator().manual_seed(seed)
-    offsets = min(seqlen, len(stream) - samples * seqlen + 1)
+    offsets = min(taken, len(stream) - samples * taken + 1)
     offset = int(torch.randint(offsets, (), generator=generator))
-    windows = evaluation_windows(stream[offset:], seqlen)
+    windows = evaluation_windows(stream[offset:], seqlen, bos)
     return windows[torch.randperm(len(windows), generator=generator)[:samples]]
 
 
-def evaluation_windows(stream: Tensor, seqlen: int) -> Tensor:
+def evaluation_windows(stream: Tensor, seqlen: int, bos: int | None = None) -> Tensor:
     """All windows from the beginning on; what is left over at the end is dropped.
 
     Args:
         stream: int64 [n].
+        bos: a token to begin each window with, its first of `seqlen`.
 
     Returns:
-        int64 [n // seqlen, seqlen].
+        int64 [n // seqlen, seqlen]; with `bos` [n // (seqlen - 1), seqlen].
 
     Raises:
         BesaError: the stream is shorter than one window.
     """
-    count = len(stream) // seqlen
-    if count == 0:
+    taken = seqlen if bos is None else seqlen - 1
+    count = len(stream) // max(1, taken)
+    if count == 0 or taken == 0:
         raise BesaError(
             f"the text has {len(stream)} tokens, fewer than one window of {seqlen}: "
             "lower --seqlen or give more text"
         )
-    return stream[: count * seqlen].view(count, seqlen)
+    windows = stream[: count * taken].view(count, taken)
+    return windows if bos is None else functional.pad(windows, (1, 0), value=bos)
 
 
-def _encode(tokenizer: Any, text: str) -> Tensor:
+def _encode(tokenizer: Any, text: str, special: bool) -> Tensor:
     # verbose=False: a text longer than the model's context is what we want, not a mistake.
-    ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+    options = {} if special else {"add_special_tokens": False}
+    ids = tokenizer(text, truncation=False, verbose=False, **options)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)

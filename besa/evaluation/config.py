@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from besa.data.beginning import CHOICES
 from besa.errors import BesaError
-from besa.settings import DTYPES, setting
+from besa.settings import DTYPES, check_choices, setting
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -35,6 +36,12 @@ class EvalConfig:
     seqlen: int | None = setting(
         None, "tokens in a window (default: 2048, or what all the models take)", metavar="N"
     )
+    bos: str = setting(
+        "auto",
+        "the beginning token before each window: %(choices)s; auto: if the tokenizer puts one "
+        "before a text and the first model minds its absence (default: %(default)s)",
+        choices=CHOICES,
+    )
     batch_size: int = setting(1, "windows at a time (default: %(default)s)", metavar="N")
     dtype: str = setting(
         "auto", "float32, bfloat16, float16, or auto for the checkpoint's own (default)"
@@ -55,6 +62,7 @@ class EvalConfig:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not self.texts:
             raise BesaError("no text to evaluate on: name at least one")
         for name, least in (("seqlen", 2), ("batch_size", 1), ("limit", 1), ("num_fewshot", 0)):

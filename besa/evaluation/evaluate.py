@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from besa.data.beginning import bos_token
 from besa.data.texts import documents_from, window_cap
 from besa.data.windows import evaluation_windows, token_stream
 from besa.errors import BesaError
@@ -38,6 +39,7 @@ class Result:
             tokenizers cut the text into different windows.
         sparsity: the share of zeros in the weights, where the model has a `besa.json`.
         tasks: {task: {metric: value}} where tasks were asked for; the same on each text.
+        bos: whether each window began with the tokenizer's beginning token.
     """
 
     model: str
@@ -48,6 +50,13 @@ class Result:
     dtype: str
     device: str
     tasks: dict[str, dict[str, float]] | None
+    bos: bool = False
+
+
+# A model minds that windows lack its beginning token if that costs it more than so many nats a
+# token on the first windows. What the token itself takes from a window is far less.
+_MINDS = 0.05
+_FIRST_WINDOWS = 8
 
 
 def evaluate(
@@ -72,15 +81,21 @@ def evaluate(
     seqlen = _common_seqlen(models, directories, config.seqlen)
     manager = tasks.find(config.tasks, config.task_path) if config.tasks else None
     tokenizers = [loading.load_tokenizer(directory) for directory in directories]
-    windows = [
-        [_windows(t, text, seqlen, config.limit) for text in config.texts] for t in tokenizers
-    ]
+    begun = [_windows(tokenizer, config, seqlen, config.bos) for tokenizer in tokenizers]
+    plain = begun
+    if config.bos == "auto":
+        plain = [_windows(tokenizer, config, seqlen, "never") for tokenizer in tokenizers]
+    windows, with_bos = begun, config.bos == "always"
 
     results: list[list[Result]] = []
-    for name, directory, tokenizer, own in zip(
-        models, directories, tokenizers, windows, strict=True
+    for index, (name, directory, tokenizer) in enumerate(
+        zip(models, directories, tokenizers, strict=True)
     ):
         model = loading.load_model(directory, config.dtype, device)
+        if index == 0 and not torch.equal(begun[0][0], plain[0][0]):
+            with_bos = _minds(model, begun[0][0], plain[0][0], config.batch_size)
+            windows = begun if with_bos else plain
+        own = windows[index]
         measured = []
         for text, batch in zip(config.texts, own, strict=True):
             report = partial(progress, name, text) if progress else None
@@ -108,6 +123,7 @@ def evaluate(
                     dtype=str(model.dtype).removeprefix("torch."),
                     device=str(device),
                     tasks=scores,
+                    bos=with_bos,
                 )
             )
         results.append(of_model)
@@ -126,14 +142,30 @@ def _common_seqlen(models: Sequence[str], directories: list[Path], asked: int | 
     return seqlen
 
 
-def _windows(tokenizer: Any, text: str, seqlen: int, limit: int | None) -> Tensor:
+def _windows(tokenizer: Any, config: EvalConfig, seqlen: int, choice: str) -> list[Tensor]:
+    """The windows of each text, begun as it is chosen (`besa.data.beginning`)."""
+    bos = bos_token(choice, tokenizer)
+    return [_windows_of(tokenizer, text, seqlen, config.limit, bos) for text in config.texts]
+
+
+def _windows_of(
+    tokenizer: Any, text: str, seqlen: int, limit: int | None, bos: int | None
+) -> Tensor:
     counts = [count for count in (limit, window_cap(text)) if count is not None]
     tokens = min(counts) * seqlen if counts else None
-    stream = token_stream(tokenizer, documents_from(text), tokens)
+    stream = token_stream(tokenizer, documents_from(text), tokens, special=bos is None)
     try:
-        return evaluation_windows(stream, seqlen)
+        windows = evaluation_windows(stream, seqlen, bos)
     except BesaError as error:
         raise BesaError(f"{text}: {error}") from None
+    return windows[: min(counts)] if counts else windows
+
+
+def _minds(model: nn.Module, begun: Tensor, plain: Tensor, batch_size: int) -> bool:
+    """Whether windows without their beginning token cost the model more than its own loss."""
+    both = begun[:_FIRST_WINDOWS], plain[:_FIRST_WINDOWS]
+    with_bos, without = (window_losses(model, some, batch_size).mean() for some in both)
+    return bool(without - with_bos > _MINDS)
 
 
 def sparsity(model: nn.Module) -> float:

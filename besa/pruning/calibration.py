@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from besa.data.beginning import bos_token
 from besa.data.texts import documents_from
 from besa.data.windows import calibration_windows, token_stream
 from besa.errors import BesaError
@@ -27,14 +28,16 @@ def calibration_samples(checkpoint: Checkpoint, config: PruneConfig) -> Tensor:
     """Token ids int64 [samples, seqlen].
 
     Raises:
-        BesaError: the model takes fewer tokens at once, or the text has too few.
+        BesaError: the model takes fewer tokens at once, the text has too few, or the tokenizer has
+            no token to begin windows with.
     """
     most = max_positions(checkpoint.directory) or _SEQLEN
     seqlen = config.seqlen or min(_SEQLEN, most)
     if seqlen > most:
         raise BesaError(f"{checkpoint.directory} takes {most} tokens at once: lower --seqlen")
     tokenizer = load_tokenizer(checkpoint.directory)
+    bos = bos_token(config.bos, tokenizer)
     documents = documents_from(config.calibration, "calibration")
     limit = _WINDOWS_PER_SAMPLE * config.samples * seqlen
-    stream = token_stream(tokenizer, documents, limit=limit)
-    return calibration_windows(stream, config.samples, seqlen, config.seed)
+    stream = token_stream(tokenizer, documents, limit=limit, special=bos is None)
+    return calibration_windows(stream, config.samples, seqlen, config.seed, bos)

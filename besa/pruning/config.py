@@ -12,11 +12,13 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from besa.data.beginning import CHOICES
 from besa.errors import BesaError
 from besa.methods import METHODS, UPDATES
 from besa.settings import DTYPES, check_choices, described, setting
 
 GRANULARITIES = ("row", "layer")
+TEACHERS = ("dense", "pruned")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,12 @@ class PruneConfig:
     )
     samples: int = setting(128, "calibration samples (default: %(default)s)")
     seqlen: int | None = setting(None, "tokens in a sample (default: 2048, or the model's most)")
+    bos: str = setting(
+        "auto",
+        "the beginning token before each sample: %(choices)s; auto: if the tokenizer puts one "
+        "before a text (default: %(default)s)",
+        choices=CHOICES,
+    )
     epochs: int = setting(1, "BESA's passes over the samples (default: %(default)s)")
     seed: int = setting(0, "(default: %(default)s)")
     device: str | None = setting(None, "cpu, cuda, cuda:1 (default: the GPU if there is one)")

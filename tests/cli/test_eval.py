@@ -89,6 +89,77 @@ def test_table_shows_what_json_says(
     assert re.search(r"bfloat16 on cpu; besa \S+, python \S+, torch \S+", table.stdout)
 
 
+@pytest.fixture
+def beginning(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model with a tokenizer that puts a token before each text."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    directory = tmp_path / "beginning"
+    shutil.copytree(tiny_model, directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("flags", "minds", "begun"),
+    [
+        ([], -100.0, True),  # so many nats must windows without it cost
+        ([], 100.0, False),
+        (["--bos", "always"], 100.0, True),
+        (["--bos", "never"], -100.0, False),
+    ],
+)
+def test_windows_begin_as_the_model_minds(
+    flags: list[str],
+    minds: float,
+    begun: bool,
+    beginning: Path,
+    text: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("besa.evaluation.evaluate._MINDS", minds)
+    command = ("eval", beginning, "--text", text, "--seqlen", 64, *flags)
+    (result,) = json.loads(in_process(capfd, *command, "--json").stdout)["results"]
+    assert result["bos"] is begun
+    taken = 63 if begun else 64
+    tokens = len(text.read_bytes()) + (not begun)  # the whole text's own beginning
+    assert result["windows"] == tokens // taken
+    assert ("each after a beginning token" in in_process(capfd, *command).stdout) is begun
+
+
+def test_a_model_minds_what_costs_it_much() -> None:
+    import torch
+
+    from besa.evaluation.evaluate import _minds
+
+    class Model(torch.nn.Module):
+        """Sure of the next token, which counts up, in windows that begin with token 0."""
+
+        def __init__(self, sure: float) -> None:
+            super().__init__()
+            self.embedding, self.sure = torch.nn.Embedding(50, 1), sure
+
+        def get_input_embeddings(self) -> torch.nn.Embedding:
+            return self.embedding
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            assert not use_cache
+            logits = torch.nn.functional.one_hot((input_ids + 1) % 50, 50).float()
+            sure = torch.where(input_ids[:, :1] == 0, self.sure, 1.0).unsqueeze(-1)
+            return type("Output", (), {"logits": logits * sure})
+
+    plain = torch.arange(1, 33).view(4, 8)
+    begun = torch.nn.functional.pad(plain[:, :-1], (1, 0))
+    assert _minds(Model(sure=3.0), begun, plain, batch_size=2)
+    assert not _minds(Model(sure=1.0), begun, plain, batch_size=2)
+
+
 def test_packed_is_what_it_was_made_from(
     zeroed: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
