@@ -15,7 +15,7 @@ from pathlib import Path
 
 from besa.cli.comparison import print_comparison
 from besa.demo import MODEL, SEQLEN
-from besa.demo.compare import CONTENDERS, SETTINGS, compare
+from besa.demo.compare import CONTENDERS, SETTINGS, Contender, compare
 from besa.progress import steps_for
 from besa.report import render_comparison
 from besa.report.comparison import write_comparison
@@ -31,7 +31,13 @@ def main() -> None:
     args = parser.parse_args()
     settings = {**SETTINGS, "70%": {"sparsity": 0.7}}
     settings = {name: settings[name] for name in ("50%", "60%", "70%", "2:4")}
-    contenders = [*CONTENDERS, ("besa", "layer")]
+    contenders = [
+        *CONTENDERS,
+        Contender("besa", "none", "layer"),
+        Contender("wanda", "admm"),
+        Contender("wanda", "auto"),
+        Contender("besa", "admm"),
+    ]
     args.work.mkdir(parents=True, exist_ok=True)
     with steps_for(sys.stderr) as tell:
         comparison = compare(

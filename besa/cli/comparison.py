@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from besa.report.comparison import Comparison
-from besa.report.names import method_name
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -26,15 +25,12 @@ def print_comparison(comparison: Comparison) -> None:
             setting = row.setting
             table.add_section()
             table.add_row(f"[bold]{setting}[/bold]")
-        name = method_name(row.method)
-        if row.granularity:
-            name += f", rates by {row.granularity}"
         closed = margin = ""
         if row.recovered is not None:
             closed = f"{row.recovered:+.1%}"
             margin = f"{row.margin:+.4f} ± {row.margin_se:.4f}"
         table.add_row(
-            f"  {name}",
+            f"  {row.recipe}",
             f"{row.perplexity:.3f}",
             f"{row.standard_error:.3f}",
             closed,

@@ -1,6 +1,6 @@
 """Prunes one model by several methods at several settings and compares what is left.
 
->>> methods = [("wanda", None), ("magnitude", None)]
+>>> methods = [Contender("wanda"), Contender("magnitude")]
 >>> found = compare(
 ...     Path("path/to/model"), Path("demo"), {"2:4": SETTINGS["2:4"]}, methods, seqlen=32, limit=8
 ... )
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +37,35 @@ SETTINGS: Settings = {
     "2:4": {"pattern": "2:4"},
 }
 
-# (method, granularity); a granularity means something to BESA only.
-Contenders = Sequence[tuple[str, str | None]]
-CONTENDERS: Contenders = (
-    ("magnitude", None),
-    ("wanda", None),
-    ("sparsegpt", None),
-    ("besa", "row"),
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to prune: options of `PruneConfig`, which has defaults for those that are None."""
+
+    method: str
+    update: str | None = None
+    granularity: str | None = None
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (self.method, self.update, self.granularity)))
+
+
+CONTENDERS = (
+    Contender("magnitude"),
+    Contender("wanda"),
+    Contender("sparsegpt"),
+    Contender("besa", "none"),
+    Contender("besa"),
 )
 
-Run = tuple[str, str, str | None]  # setting, method, granularity
+Run = tuple[str, Contender]  # setting and contender
 
 
 def compare(
     model: Path,
     out: Path,
     settings: Settings,
-    contenders: Contenders,
+    contenders: Sequence[Contender],
     *,
     seqlen: int,
     text: str = "builtin:test",
@@ -70,23 +82,15 @@ def compare(
         limit: the most windows of the text to read; None for all.
         tell: is given every step's event (phase, what, done, total) for display.
     """
-    runs = [(setting, *contender) for setting in settings for contender in contenders]
+    runs = [(setting, contender) for setting in settings for contender in contenders]
+    configs = {run: _config(out, run, settings[run[0]], seqlen) for run in runs}
     seconds = {}
-    directories = {}
-    for number, (setting, method, granularity) in enumerate(runs):
-        name = "-".join(filter(None, (method, granularity, setting.strip("%").replace(":", "of"))))
-        options = dict(settings[setting])
-        if granularity:
-            options["granularity"] = granularity
-        config = PruneConfig(
-            out=out / name, method=method, seqlen=seqlen, overwrite=True, **options
-        )
-        tell(Event("prune", what=name, done=number, total=len(runs)))
-        seconds[setting, method, granularity] = prune(model, config).record.seconds
-        directories[setting, method, granularity] = str(out / name)
+    for number, (run, config) in enumerate(configs.items()):
+        tell(Event("prune", what=Path(config.out).name, done=number, total=len(runs)))
+        seconds[run] = prune(model, config).record.seconds
 
     asked = EvalConfig(texts=(text,), seqlen=seqlen, batch_size=8, dtype="float32", limit=limit)
-    names = [str(model), *directories.values()]
+    names = [str(model), *(str(config.out) for config in configs.values())]
     results = evaluate(
         names,
         asked,
@@ -100,9 +104,9 @@ def compare(
         ),
     )
     dense, *pruned = results
-    by_run = dict(zip(directories, pruned, strict=True))
+    by_run = dict(zip(runs, pruned, strict=True))
     rows = [
-        _row(run, by_run[run], by_run.get((run[0], "wanda", None)), dense, seconds[run])
+        _row(run, configs[run], by_run[run], by_run.get((run[0], _WANDA)), dense, seconds[run])
         for run in runs
     ]
     return Comparison(
@@ -124,15 +128,33 @@ def compare(
     )
 
 
+_WANDA = Contender("wanda")
+
+
+def _config(out: Path, run: Run, options: Mapping[str, Any], seqlen: int) -> PruneConfig:
+    """The settings of a run, into a directory of its name."""
+    setting, contender = run
+    given = {name: value for name, value in asdict(contender).items() if value is not None}
+    name = f"{contender}-{setting.strip('%').replace(':', 'of')}"
+    return PruneConfig(out=out / name, seqlen=seqlen, overwrite=True, **given, **options)
+
+
 def _row(
-    run: Run, result: Result, wanda: Result | None, dense: Result, seconds: float
+    run: Run,
+    config: PruneConfig,
+    result: Result,
+    wanda: Result | None,
+    dense: Result,
+    seconds: float,
 ) -> ComparedRun:
     """What one run came to, beside the dense model and, if it ran, Wanda at the same setting."""
-    setting, method, granularity = run
+    setting, contender = run
     own = result.perplexity
+    assert config.update is not None
     row = ComparedRun(
-        method=method,
-        granularity=granularity,
+        method=config.method,
+        update=config.update,
+        granularity=contender.granularity,
         setting=setting,
         perplexity=own.perplexity,
         standard_error=own.standard_error,

@@ -88,16 +88,47 @@ class LinearRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TriedUpdate:
+    """What was tried after a block's mask.
+
+    Attributes:
+        update: none, admm or learn.
+        step: of Adam, as a share of a matrix's root mean square, where weights were learned.
+        error: of the block's output on held-out windows, mean by token.
+    """
+
+    update: str
+    step: float | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
+    error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockUpdate:
+    """What follows a block's mask.
+
+    Attributes:
+        chosen, step: of what was tried, what the block ended with.
+        tried: the cheapest first.
+    """
+
+    chosen: str
+    step: float | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
+    tried: tuple[TriedUpdate, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockRecord:
     """One pruned block.
 
     Attributes:
         index, name: its place among the blocks, and its name in the model.
         weights, zeros, sparsity: of its pruned linears together.
-        error: ‖dense − pruned‖² / ‖dense‖² of its output.
+        error: ‖target − pruned‖² / ‖target‖² of its output; the target is what the dense block
+            gives, on the same input or in the dense model (the setting `teacher`).
         error_wanda: the same with Wanda's mask at the same rate; None if that is the method's own.
-        loss: the mean loss of each epoch, of a method that learns.
+        loss: the mean loss of each epoch, of a method that learns masks.
         seconds: what the block took.
+        update: what was chosen by held-out windows; None where nothing was.
     """
 
     index: int
@@ -110,6 +141,7 @@ class BlockRecord:
     error_wanda: float | None = None
     loss: tuple[float | None, ...] = ()
     seconds: float = 0.0
+    update: BlockUpdate | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
 
 
 @dataclass(frozen=True, kw_only=True)

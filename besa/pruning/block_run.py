@@ -25,7 +25,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,21 @@ from besa.model.observe import observe
 from besa.model.replay import Call
 from besa.pruning.activations import Activations
 from besa.pruning.config import PruneConfig
-from besa.pruning.learn import OnStep
+from besa.pruning.grams import LevelGrams, level_inputs
+from besa.pruning.learn import (
+    Learned,
+    Learner,
+    Loss,
+    OnStep,
+    learn,
+    relative_error,
+    token_error,
+)
+from besa.pruning.levels import Level, levels
 from besa.pruning.masked import WeightFactory, masked
 from besa.pruning.scores import Hessians, InputNorms, wanda
+
+T = TypeVar("T")
 
 Tensors = dict[str, Tensor]  # [groups, rows, cols] by the linears' names
 
@@ -66,7 +79,12 @@ class BlockRun:
         linears: what is pruned.
         calls: how the model calls the block, batch by batch.
         stream: what enters it, [batch, tokens, width] each.
-        targets: what the dense block makes of that, for all batches or the first ones.
+        dense_stream: what enters the block in the dense model, shaped like `stream`; None: that is
+            not kept, and the dense block on `stream` stands for it.
+        targets: the block's outputs in the dense model, or what the dense block makes of `stream`:
+            for all batches or the first ones.
+        held_out: how many of the batches, the last ones, nothing is learned from.
+        loss: what is minimised, of an output and its target.
         device, dtype: of the computation.
         config: the settings of the run.
         generator: for what a method draws at random.
@@ -80,10 +98,13 @@ class BlockRun:
     linears: Sequence[Linear]
     calls: Sequence[Call]
     stream: Sequence[Tensor]
+    dense_stream: Sequence[Tensor] | None = None
     targets: Sequence[Tensor]
     device: torch.device
     dtype: torch.dtype
     config: PruneConfig
+    held_out: int = 0
+    loss: Loss = relative_error
     generator: torch.Generator = field(default_factory=torch.Generator)
     on_step: OnStep = lambda step: None
     block: nn.Module = field(init=False)
@@ -105,8 +126,15 @@ class BlockRun:
         """The weights as they are now; what is put into the block later does not change them."""
         return {x.name: x.matrix(block.get_parameter(x.parameter).data) for x in self.linears}
 
+    @property
+    def seen(self) -> int:
+        """How many of the batches, the first ones, are learned from."""
+        return len(self.calls) - self.held_out
+
     def observe(self, hessians: bool, on_output: Callable[[int, Tensor], None]) -> None:
-        """Runs the block on all batches and gathers statistics of its linears' inputs.
+        """Runs the block on all batches, and gathers statistics of its linears' inputs.
+
+        What is held out is not in the statistics.
 
         Args:
             hessians: X^T X, too.
@@ -122,8 +150,10 @@ class BlockRun:
 
         self.expect(range(len(self.calls)), targets=False)
         with observe(self.block, self.linears, on_input):
-            for i in range(len(self.calls)):
+            for i in range(self.seen):
                 on_output(i, self.output(i))
+        for i in range(self.seen, len(self.calls)):
+            on_output(i, self.output(i))
 
     def expect(self, order: Sequence[int], targets: bool = True) -> None:
         """Says in which order batches are read next, so that they are on the device by then.
@@ -150,9 +180,76 @@ class BlockRun:
         """
         hidden = self.stream[i].to(self.device)
         if weights is None:
-            return self.calls[i].run(self.block, hidden)
+            return self.output_of(i, hidden)
         with masked(self.block, self.linears, weights):
             return self.calls[i].run(self.block, hidden)
+
+    def output_of(self, i: int, hidden: Tensor) -> Tensor:
+        """What the block makes of any hidden states, called as for batch `i`."""
+        return self.calls[i].run(self.block, hidden.to(self.device))
+
+    def learn(self, learner: Learner[T], epochs: int = 1) -> Learned[T]:
+        """What a learner of the block's matrices, linear by linear, learns on the seen batches."""
+
+        def forward(i: int, weights: Sequence[WeightFactory]) -> Tensor:
+            parts = zip(self.linears, self.by_linear(weights), strict=True)
+            return self.output(i, {x.name: factories for x, factories in parts})
+
+        return learn(
+            learner,
+            forward,
+            self.targets,
+            batches=self.seen,
+            loss=self.loss,
+            epochs=epochs,
+            generator=self.generator,
+            on_step=self.on_step,
+            on_order=self.expect,
+        )
+
+    def matrices(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """The matrices [rows, cols] of all groups of all linears, linear by linear."""
+        return [matrix for x in self.linears for matrix in tensors[x.name].contiguous().unbind()]
+
+    def by_linear(self, values: Sequence[T]) -> list[list[T]]:
+        """One value for each matrix, gathered by linear."""
+        rest = iter(values)
+        return [list(islice(rest, linear.groups)) for linear in self.linears]
+
+    def levels(self) -> list[Level]:
+        """The linears by who reads whose output (`besa.pruning.levels`)."""
+        return levels(self.block, self.linears, lambda: self.output(0))
+
+    def grams(self, level: Level, weights: Tensors) -> LevelGrams:
+        """Products of a level's inputs over the seen batches, with `weights` in the block.
+
+        Args:
+            weights: [groups, rows, cols] by the linears' names; they stay in the running block.
+        """
+        grams = LevelGrams(level, self.device)
+        self.expect(range(self.seen), targets=False)
+        dense_stream = self.stream if self.dense_stream is None else self.dense_stream
+        for i in range(self.seen):
+            hidden, call = self.stream[i].to(self.device), self.calls[i]
+            dense_hidden = hidden if self.dense_stream is None else dense_stream[i].to(self.device)
+            self.use(self.weights)
+            dense = level_inputs(self.block, level, call, dense_hidden)
+            self.use(weights)
+            inputs = level_inputs(self.block, level, call, hidden)
+            grams.add(inputs, dense, hidden.shape[:-1].numel())
+        return grams
+
+    def kept(self, pruned: Pruned) -> Tensors:
+        """The weights [groups, rows, cols] by name that are left, zero where they are not."""
+        weights = pruned.weights or self.weights
+        return {name: torch.where(mask, weights[name], 0.0) for name, mask in pruned.masks.items()}
+
+    def use(self, weights: Tensors) -> None:
+        """Puts weights [groups, rows, cols] by name into the running block, in its dtype."""
+        for linear in self.linears:
+            running = self.block.get_parameter(linear.parameter)
+            placed = linear.stored(weights[linear.name], running)
+            running.data = placed.to(self.device, self.dtype).contiguous()
 
     def put(self, pruned: Pruned) -> None:
         """Puts pruned weights into the stored block, and into the running one what is stored.
@@ -182,6 +279,13 @@ class BlockRun:
             wrong += of_wrong
             right += of_right
         return wrong / right if right else 0.0
+
+    def held_out_error(self) -> float:
+        """The mean error of the block's output over what is held out, by token (`token_error`)."""
+        batches = range(self.seen, len(self.calls))
+        self.expect(batches)
+        errors = [token_error(self.output(i), self.targets[i]) for i in batches]
+        return float(torch.stack(errors).mean())
 
 
 def _copy_to(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -72,11 +72,17 @@ class PruneConfig:
 
     out: str | Path = field(metadata=described("output directory", metavar="DIR"))
     method: str = setting("besa", "%(choices)s (default: %(default)s)", choices=tuple(METHODS))
-    update: str = setting(
-        "none",
-        "what makes the weights that are kept make up for the others: %(choices)s (default: "
-        "%(default)s)",
+    update: str | None = setting(
+        None,
+        "what makes the weights that are kept make up for the others: %(choices)s (default: auto "
+        "for BESA, none for other methods)",
         choices=tuple(UPDATES),
+    )
+    teacher: str | None = setting(
+        None,
+        "what a block is to give again: its output in the dense model, or that of the dense block "
+        "after the pruned ones: %(choices)s (default: dense with an update, pruned without)",
+        choices=TEACHERS,
     )
     sparsity: float | None = setting(None, "fraction of weights to prune (default: 0.5)")
     pattern: Pattern = setting(
@@ -121,6 +127,10 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.update is None:
+            object.__setattr__(self, "update", "auto" if self.method == "besa" else "none")
+        if self.teacher is None:
+            object.__setattr__(self, "teacher", "pruned" if self.update == "none" else "dense")
         if isinstance(self.pattern, str):
             object.__setattr__(self, "pattern", Pattern.parse(self.pattern))
         fixed = self.pattern.sparsity

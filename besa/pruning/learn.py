@@ -1,10 +1,11 @@
-"""The loop by which a block's masks are learned, towards the dense block's output.
+"""The loop by which a block's masks and weights are learned, towards the dense block's output.
 
 BESA's objective (arXiv 2402.16880, equation 2): the squared error of the block's output over that
 of the dense block, plus what the learner adds to it. What is learned is the learner's own:
 `besa.pruning.allocate` learns how sparse each row is, `besa.pruning.nm` which N of every M
-neighbours stay. Both give masked weights with straight-through gradients to their parameters, and
-their examples show the loop at work.
+neighbours stay, `besa.pruning.kept_weights` what the kept weights are. The first two give masked
+weights with straight-through gradients to their parameters, and the examples of all three show the
+loop at work.
 """
 
 from __future__ import annotations
@@ -26,8 +27,28 @@ T_co = TypeVar("T_co", covariant=True)
 # The learners do not mind the loss's scale; float16 gradients would vanish without one.
 LOSS_SCALE = 2.0**16
 
+# How wrong an output is against its target, a scalar.
+Loss = Callable[[Tensor, Tensor], Tensor]
+
 # The block's output for batch i with masked weights, one factory for each matrix.
 Forward = Callable[[int, Sequence[WeightFactory]], Tensor]
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """||output - target||^2 / ||target||^2 in float32, a scalar on the output's device."""
+    output, target = output.float(), target.to(output.device).float()
+    return (output - target).square().mean() / target.square().mean()
+
+
+def token_error(output: Tensor, target: Tensor) -> Tensor:
+    """The mean over tokens of ||output - target||^2 / ||target||^2, as `relative_error`.
+
+    A token of a large state counts like any other: Gemma's `<bos>` has 5 to 25 times the norm of
+    those that follow, and would be most of the other measure.
+    """
+    output, target = output.float(), target.to(output.device).float()
+    wrong, right = (output - target).square().mean(-1), target.square().mean(-1)
+    return (wrong / right.clamp_min(torch.finfo(torch.float32).tiny)).mean()
 
 
 @dataclass(frozen=True)
@@ -88,6 +109,8 @@ def learn(
     forward: Forward,
     targets: Sequence[Tensor],
     *,
+    batches: int | None = None,
+    loss: Loss = relative_error,
     epochs: int = 1,
     generator: torch.Generator,
     on_step: OnStep = lambda step: None,
@@ -97,11 +120,14 @@ def learn(
 
     Args:
         targets: the dense block's outputs, one tensor a batch.
+        batches: to learn from, the first ones; None for all.
+        loss: of an output.
         generator: orders the batches.
         on_step: is told of every step; on a GPU, once the step after it is queued.
         on_order: is told the order of an epoch's batches before the first of them.
     """
-    total = epochs * len(targets)
+    count = len(targets) if batches is None else batches
+    total = epochs * count
     losses: list[float] = []
     unread: deque[_Figures] = deque()
 
@@ -113,11 +139,12 @@ def learn(
             on_step(Step(len(losses), total, loss, rate))
 
     for epoch in range(epochs):
-        order = torch.randperm(len(targets), generator=generator).tolist()
+        order = torch.randperm(count, generator=generator).tolist()
         on_order(order)
-        for done, i in enumerate(order, start=epoch * len(targets)):
+        for done, i in enumerate(order, start=epoch * count):
             size = (1 + math.cos(math.pi * done / total)) / 2
-            unread.append(_Figures(*learn_step(learner, forward, i, targets[i], size)))
+            figures = learn_step(learner, forward, i, targets[i], size, loss)
+            unread.append(_Figures(*figures))
             report(but=1 if unread[-1].on_gpu else 0)
     report(but=0)
     return Learned(learner.result(), torch.tensor(losses).view(epochs, -1).mean(1).tolist())
@@ -146,20 +173,19 @@ class _Figures:
 
 
 def learn_step(
-    learner: Learner[object], forward: Forward, i: int, target: Tensor, size: float = 1.0
+    learner: Learner[object],
+    forward: Forward,
+    i: int,
+    target: Tensor,
+    size: float = 1.0,
+    loss: Loss = relative_error,
 ) -> tuple[Tensor, Tensor]:
     """One step on batch `i`; gives the error before it and the rate, scalars on the device."""
     with torch.enable_grad():
         proposal = learner.propose()
-        error = relative_error(forward(i, proposal.weights), target)
+        error = loss(forward(i, proposal.weights), target)
         ((error + proposal.penalty) * LOSS_SCALE).backward()
     learner.update(size)
     rate = proposal.rate
     rate = rate.detach() if isinstance(rate, Tensor) else error.new_full((), rate)
     return error.detach(), rate
-
-
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """||output - target||^2 / ||target||^2 in float32, a scalar on the output's device."""
-    output, target = output.float(), target.to(output.device).float()
-    return (output - target).square().mean() / target.square().mean()

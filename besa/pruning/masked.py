@@ -44,10 +44,10 @@ WeightFactory = Callable[[], Tensor]
 
 
 class MaskedMatrix(ABC):
-    """A masked matrix [rows, cols] whose mask is learned: a `WeightFactory` with its gradient.
+    """A masked matrix [rows, cols] that is learned: a `WeightFactory` with its gradient.
 
     Attributes:
-        parameter: takes the gradient.
+        parameter: what is learned, the mask or the weights; takes the gradient.
     """
 
     parameter: Tensor

@@ -4,10 +4,11 @@
 >>> result.sparsity, len(result.record.blocks)
 (0.5, 3)
 
-For each block: load it, run it dense on the calibration stream, let the method choose what goes,
-put what is left into the block, measure it, and hand its output to the next block. The stream has
-thus already gone through the pruned blocks, and a block's target is what the dense block makes of
-that same stream.
+For each block: load it, run it dense on the calibration stream, let the method choose what goes
+and an update make up for it, put what is left into the block, measure it, and hand its output to
+the next block. The stream has thus already gone through the pruned blocks. A block's target is what
+the dense block makes of that same stream, or with a dense teacher its output in the dense model,
+for which a second stream goes through the dense blocks.
 """
 
 from __future__ import annotations
@@ -27,24 +28,26 @@ from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
 from besa.model.finite import FiniteCheck, check_finite
 from besa.model.loading import fitting_in_memory, pick_device
-from besa.model.prune_record import BlockRecord, PruneRecord
+from besa.model.prune_record import BlockRecord, BlockUpdate, PruneRecord
 from besa.model.record import write_record
 from besa.model.replay import Call, capture
 from besa.model.workspace import Workspace, check_free
 from besa.progress import REPLAY, WRITTEN, Event, Tell
 from besa.pruning import methods, updates
 from besa.pruning.activations import Activations
-from besa.pruning.block_run import BlockRun
+from besa.pruning.block_run import BlockRun, Pruned
 from besa.pruning.budget import budgets
 from besa.pruning.calibration import calibration_samples
 from besa.pruning.config import PruneConfig
-from besa.pruning.learn import Step
+from besa.pruning.guard import guarded, held_out_of
+from besa.pruning.learn import Step, relative_error, token_error
 from besa.pruning.methods import wanda
 from besa.pruning.plan import plan_of
 from besa.pruning.record import block_record, run_record, settings_of
+from besa.pruning.streams import Streams
 from besa.pruning.transfers import copies_for
 from besa.report import model_card, render
-from besa.typed_json import to_json
+from besa.typed_json import from_json, to_json
 from besa.writing import write_text
 
 # Tokens that go through a block at once: enough to keep the cores busy, few enough to fit. A longer
@@ -124,6 +127,14 @@ def _loads_ahead(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def _batches(windows: Tensor, held_out: int) -> tuple[list[Tensor], int]:
+    """Windows by batches, those that are held out in the last ones; and how many these are."""
+    size = max(1, _BATCH_TOKENS // windows.shape[1])
+    seen = len(windows) - held_out
+    last = windows[seen:].split(size) if held_out else ()
+    return [*windows[:seen].split(size), *last], len(last)
+
+
 def _measured(stream: Activations) -> int:
     """The batches that a block's error is measured on: the first ones."""
     return max(1, len(stream) // _ERROR_PARTS)
@@ -131,7 +142,12 @@ def _measured(stream: Activations) -> int:
 
 @dataclass
 class _Pipeline:
-    """One pass over the blocks."""
+    """One pass over the blocks.
+
+    Attributes:
+        held_out: the last batches, which nothing is learned from.
+        chosen: the updates of the blocks so far, where held-out windows chose them.
+    """
 
     checkpoint: Checkpoint
     config: PruneConfig
@@ -140,6 +156,8 @@ class _Pipeline:
     device: torch.device
     dtype: torch.dtype
     tell: Tell
+    held_out: int = field(init=False, default=0)
+    chosen: list[BlockUpdate] = field(init=False, default_factory=list)
     loading: LoadAhead = field(init=False)
 
     def __post_init__(self) -> None:
@@ -149,36 +167,47 @@ class _Pipeline:
     def all_blocks(self, windows: Tensor) -> list[dict[str, Any]]:
         """Prunes every block that is not finished yet; gives the records of all shards."""
         shards = [self._copy_others()]
-        batches = windows.split(max(1, _BATCH_TOKENS // windows.shape[1]))
+        batches, self.held_out = _batches(windows, held_out_of(self.config))
         with self.checkpoint.loaded_base() as base:
             hidden, calls = capture(base, list(self.checkpoint.blocks), batches)
-        directory = self.workspace.path if self.config.activations == "disk" else None
-        stream = Activations.of(hidden, self.dtype, directory, "stream", copies_for(self.device))
+        streams = self._streams(hidden)
         del hidden
-        wanted = len(stream) if methods.load(self.config.method).targets else _measured(stream)
-        targets = Activations.like(stream, wanted, "dense")
         with self.loading:
             for index in range(len(self.plan)):
                 block_calls = self._on_device([batch[index] for batch in calls])
-                shards.append(self._finish_block(index, stream, targets, block_calls))
+                shards.append(self._finish_block(index, streams, block_calls))
                 give_memory_back()
-        stream.close()
-        targets.close()
+        streams.close()
         return shards
 
-    def _finish_block(
-        self, index: int, stream: Activations, targets: Activations, calls: list[Call]
-    ) -> dict[str, Any]:
+    def _streams(self, hidden: list[Tensor]) -> Streams:
+        """What enters the first block, and room for its targets."""
+        directory = self.workspace.path if self.config.activations == "disk" else None
+
+        def copied(name: str) -> Activations:
+            return Activations.of(hidden, self.dtype, directory, name, copies_for(self.device))
+
+        pruned = copied("stream")
+        dense = copied("dense") if self.config.teacher == "dense" else None
+        some = dense is None and not methods.load(self.config.method).targets
+        targets = Activations.like(pruned, _measured(pruned) if some else len(pruned), "targets")
+        return Streams(pruned, dense, targets)
+
+    def _finish_block(self, index: int, streams: Streams, calls: list[Call]) -> dict[str, Any]:
         """Prunes and writes a block, unless an earlier run did; gives its shard's record."""
         name = f"block-{index:05d}"
         finished = self.workspace.finished(name)
-        if finished is not None:
-            self._replay(index, finished, stream, calls)
-            return finished
-        tensors, record = self._prune_block(index, stream, targets, calls)
-        shard = self.workspace.shard(index + 2, len(self.plan) + 1)
-        finished = self.workspace.finish(name, shard, tensors, {"record": to_json(record)})
-        self._event(index, WRITTEN, record=record)
+        if finished is None:
+            tensors, record = self._prune_block(index, streams, calls)
+            shard = self.workspace.shard(index + 2, len(self.plan) + 1)
+            finished = self.workspace.finish(name, shard, tensors, {"record": to_json(record)})
+            self._event(index, WRITTEN, record=record)
+        else:
+            self._replay(index, finished, streams, calls)
+        streams.advance_dense()
+        block: BlockRecord = from_json(BlockRecord, finished["record"])
+        if block.update is not None:
+            self.chosen.append(block.update)
         return finished
 
     def _on_device(self, calls: list[Call]) -> list[Call]:
@@ -196,19 +225,16 @@ class _Pipeline:
         return finished
 
     def _prune_block(
-        self, index: int, stream: Activations, targets: Activations, calls: list[Call]
+        self, index: int, streams: Streams, calls: list[Call]
     ) -> tuple[dict[str, Tensor], BlockRecord]:
         """Prunes one block and sends the stream through it; gives its tensors and its record."""
         started = time.monotonic()
         method, linears = methods.load(self.config.method), self.plan[index]
-        update = None if self.config.update == "none" else updates.load(self.config.update)
         budget = budgets(self.plan, self.config)[index]
-        measured = _measured(stream)
-        run = self._block_run(index, self._take(index), linears, stream, calls, targets)
-        self._observe(index, run, targets, method.hessians or update is not None)
-        pruned = method.mask(run, budget)
-        if update is not None:
-            pruned = updates.updated(run, pruned, update)
+        measured = _measured(streams.pruned)
+        run = self._block_run(index, self._take(index), linears, streams, calls)
+        self._observe(index, run, streams, method.hessians)
+        pruned, update = self._updated(run, method.mask(run, budget))
 
         error_wanda = None
         if linears and self.config.method != "wanda":
@@ -216,7 +242,7 @@ class _Pipeline:
             error_wanda = run.error(measured)
         run.put(pruned)
         error = run.error(measured)
-        self._hand_on(index, "hand on", run, stream)
+        self._hand_on(index, "hand on", run, streams)
 
         record = block_record(
             index,
@@ -226,10 +252,23 @@ class _Pipeline:
             error=error,
             error_wanda=error_wanda,
             seconds=time.monotonic() - started,
+            update=update,
         )
         tensors = self.checkpoint.stored_tensors(index)
         self.checkpoint.unload_block(index)
         return tensors, record
+
+    def _updated(self, run: BlockRun, pruned: Pruned) -> tuple[Pruned, BlockUpdate | None]:
+        """The masks with the weights that they keep updated, and how that was chosen."""
+        kind = self.config.update
+        assert kind is not None  # its default depends on the method
+        if kind == "none" or not run.linears:
+            return pruned, None
+        if kind in ("auto", "learn"):
+            if not self.held_out:
+                return pruned, None
+            return guarded(run, pruned, self.chosen, solve=kind == "auto")
+        return updates.updated(run, pruned, updates.load(kind)), None
 
     def _take(self, index: int) -> nn.Module:
         """A loaded block, while the next one begins to load."""
@@ -251,9 +290,8 @@ class _Pipeline:
         index: int,
         stored: nn.Module,
         linears: Sequence[Linear],
-        stream: Activations,
+        streams: Streams,
         calls: list[Call],
-        targets: Sequence[Tensor] = (),
     ) -> BlockRun:
         def on_step(step: Step) -> None:
             self._event(
@@ -264,8 +302,11 @@ class _Pipeline:
             stored=stored,
             linears=linears,
             calls=calls,
-            stream=stream,
-            targets=targets,
+            stream=streams.pruned,
+            dense_stream=streams.dense,
+            targets=streams.targets,
+            held_out=self.held_out,
+            loss=relative_error if self.config.teacher == "pruned" else token_error,
             device=self.device,
             dtype=self.dtype,
             config=self.config,
@@ -273,40 +314,59 @@ class _Pipeline:
             on_step=on_step,
         )
 
-    def _observe(self, index: int, run: BlockRun, targets: Activations, hessians: bool) -> None:
+    def _observe(self, index: int, run: BlockRun, streams: Streams, hessians: bool) -> None:
         """Runs the dense block: gathers its inputs' statistics, and its outputs as targets."""
 
         check = FiniteCheck(f"the output of {self._name(index)}", _OVERFLOW)
+        targets = streams.targets if streams.dense is None else None
 
         def on_output(i: int, output: Tensor) -> None:
             check.add(output)
-            if i < len(targets):
+            if targets is not None and i < len(targets):
                 targets[i] = output
             self._event(index, "statistics", done=i + 1, total=len(run.calls))
 
         run.observe(hessians, on_output)
         check.finish()
+        if streams.dense is not None:
+            self._send(index, "teacher", run, streams.dense, streams.targets, self._name(index))
 
-    def _hand_on(self, index: int, phase: str, run: BlockRun, stream: Activations) -> None:
+    def _hand_on(self, index: int, phase: str, run: BlockRun, streams: Streams) -> None:
         """Sends the stream through a pruned block."""
-        check = FiniteCheck(f"the output of the pruned block {index}", _OVERFLOW)
-        run.expect(range(len(stream)), targets=False)
-        for i in range(len(stream)):
-            stream[i] = output = run.output(i)
+        what = f"the pruned block {index}"
+        self._send(index, phase, run, streams.pruned, streams.pruned, what)
+
+    def _send(
+        self,
+        index: int,
+        phase: str,
+        run: BlockRun,
+        source: Activations,
+        place: Activations,
+        what: str,
+    ) -> None:
+        """Sends activations through the block as it is, to their place behind it."""
+        check = FiniteCheck(f"the output of {what}", _OVERFLOW)
+        source.expect(range(len(source)))
+        for i in range(len(source)):
+            place[i] = output = run.output_of(i, source[i])
             check.add(output)
-            self._event(index, phase, done=i + 1, total=len(stream))
+            self._event(index, phase, done=i + 1, total=len(source))
         check.finish()
 
     def _replay(
-        self, index: int, finished: dict[str, Any], stream: Activations, calls: list[Call]
+        self, index: int, finished: dict[str, Any], streams: Streams, calls: list[Call]
     ) -> None:
-        """Sends the stream through a block that an earlier run finished."""
+        """Sends the streams through a block that an earlier run finished."""
         self.loading.drop()  # an earlier run may have finished blocks that follow unfinished ones
+        if streams.dense is not None:
+            run = self._block_run(index, self._load(index), [], streams, calls)
+            self._send(index, REPLAY, run, streams.dense, streams.targets, self._name(index))
         shard = self.workspace.path / finished["file"]
         stored = self.checkpoint.load_block(index, dict.fromkeys(finished["keys"], shard))
-        run = self._block_run(index, stored, [], stream, calls)
+        run = self._block_run(index, stored, [], streams, calls)
         self.checkpoint.unload_block(index)
-        self._hand_on(index, REPLAY, run, stream)
+        self._hand_on(index, REPLAY, run, streams)
 
     def _name(self, index: int) -> str:
         """A block's name in the model: "model.layers.0"."""

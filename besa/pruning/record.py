@@ -15,9 +15,17 @@ from torch import Tensor
 from besa.machine import peak_memory
 from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
-from besa.model.prune_record import BlockRecord, LinearRecord, PruneRecord, RowRates, Sparsity
+from besa.model.prune_record import (
+    BlockRecord,
+    BlockUpdate,
+    LinearRecord,
+    PruneRecord,
+    RowRates,
+    Sparsity,
+)
 from besa.pruning.block_run import BlockRun
 from besa.pruning.config import PruneConfig
+from besa.pruning.guard import HELD_OUT
 from besa.typed_json import from_json
 from besa.version import __version__, versions
 
@@ -34,8 +42,6 @@ def settings_of(
     settings = dataclasses.asdict(config)
     for name in ("out", "overwrite", "activations"):
         del settings[name]
-    if config.update == "none":  # as in runs from before there were updates
-        del settings["update"]
     return {
         **settings,
         "pattern": str(config.pattern),
@@ -85,6 +91,7 @@ def block_record(
     error: float,
     error_wanda: float | None,
     seconds: float,
+    update: BlockUpdate | None = None,
 ) -> BlockRecord:
     """The record of one pruned block.
 
@@ -92,6 +99,7 @@ def block_record(
         run: the block with its pruned weights in place.
         losses: the mean loss of each epoch.
         error, error_wanda: of its output, see `BlockRecord`.
+        update: what was chosen to follow the mask.
     """
     linears = [
         linear_record(x, run.stored.get_parameter(x.parameter).data, run.norms.unseen(x))
@@ -110,6 +118,7 @@ def block_record(
         error_wanda=error_wanda,
         loss=tuple(losses),
         seconds=round(seconds, 3),
+        update=update,
     )
 
 
@@ -146,8 +155,17 @@ def run_record(
         ),
         blocks=tuple(blocks),
         peak_device_memory_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
-        notes=tuple(_unrouted_notes(blocks)),
+        notes=(*_update_notes(settings), *_unrouted_notes(blocks)),
     )
+
+
+def _update_notes(settings: Mapping[str, Any]) -> list[str]:
+    if settings["update"] != "auto" or settings["samples"] >= HELD_OUT:
+        return []
+    return [
+        f"the masks stand alone: of {settings['samples']} samples none can be held out to choose "
+        f"updates by; give --samples {HELD_OUT} or more"
+    ]
 
 
 def _unrouted_notes(blocks: Sequence[BlockRecord]) -> list[str]:

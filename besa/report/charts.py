@@ -33,15 +33,21 @@ from besa.report.svg import (
 
 def errors(
     own: Sequence[float | None],
-    wanda: Sequence[float | None],
+    other: Sequence[float | None],
     blocks: Sequence[str],
     *,
     method: str,
+    against: str = "Wanda",
+    conditions: str = ", same rate",
     width: float,
 ) -> str:
-    """Each block's output error, the method's beside Wanda's; below it their difference in %."""
-    both = [None if e is None or not w else e / w - 1 for e, w in zip(own, wanda, strict=True)]
-    values = [v for v in (*own, *wanda) if v is not None]
+    """Each block's output error, the method's beside another's; below it their difference in %.
+
+    Args:
+        against: the name of the other; `conditions` follows it in the key.
+    """
+    both = [None if e is None or not w else e / w - 1 for e, w in zip(own, other, strict=True)]
+    values = [v for v in (*own, *other) if v is not None]
     compared = [change for change in both if change is not None]
     left, top, height = 52.0, 30.0, 200.0
     width = min(width, left + 8 + 90 * len(blocks) + 120)
@@ -63,10 +69,10 @@ def errors(
 
     body = rules([(y(mark), _tick(mark)) for mark in marks], left, width - 8)
     radius = min(max(step * 0.26, 1.3), 4.2)
-    for e, w, x in zip(own, wanda, centre, strict=True):
+    for e, w, x in zip(own, other, centre, strict=True):
         if e is not None and w is not None:
             body += line(x, y(e), x, y(w), "better" if e <= w else "worse")
-    for series, name in ((wanda, "wanda"), (own, "own")):
+    for series, name in ((other, "wanda"), (own, "own")):
         points = [(x, y(v)) for x, v in zip(centre, series, strict=True) if v is not None]
         if len(points) > 1:
             body += path(points, f"line {name}")
@@ -77,7 +83,7 @@ def errors(
             body += "".join(marks_at)
     body += _key(left, "own", method)
     if compared:
-        body += _key(left + 7.6 * len(method) + 52, "wanda", "Wanda, same rate")
+        body += _key(left + 7.6 * len(method) + 52, "wanda", against + conditions)
     end = top + height
     if compared:
         end = top + height + 118
@@ -86,7 +92,7 @@ def errors(
         tip = f"block {block}\n{method} {significant(own[index])}"
         change = both[index]
         if change is not None:
-            tip += f"\nWanda {significant(wanda[index])}: {signed(change)}"
+            tip += f"\n{against} {significant(other[index])}: {signed(change)}"
         body += catcher(left + index * step, top, step, end - top, tip)
     body += block_axis(blocks, left, step, end + 14)
     description = (

@@ -11,10 +11,11 @@ shows it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from besa.typed_json import from_json, to_json
+from besa.report.names import recipe_name
+from besa.typed_json import ABSENT_IF_DEFAULT, from_json, to_json
 from besa.writing import write_text
 
 
@@ -31,7 +32,7 @@ class ComparedRun:
     """One pruned model.
 
     Attributes:
-        method, granularity: how it was pruned; only BESA has a granularity.
+        method, update, granularity: how it was pruned; only BESA has a granularity.
         setting: what it was pruned to, "50%" or "2:4".
         perplexity, standard_error: over the text's windows.
         sparsity: the fraction of zeros over all of its weights.
@@ -43,6 +44,7 @@ class ComparedRun:
     """
 
     method: str
+    update: str = field(default="none", metadata=ABSENT_IF_DEFAULT)
     granularity: str | None = None
     setting: str
     perplexity: float
@@ -53,6 +55,12 @@ class ComparedRun:
     margin: float | None = None
     margin_se: float | None = None
     seconds: float = 0.0
+
+    @property
+    def recipe(self) -> str:
+        """How it was pruned, for people."""
+        name = recipe_name({"method": self.method, "update": self.update})
+        return f"{name}, rates by {self.granularity}" if self.granularity else name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from besa.report.comparison import ComparedRun, Comparison
 from besa.report.figures import finite
 from besa.report.formatting import NONE, duration, signed, significant
 from besa.report.layout import Chart, Headline, render_page
-from besa.report.names import method_name, short_name
+from besa.report.names import short_name
 
 HEADS = ("Method", "Setting", "Perplexity", "± SE", "Recovered", "Margin", "Time")
 
@@ -70,17 +70,13 @@ def render_comparison(comparison: Comparison) -> str:
     return render_page("comparison.html.j2", values, comparison.versions.get("besa", ""))
 
 
-def _label(row: ComparedRun) -> str:
-    return method_name(row.method) + (f", by {row.granularity}" if row.granularity else "")
-
-
 def _dot(row: ComparedRun) -> charts.Dot:
     recovered = finite(row.recovered)
     note = "" if recovered is None else f"{signed(recovered, 0).lstrip('+')} won back"
     if row.method == "wanda":
         note = ""
     error = finite(row.standard_error) or 0.0
-    return charts.Dot(_label(row), row.perplexity, error, note, row.method == "besa")
+    return charts.Dot(row.recipe, row.perplexity, error, note, row.method == "besa")
 
 
 def _best(rows: Sequence[ComparedRun]) -> ComparedRun:
@@ -93,7 +89,7 @@ def _headline(rows: Sequence[ComparedRun], setting: str) -> Headline:
     best = _best([row for row in members if row.method == "besa"] or members)
     wanda = next((row for row in members if row.method == "wanda"), None)
     recovered = finite(best.recovered)
-    more = f"{_label(best)}: {best.perplexity:.2f}"
+    more = f"{best.recipe}: {best.perplexity:.2f}"
     if wanda:
         more += f" against {wanda.perplexity:.2f}"
     if recovered is None:
@@ -109,7 +105,7 @@ def _headline(rows: Sequence[ComparedRun], setting: str) -> Headline:
 def _lead(rows: Sequence[ComparedRun], settings: Sequence[str]) -> str:
     lowest: dict[str, list[str]] = {}
     for setting in settings:
-        label = _label(_best([row for row in rows if row.setting == setting]))
+        label = _best([row for row in rows if row.setting == setting]).recipe
         lowest.setdefault(label, []).append(setting)
     parts = [f"{label} at {', '.join(where)}" for label, where in lowest.items()]
     return (
@@ -132,7 +128,7 @@ def _row(row: ComparedRun, rows: Sequence[ComparedRun], index: int) -> Row:
     return Row(
         kind.strip(),
         [
-            _label(row),
+            row.recipe,
             row.setting,
             f"{row.perplexity:,.2f}",
             significant(finite(row.standard_error)),

@@ -22,10 +22,12 @@ from besa.report.names import recipe_name, short_name
 FLAGS = (  # of `besa prune`: what of the settings a user can type
     "method",
     "update",
+    "teacher",
     "sparsity",
     "pattern",
     "granularity",
     "calibration",
+    "bos",
     "samples",
     "seqlen",
     "epochs",

@@ -18,6 +18,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from besa.methods import UPDATES
 from besa.model.prune_record import BlockRecord, PruneRecord
 from besa.report import charts, heat, spread
 from besa.report.figures import (
@@ -83,6 +84,7 @@ def render(record: PruneRecord) -> str:
         "heat": _heat(blocks, cells, labels, summary) if cells else None,
         "rows": _rows(cells, labels, summary.target),
         "errors": _errors(blocks, labels, summary),
+        "updates": _updates(blocks, labels),
         "learning": _learning(blocks, labels),
         "command": command(record),
         "settings": [(key, setting_in_words(value)) for key, value in record.settings.items()],
@@ -262,7 +264,7 @@ def _errors(
     if not summary.compared:
         wanda = [None] * len(blocks)
     caption = (
-        "How far each block's output is from the dense block's on the same input: squared error "
+        "How far each block's output is from what the dense block gives: squared error "
         "over the output's squared size, so 0.01 is 1%. "
     )
     if summary.compared:
@@ -293,6 +295,61 @@ def _errors(
     )
 
 
+def _updates(blocks: Sequence[BlockRecord], labels: Sequence[str]) -> Section | None:
+    """What was chosen to follow the masks; None where nothing was to choose."""
+    chosen = {
+        label: block.update
+        for label, block in zip(labels, blocks, strict=True)
+        if block.update is not None
+    }
+    if not chosen:
+        return None
+    tried = [
+        {_update_name(each.update, each.step): finite(each.error) for each in update.tried}
+        for update in chosen.values()
+    ]
+    heads = sorted({name for each in tried for name in each}, key=_by_cost)
+    names = [_update_name(update.chosen, update.step) for update in chosen.values()]
+    alone = [errors.get(_ALONE) for errors in tried]
+    best = [errors.get(name) for errors, name in zip(tried, names, strict=True)]
+    rows = [
+        [label, *(significant(errors.get(head)) for head in heads), name]
+        for label, errors, name in zip(chosen, tried, names, strict=True)
+    ]
+    return Section(
+        "How far each block's output is from its target, on calibration windows that nothing was "
+        "learned from: squared error over squared size, mean of the tokens. Open dots are the "
+        "masks alone, filled ones the best of what was tried to make up for them, which was kept; "
+        "the bars below are what that gained.",
+        Chart.drawn(
+            lambda w: charts.errors(
+                best,
+                alone,
+                list(chosen),
+                method="what was kept",
+                against=_ALONE,
+                conditions="",
+                width=w,
+            )
+        ),
+        Table(["block", *heads, "kept"], rows),
+    )
+
+
+_ALONE = "masks alone"
+
+
+def _update_name(update: str, step: float | None) -> str:
+    if step is not None:
+        return f"learned, step {step:g}"
+    return _ALONE if update == "none" else UPDATES.get(update, update)
+
+
+def _by_cost(name: str) -> tuple[bool, bool, str]:
+    """Sorts as it was tried: nothing, ADMM, learned weights by their step."""
+    return name.startswith("learned"), name != _ALONE, name
+
+
 def _learning(blocks: Sequence[BlockRecord], labels: Sequence[str]) -> Section | None:
     losses = {
         label: values
@@ -302,7 +359,7 @@ def _learning(blocks: Sequence[BlockRecord], labels: Sequence[str]) -> Section |
     if not losses:
         return None
     return Section(
-        "The loss while the rates were learned, as a share of its first value: a thin line for "
+        "The loss while the masks were learned, as a share of its first value: a thin line for "
         "each block, the strong one their median. A line that still falls at the end would "
         "gain from more epochs.",
         Chart.drawn(lambda w: charts.curves(losses, width=w)),

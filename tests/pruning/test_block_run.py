@@ -31,20 +31,23 @@ class Block(nn.Module):
         return torch.stack(outputs).sum(0)
 
 
-def block_run(dtype: torch.dtype = torch.float32, method: str = "wanda") -> BlockRun:
-    """An observed run of four batches, with all targets."""
+def block_run(
+    dtype: torch.dtype = torch.float32, method: str = "wanda", batches: int = 4, held_out: int = 0
+) -> BlockRun:
+    """An observed run, with all targets."""
     torch.manual_seed(0)
     targets: list[Tensor] = []
     block = Block().to(dtype)
     run = BlockRun(
         stored=block,
         linears=find_linears(block, "block", EXPERTS),
-        calls=[Call((), {})] * 4,
-        stream=[torch.randn(1, 8, 16) for _ in range(4)],
+        calls=[Call((), {})] * batches,
+        stream=[torch.randn(1, 8, 16) for _ in range(batches)],
         targets=targets,
         device=torch.device("cpu"),
         dtype=torch.float32,
         config=PruneConfig(out="pruned"),
+        held_out=held_out,
     )
     with torch.no_grad():
         run.observe(load(method).hessians, lambda i, output: targets.append(output))

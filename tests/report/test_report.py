@@ -169,7 +169,7 @@ def test_comparison_quotes_the_record() -> None:
     record = comparison()
     text = words(render_comparison(record))
     assert "27.90" in text
-    assert "Lowest here: SparseGPT at 50%, 60%, 2:4; BESA, by row at 70%." in text
+    assert "Lowest here: SparseGPT at 50%, 60%, 2:4; BESA, rates by row at 70%." in text
     for row in record["rows"]:
         assert f"{row['perplexity']:,.2f}" in text
         if row["recovered"] is not None:

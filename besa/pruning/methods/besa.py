@@ -16,8 +16,6 @@ tensor([[6, 4, 4, 2]])
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,13 +24,9 @@ from besa.model.blocks import Linear
 from besa.pruning.allocate import RankedMatrix, RateLearner, rank_buckets
 from besa.pruning.block_run import BlockRun, Pruned, Tensors
 from besa.pruning.budget import Budget
-from besa.pruning.learn import Learned, Learner, learn
-from besa.pruning.masked import WeightFactory
 from besa.pruning.methods import Method
 from besa.pruning.nm import ChoiceLearner
 from besa.pruning.patterns import counts_for, lowest_pruned
-
-T = TypeVar("T")
 
 
 def mask(run: BlockRun, budget: Budget) -> Pruned:
@@ -46,46 +40,21 @@ def _allocate(run: BlockRun, budget: Budget) -> Pruned:
     scores = run.scores()
     matrices = [
         RankedMatrix(weight, rank_buckets(score))
-        for weight, score in zip(_matrices(run, run.weights), _matrices(run, scores), strict=True)
+        for weight, score in zip(run.matrices(run.weights), run.matrices(scores), strict=True)
     ]
-    learned = _learn(run, RateLearner(matrices, budget.rate, run.config.granularity))
-    rates = [torch.cat(parts) for parts in _by_linear(run, learned.value)]
+    learner = RateLearner(matrices, budget.rate, run.config.granularity)
+    learned = run.learn(learner, run.config.epochs)
+    rates = [torch.cat(parts) for parts in run.by_linear(learned.value)]
     return Pruned(allocated_masks(run.linears, scores, rates, budget.zeros), losses=learned.losses)
 
 
 def _choose_weights(run: BlockRun, budget: Budget) -> Pruned:
     """Learned choice of N among M neighbours."""
-    weights, scores = _matrices(run, run.weights), _matrices(run, run.scores())
-    learned = _learn(run, ChoiceLearner(weights, scores, budget.pattern))
-    parts = zip(run.linears, _by_linear(run, learned.value), strict=True)
+    weights, scores = run.matrices(run.weights), run.matrices(run.scores())
+    learner = ChoiceLearner(weights, scores, budget.pattern)
+    learned = run.learn(learner, run.config.epochs)
+    parts = zip(run.linears, run.by_linear(learned.value), strict=True)
     return Pruned({x.name: torch.stack(masks) for x, masks in parts}, losses=learned.losses)
-
-
-def _learn(run: BlockRun, learner: Learner[T]) -> Learned[T]:
-    def forward(i: int, weights: Sequence[WeightFactory]) -> Tensor:
-        parts = zip(run.linears, _by_linear(run, weights), strict=True)
-        return run.output(i, {x.name: factories for x, factories in parts})
-
-    return learn(
-        learner,
-        forward,
-        run.targets,
-        epochs=run.config.epochs,
-        generator=run.generator,
-        on_step=run.on_step,
-        on_order=run.expect,
-    )
-
-
-def _matrices(run: BlockRun, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """The matrices [rows, cols] of all groups of all linears, linear by linear."""
-    return [matrix for x in run.linears for matrix in tensors[x.name].contiguous().unbind()]
-
-
-def _by_linear(run: BlockRun, values: Sequence[T]) -> list[list[T]]:
-    """One value for each matrix, gathered by linear."""
-    rest = iter(values)
-    return [list(islice(rest, linear.groups)) for linear in run.linears]
 
 
 def allocated_masks(

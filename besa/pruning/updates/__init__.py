@@ -2,8 +2,9 @@
 
 An update solves one least-squares problem for each matrix: with the inputs' Gram matrix H = X^T X,
 the kept weights are to minimise ||X (W - V)^T||^2 = trace((W - V) H (W - V)^T) over the V that are
-zero where the mask is. It changes no mask, so that it can follow any method that leaves the weights
-as they were.
+zero where the mask is. W is the dense weight, or what would serve best in its place now that the
+inputs have changed (`besa.pruning.grams`). An update changes no mask, so that it can follow any
+method that leaves the weights as they were.
 
 To add one, write `besa/pruning/updates/NAME.py` with a function `update(weight, mask, hessian)`,
 and name it in `besa/methods.py`.
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor
 
 from besa.pruning.block_run import BlockRun, Pruned
-from besa.pruning.scores import check_hessian
 
 # weight [rows, cols], mask bool [rows, cols], hessian float32 [cols, cols] -> float32 [rows, cols]
 Update = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,26 +37,30 @@ def load(name: str) -> Update:
 def updated(run: BlockRun, pruned: Pruned, update: Update) -> Pruned:
     """The same masks, with the weights that they keep updated, float32.
 
-    Experts that saw no token keep their weights.
+    Linears are updated in the order in which the block uses them, each for what it reads in the
+    block as updated so far, and towards what it gives in the dense model: it makes up for its own
+    zeros and for what the ones before it could not. Experts that saw no token keep their weights.
 
     Raises:
         BesaError: a linear's statistics overflowed.
     """
-    assert run.hessians is not None
-    weights = {}
-    for linear in run.linears:
-        matrices = []
-        parts = zip(
-            run.weights[linear.name],
-            pruned.masks[linear.name],
-            run.hessians.of(linear),
-            strict=True,
-        )
-        for weight, mask, hessian in parts:
-            check_hessian(hessian, linear, "an update", "leave --update out")
-            seen = bool(hessian.any())
-            matrices.append(update(weight, mask, hessian) if seen else weight.float())
-        weights[linear.name] = torch.stack(matrices)
+    weights = run.kept(pruned)
+    for level in run.levels():
+        grams = run.grams(level, weights)
+        for linear in level.linears:
+            parts = zip(
+                run.weights[linear.name],
+                pruned.masks[linear.name],
+                grams.of(linear),
+                strict=True,
+            )
+            matrices = []
+            for weight, mask, gram in parts:
+                if gram is not None:
+                    gram.check(linear)
+                    weight = update(gram.aim(weight), mask, gram.own)
+                matrices.append(torch.where(mask, weight.float(), 0.0))
+            weights[linear.name] = torch.stack(matrices)
     return replace(pruned, weights=weights)
 
 
