@@ -124,6 +124,7 @@ def measure(model: Model, device: str, tokens: int, directory: Path) -> dict[str
         torch.cuda.reset_peak_memory_stats()
     config = PruneConfig(
         out=directory / "pruned",
+        update="none",
         calibration=str(text),
         samples=model.samples,
         seqlen=tokens,

@@ -64,6 +64,7 @@ def main() -> None:
             apart(random_llama, Path(folder, f"{layers}"), shape, layers, args.vocab)
         imports = run_measured([sys.executable, "-c", IMPORTS]).peak_rss
         settings = ("--samples", args.samples, "--seqlen", args.seqlen, "--calibration", text)
+        settings += ("--update", "none")  # the masks alone
         for _ in range(args.rounds):
             for method in args.methods:
                 for layers in (few, many):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +37,41 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 NAMES = {
     ("magnitude", "none", None): "Magnitude",
     ("wanda", "none", None): "Wanda",
-    ("sparsegpt", "none", None): "SparseGPT (updates weights)",
+    ("sparsegpt", "none", None): "SparseGPT",
     ("wanda", "admm", None): "Wanda's masks, ADMM",
     ("wanda", "auto", None): "Wanda's masks, guarded updates",
     ("besa", "none", "layer"): "BESA's masks alone, rates by layer",
-    ("besa", "none", None): "BESA's masks alone, as in the paper",
+    ("besa", "none", None): "BESA's masks alone, as in its paper",
     ("besa", "admm", None): "BESA's masks, ADMM",
-    ("besa", "auto", None): "**BESA's masks, guarded updates** (default)",
+    ("besa", "auto", None): "**besa's default**: BESA's masks, guarded updates",
 }
-DEFAULT = ("besa", "auto", None)
+WANDA, DEFAULT = ("wanda", "none", None), ("besa", "auto", None)
+MAIN = (WANDA, ("sparsegpt", "none", None), ("besa", "none", None), DEFAULT)
 
 
-def table(comparison: Comparison) -> str:
-    """The table of methods, from benchmarks/table.py."""
+def main_methods(comparison: Comparison) -> str:
+    """The methods that a reader of the front page compares."""
+    return methods(comparison, MAIN)
+
+
+def methods(comparison: Comparison, runs: Sequence[tuple[str, str, str | None]] = ()) -> str:
+    """The table of methods, from benchmarks/table.py.
+
+    Args:
+        runs: its lines; by default all that were made.
+    """
     settings = list(dict.fromkeys(row.setting for row in comparison.rows))
-    rows = {(row.method, row.update, row.granularity, row.setting): row for row in comparison.rows}
+    rows = {
+        (row.method, row.update, row.granularity, row.setting): row for row in comparison.rows
+    }
+    made = [run for run in runs or NAMES if (*run, settings[0]) in rows]
     dense = comparison.dense.perplexity
     lines = [
         f"| perplexity | {' | '.join(settings)} |",
         f"| --- |{' --- |' * len(settings)}",
         f"| Dense | {' | '.join([f'{dense:.2f}'] * len(settings))} |",
     ]
-    for run, name in NAMES.items():
+    for run in made:
         cells = []
         for setting in settings:
             row = rows[*run, setting]
@@ -66,20 +79,22 @@ def table(comparison: Comparison) -> str:
             if row.recovered is not None and row.method != "magnitude":
                 cell += f" (closed {row.recovered:.0%})"
             cells.append(cell)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {NAMES[run]} | {' | '.join(cells)} |")
     margins = ", ".join(
         f"{rows[*DEFAULT, s].margin:.3f} ± {rows[*DEFAULT, s].margin_se:.3f} at {s}"
         for s in settings
     )
     times = ", ".join(
-        f"{rows[*DEFAULT, s].seconds / rows['wanda', 'none', None, s].seconds:.1f}× at {s}"
-        for s in settings
+        f"{rows[*DEFAULT, s].seconds / rows[*WANDA, s].seconds:.1f}× at {s}" for s in settings
     )
+    begun = ", each after a beginning token" if comparison.bos else ""
+    samples = comparison.settings.get("samples", 128)
     lines += [
         "",
         f"The default's margin over Wanda in nats a token: {margins}; its time over Wanda's: "
-        f"{times}. {comparison.tokens:,} tokens, windows of {comparison.seqlen}; "
-        f"{comparison.machine}; torch {comparison.versions['torch']}. "
+        f"{times}. {samples} samples of {comparison.seqlen} tokens to calibrate; "
+        f"{comparison.tokens:,} tokens of {comparison.text}, windows of {comparison.seqlen}{begun};"
+        f" {comparison.machine}; torch {comparison.versions['torch']}. "
         "`python benchmarks/table.py --work DIR`.",
     ]
     return "\n".join(lines)
@@ -88,7 +103,7 @@ def table(comparison: Comparison) -> str:
 def cost(wallclock: dict[str, Any], memory: dict[str, Any], allocation: dict[str, Any]) -> str:
     """Time and memory, from benchmarks/wallclock.py, memory.py and allocation.py."""
     lines = [
-        "| whole run of `besa prune` | Wanda | BESA | BESA's time over Wanda's |",
+        "| whole run of `besa prune`, masks alone | Wanda | BESA | BESA's time over Wanda's |",
         "| --- |" + " --- |" * 3,
     ]
     for name, model in wallclock["models"].items():
@@ -262,7 +277,9 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "speed": (speed, ("serving/peers.json",)),
     "serving": (tables, ("serving/peers.json",)),
     "more": (tables, tuple(f"serving/{part}.json" for part in MORE)),
-    "table": (table, ("table.json",)),
+    "real": (main_methods, ("real.json",)),
+    "table": (main_methods, ("table.json",)),
+    "methods": (methods, ("table.json",)),
     "cost": (cost, ("wallclock.json", "memory.json", "allocation-cpu.json")),
     "kernels": (readme_table, ("kernels.json",)),
     "engines": (engines, ("engines.json",)),
@@ -281,7 +298,7 @@ def section(name: str) -> str:
 def read(file: str) -> Any:
     """A result file: runs of besa's own commands as their types, other scripts' as they are."""
     path = RESULTS / file
-    if file == "table.json":
+    if file in ("table.json", "real.json"):
         return read_comparison(path)
     return read_results(path) if file.startswith("serving/") else json.loads(path.read_text())
 

@@ -1,52 +1,96 @@
-"""The table of methods on the embedded model: every method at 50%, 60%, 70% and 2:4.
+"""The table of methods: one model, every method at 50%, 60%, 70% and 2:4.
 
-    python benchmarks/table.py --work /tmp/table
+    python benchmarks/table.py --work /tmp/table                     # the embedded model
+    python benchmarks/table.py --work /tmp/real --model path/to/model --name "Gemma 3 270M" \
+        --calibration valid.txt --text test.txt --samples 64 --seqlen 512 \
+        --settings 30% 40% 50% 2:4 --contenders wanda sparsegpt besa-none besa \
+        --results benchmarks/results/real.json
 
-Perplexity on the built-in corpus's test split, with the shipped defaults; choices were made on its
-validation split (`--text builtin:validation`). The record goes to benchmarks/results/table.json
-and from there into README.md and docs/results.md (benchmarks/readme.py).
+Perplexity with the shipped defaults; choices were made on other text (`--text builtin:validation`).
+After each setting the record is written, with all settings so far. It goes to
+benchmarks/results/table.json and from there into README.md and docs/results.md
+(benchmarks/readme.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from besa.cli.comparison import print_comparison
 from besa.demo import MODEL, SEQLEN
-from besa.demo.compare import CONTENDERS, SETTINGS, Contender, compare
+from besa.demo.compare import CONTENDERS, Contender, compare
 from besa.progress import steps_for
 from besa.report import render_comparison
-from besa.report.comparison import write_comparison
+from besa.report.comparison import Comparison, write_comparison
 
 RESULTS = Path(__file__).parent / "results"
+ALL = (
+    *CONTENDERS,
+    Contender("wanda", "admm"),
+    Contender("wanda", "auto"),
+    Contender("besa", "none", "layer"),
+    Contender("besa", "admm"),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, required=True, help="where the models go")
-    parser.add_argument("--text", default="builtin:test")
-    parser.add_argument("--results", type=Path, default=RESULTS / "table.json")
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="where the models go")
+    add("--model", type=Path, default=MODEL)
+    add("--name", help="of the model, in the record")
+    add("--calibration", default="builtin")
+    add("--text", default="builtin:test")
+    add("--samples", type=int, default=128)
+    add("--seqlen", type=int, default=SEQLEN)
+    add("--batch-size", type=int, default=8)
+    add("--settings", nargs="+", default=["50%", "60%", "70%", "2:4"])
+    add("--contenders", nargs="+", default=[str(one) for one in ALL], metavar="METHOD[-UPDATE]")
+    add("--results", type=Path, default=RESULTS / "table.json")
     args = parser.parse_args()
-    settings = {**SETTINGS, "70%": {"sparsity": 0.7}}
-    settings = {name: settings[name] for name in ("50%", "60%", "70%", "2:4")}
-    contenders = [
-        *CONTENDERS,
-        Contender("besa", "none", "layer"),
-        Contender("wanda", "admm"),
-        Contender("wanda", "auto"),
-        Contender("besa", "admm"),
-    ]
+    chosen = [one for one in ALL if str(one) in args.contenders]
     args.work.mkdir(parents=True, exist_ok=True)
-    with steps_for(sys.stderr) as tell:
-        comparison = compare(
-            MODEL, args.work, settings, contenders, seqlen=SEQLEN, text=args.text, tell=tell
-        )
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    write_comparison(comparison, args.results)
-    (args.work / "report.html").write_text(render_comparison(comparison), encoding="utf-8")
-    print_comparison(comparison)
+    shared = {"calibration": args.calibration, "samples": args.samples}
+    found: Comparison | None = None
+    for setting in args.settings:
+        with steps_for(sys.stderr) as tell:
+            new = compare(
+                args.model,
+                args.work,
+                {setting: {**target(setting), **shared}},
+                chosen,
+                seqlen=args.seqlen,
+                text=args.text,
+                batch_size=args.batch_size,
+                tell=tell,
+            )
+        found = replace(found, rows=(*found.rows, *new.rows)) if found else told(new, args)
+        write_comparison(found, args.results)
+        print_comparison(found)
+        (args.work / "report.html").write_text(render_comparison(found), encoding="utf-8")
+
+
+def target(setting: str) -> dict[str, Any]:
+    """What a setting's name, "50%" or "2:4", asks of a run."""
+    if setting.endswith("%"):
+        return {"sparsity": int(setting.rstrip("%")) / 100}
+    return {"pattern": setting}
+
+
+def told(comparison: Comparison, args: argparse.Namespace) -> Comparison:
+    """A comparison that names its model and texts without the folders around them."""
+    settings = {"calibration": Path(args.calibration).name, "samples": args.samples}
+    return replace(
+        comparison,
+        model=args.name or comparison.model,
+        text=Path(args.text).name,
+        settings=settings,
+    )
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from besa.model.prune_record import PruneRecord
 from besa.model.record import read_record
 
 METHODS = ("wanda", "besa")
+MASKS_ALONE = ("--update", "none", "--overwrite")
 MOST_RATIO = 4.0
 BUILT_IN = ROOT / "besa" / "demo" / "model"
 
@@ -45,7 +46,7 @@ def compare(model: Path, out: Path, rounds: int, options: list[object]) -> dict[
     settings: dict[str, Any] = {}
     for _ in range(rounds):
         for method in METHODS:
-            run = besa_prune(model, out, "--method", method, "--overwrite", *options)
+            run = besa_prune(model, out, "--method", method, *MASKS_ALONE, *options)
             record = read_record(out)
             assert isinstance(record, PruneRecord)
             clock[method].append(run.seconds)

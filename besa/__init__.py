@@ -17,15 +17,25 @@ from besa.version import __version__
 
 if TYPE_CHECKING:
     from besa.pruning.config import PruneConfig
+    from besa.pruning.keep_zeros import KeepZeros
     from besa.pruning.pipeline import PruneResult, prune
     from besa.serve.transformers.quantizer import BesaConfig
 
-__all__ = ["BesaConfig", "BesaError", "PruneConfig", "PruneResult", "__version__", "prune"]
+__all__ = [
+    "BesaConfig",
+    "BesaError",
+    "KeepZeros",
+    "PruneConfig",
+    "PruneResult",
+    "__version__",
+    "prune",
+]
 
 
 # torch takes seconds to import; `besa --help` should not.
 _LAZY = {
     "BesaConfig": "besa.serve.transformers.quantizer",
+    "KeepZeros": "besa.pruning.keep_zeros",
     "PruneConfig": "besa.pruning.config",
     "PruneResult": "besa.pruning.pipeline",
     "prune": "besa.pruning.pipeline",

@@ -70,6 +70,7 @@ def compare(
     seqlen: int,
     text: str = "builtin:test",
     limit: int | None = None,
+    batch_size: int = 8,
     tell: Tell = lambda event: None,
 ) -> Comparison:
     """Prunes `model` into directories in `out` and measures perplexity on `text`.
@@ -80,6 +81,7 @@ def compare(
         settings: what to prune to; a directory and a row for each contender at each of them.
         seqlen: tokens in a sample, and in a window of the text.
         limit: the most windows of the text to read; None for all.
+        batch_size: windows at a time.
         tell: is given every step's event (phase, what, done, total) for display.
     """
     runs = [(setting, contender) for setting in settings for contender in contenders]
@@ -89,7 +91,9 @@ def compare(
         tell(Event("prune", what=Path(config.out).name, done=number, total=len(runs)))
         seconds[run] = prune(model, config).record.seconds
 
-    asked = EvalConfig(texts=(text,), seqlen=seqlen, batch_size=8, dtype="float32", limit=limit)
+    asked = EvalConfig(
+        texts=(text,), seqlen=seqlen, batch_size=batch_size, dtype="float32", limit=limit
+    )
     names = [str(model), *(str(config.out) for config in configs.values())]
     results = evaluate(
         names,
@@ -112,6 +116,7 @@ def compare(
     return Comparison(
         model="the embedded model" if model == MODEL else str(model),
         text=text,
+        bos=dense.bos,
         seqlen=seqlen,
         tokens=dense.perplexity.tokens,
         dense=DensePerplexity(

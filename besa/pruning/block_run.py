@@ -81,10 +81,9 @@ class BlockRun:
         stream: what enters it, [batch, tokens, width] each.
         dense_stream: what enters the block in the dense model, shaped like `stream`; None: that is
             not kept, and the dense block on `stream` stands for it.
-        targets: the block's outputs in the dense model, or what the dense block makes of `stream`:
-            for all batches or the first ones.
+        targets: what the dense block makes of `stream`, or for updates its outputs in the dense
+            model: of all batches or the first ones.
         held_out: how many of the batches, the last ones, nothing is learned from.
-        loss: what is minimised, of an output and its target.
         device, dtype: of the computation.
         config: the settings of the run.
         generator: for what a method draws at random.
@@ -104,7 +103,6 @@ class BlockRun:
     dtype: torch.dtype
     config: PruneConfig
     held_out: int = 0
-    loss: Loss = relative_error
     generator: torch.Generator = field(default_factory=torch.Generator)
     on_step: OnStep = lambda step: None
     block: nn.Module = field(init=False)
@@ -188,7 +186,9 @@ class BlockRun:
         """What the block makes of any hidden states, called as for batch `i`."""
         return self.calls[i].run(self.block, hidden.to(self.device))
 
-    def learn(self, learner: Learner[T], epochs: int = 1) -> Learned[T]:
+    def learn(
+        self, learner: Learner[T], epochs: int = 1, loss: Loss = relative_error
+    ) -> Learned[T]:
         """What a learner of the block's matrices, linear by linear, learns on the seen batches."""
 
         def forward(i: int, weights: Sequence[WeightFactory]) -> Tensor:
@@ -200,7 +200,7 @@ class BlockRun:
             forward,
             self.targets,
             batches=self.seen,
-            loss=self.loss,
+            loss=loss,
             epochs=epochs,
             generator=self.generator,
             on_step=self.on_step,

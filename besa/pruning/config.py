@@ -80,8 +80,8 @@ class PruneConfig:
     )
     teacher: str | None = setting(
         None,
-        "what a block is to give again: its output in the dense model, or that of the dense block "
-        "after the pruned ones: %(choices)s (default: dense with an update, pruned without)",
+        "what an updated block is to give again: its output in the dense model, or that of the "
+        "dense block after the pruned ones: %(choices)s (default: dense with an update)",
         choices=TEACHERS,
     )
     sparsity: float | None = setting(None, "fraction of weights to prune (default: 0.5)")

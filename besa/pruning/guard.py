@@ -32,6 +32,7 @@ from besa.model.prune_record import BlockUpdate, TriedUpdate
 from besa.pruning.block_run import BlockRun, Pruned
 from besa.pruning.config import PruneConfig
 from besa.pruning.kept_weights import WeightLearner, rms
+from besa.pruning.learn import token_error
 from besa.pruning.updates import admm, updated
 
 # Of a step of Adam, as shares of a matrix's root mean square, the largest first.
@@ -109,6 +110,7 @@ def learned(run: BlockRun, pruned: Pruned, step: float) -> Pruned:
     weights = run.matrices(run.kept(pruned))
     masks = run.matrices(pruned.masks)
     scales = [rms(weight) for weight in run.matrices(run.weights)]
-    found = run.learn(WeightLearner(weights, masks, scales, step, run.dtype))
+    learner = WeightLearner(weights, masks, scales, step, run.dtype)
+    found = run.learn(learner, loss=token_error)
     parts = zip(run.linears, run.by_linear(found.value), strict=True)
     return replace(pruned, weights={x.name: torch.stack(matrices) for x, matrices in parts})

@@ -40,7 +40,7 @@ from besa.pruning.budget import budgets
 from besa.pruning.calibration import calibration_samples
 from besa.pruning.config import PruneConfig
 from besa.pruning.guard import guarded, held_out_of
-from besa.pruning.learn import Step, relative_error, token_error
+from besa.pruning.learn import Step
 from besa.pruning.methods import wanda
 from besa.pruning.plan import plan_of
 from besa.pruning.record import block_record, run_record, settings_of
@@ -234,7 +234,7 @@ class _Pipeline:
         measured = _measured(streams.pruned)
         run = self._block_run(index, self._take(index), linears, streams, calls)
         self._observe(index, run, streams, method.hessians)
-        pruned, update = self._updated(run, method.mask(run, budget))
+        pruned, update = self._updated(index, run, streams, method.mask(run, budget))
 
         error_wanda = None
         if linears and self.config.method != "wanda":
@@ -258,8 +258,13 @@ class _Pipeline:
         self.checkpoint.unload_block(index)
         return tensors, record
 
-    def _updated(self, run: BlockRun, pruned: Pruned) -> tuple[Pruned, BlockUpdate | None]:
+    def _updated(
+        self, index: int, run: BlockRun, streams: Streams, pruned: Pruned
+    ) -> tuple[Pruned, BlockUpdate | None]:
         """The masks with the weights that they keep updated, and how that was chosen."""
+        if streams.dense is not None:
+            run.use(run.weights)
+            self._send(index, "teacher", run, streams.dense, streams.targets, self._name(index))
         kind = self.config.update
         assert kind is not None  # its default depends on the method
         if kind == "none" or not run.linears:
@@ -306,7 +311,6 @@ class _Pipeline:
             dense_stream=streams.dense,
             targets=streams.targets,
             held_out=self.held_out,
-            loss=relative_error if self.config.teacher == "pruned" else token_error,
             device=self.device,
             dtype=self.dtype,
             config=self.config,
@@ -318,18 +322,16 @@ class _Pipeline:
         """Runs the dense block: gathers its inputs' statistics, and its outputs as targets."""
 
         check = FiniteCheck(f"the output of {self._name(index)}", _OVERFLOW)
-        targets = streams.targets if streams.dense is None else None
+        targets = streams.targets
 
         def on_output(i: int, output: Tensor) -> None:
             check.add(output)
-            if targets is not None and i < len(targets):
+            if i < len(targets):
                 targets[i] = output
             self._event(index, "statistics", done=i + 1, total=len(run.calls))
 
         run.observe(hessians, on_output)
         check.finish()
-        if streams.dense is not None:
-            self._send(index, "teacher", run, streams.dense, streams.targets, self._name(index))
 
     def _hand_on(self, index: int, phase: str, run: BlockRun, streams: Streams) -> None:
         """Sends the stream through a pruned block."""

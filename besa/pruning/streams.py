@@ -25,8 +25,9 @@ class Streams:
         pruned: what enters the block behind the pruned ones; its output takes its place.
         dense: what enters it in the dense model; None where the teacher is the dense block on
             `pruned`.
-        targets: the dense block's outputs on `dense`, or else on `pruned`: of all batches, or of
-            the first ones where no more are wanted.
+        targets: what the dense block gives on `pruned`, for which masks are learned; then on
+            `dense`, if there is one, for which weights are. Of all batches, or of the first ones
+            where no more are wanted.
     """
 
     pruned: Activations

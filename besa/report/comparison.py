@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from besa.report.names import recipe_name
 from besa.typed_json import ABSENT_IF_DEFAULT, from_json, to_json
@@ -65,11 +66,18 @@ class ComparedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All of them, beside the dense model, over `tokens` of `text` in windows of `seqlen`."""
+    """All of them, beside the dense model, over `tokens` of `text` in windows of `seqlen`.
+
+    Attributes:
+        bos: whether each window began with the tokenizer's beginning token.
+        settings: of pruning, that all runs shared, where they are not the defaults.
+    """
 
     record_version: int = 1
     model: str
     text: str
+    bos: bool = field(default=False, metadata=ABSENT_IF_DEFAULT)
+    settings: dict[str, Any] = field(default_factory=dict)
     seqlen: int
     tokens: int
     dense: DensePerplexity
