@@ -159,9 +159,9 @@ class BlockRun:
         Args:
             targets: whether their targets are read, too.
         """
-        for batches in (self.stream, self.targets) if targets else (self.stream,):
-            if isinstance(batches, Activations):
-                batches.expect(order)
+        _expect(self.stream, order)
+        if targets:
+            _expect(self.targets, order)
 
     def scores(self) -> Tensors:
         """Wanda's importance of every weight, float32 [groups, rows, cols] by name."""
@@ -227,11 +227,13 @@ class BlockRun:
             weights: [groups, rows, cols] by the linears' names; they stay in the running block.
         """
         grams = LevelGrams(level, self.device)
+        dense_stream = self.dense_stream
         self.expect(range(self.seen), targets=False)
-        dense_stream = self.stream if self.dense_stream is None else self.dense_stream
+        if dense_stream is not None:
+            _expect(dense_stream, range(self.seen))
         for i in range(self.seen):
             hidden, call = self.stream[i].to(self.device), self.calls[i]
-            dense_hidden = hidden if self.dense_stream is None else dense_stream[i].to(self.device)
+            dense_hidden = hidden if dense_stream is None else dense_stream[i].to(self.device)
             self.use(self.weights)
             dense = level_inputs(self.block, level, call, dense_hidden)
             self.use(weights)
@@ -286,6 +288,11 @@ class BlockRun:
         self.expect(batches)
         errors = [token_error(self.output(i), self.targets[i]) for i in batches]
         return float(torch.stack(errors).mean())
+
+
+def _expect(batches: Sequence[Tensor], order: Sequence[int]) -> None:
+    if isinstance(batches, Activations):
+        batches.expect(order)
 
 
 def _copy_to(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

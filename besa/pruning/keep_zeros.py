@@ -32,7 +32,7 @@ from besa.errors import BesaError
 _PRUNED = 0.01
 
 
-class KeepZeros(TrainerCallback):
+class KeepZeros(TrainerCallback):  # type: ignore[misc]
     """Keeps what is zero in the matrices of a pruned model when training begins.
 
     Raises:
