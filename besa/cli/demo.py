@@ -2,7 +2,7 @@
 
 Prunes the model with every method at 50%, 60% and 2:4 and measures what each loses; then packs one,
 serves it beside the dense model and measures both. Ends in tables and pages with pictures. No
-network and no GPU needed; some five minutes on two cores.
+network and no GPU needed; some seven minutes on two cores.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     print(
         f"besa demo: prunes a small model {len(SETTINGS) * len(CONTENDERS)} times and measures "
-        "each result, then serves one beside the dense model: some five minutes on two cores",
+        "each result, then serves one beside the dense model: some seven minutes on two cores",
         file=sys.stderr,
     )
     try:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     results = _bench(args.out)
     print(f"The pictures: {args.out}/report.html. Each model has a page of its own beside it.")
     print(f"Served and measured: {args.out}/bench/report.html.")
-    print(f"Try: besa eval {args.out}/besa-row-50 --seqlen {SEQLEN}")
+    print(f"Try: besa eval {args.out}/besa-50 --seqlen {SEQLEN}")
     print(f"     besa serve {args.out}/packed")
     print("     besa bench --shape tinyllama    # too big for any cache, where zeros pay")
     return 1 if results.broken else 0
@@ -73,6 +73,6 @@ def _bench(out: Path) -> Results:
     from besa.demo.serving import serve_and_measure
 
     with terminated(), shown_events() as on_event:
-        results = serve_and_measure(out / "besa-row-50", out, on_event)
+        results = serve_and_measure(out / "besa-50", out, on_event)
     print_results(results, Console(width=None if sys.stdout.isatty() else 160, highlight=False))
     return results
