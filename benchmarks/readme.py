@@ -61,9 +61,7 @@ def methods(comparison: Comparison, runs: Sequence[tuple[str, str, str | None]] 
         runs: its lines; by default all that were made.
     """
     settings = list(dict.fromkeys(row.setting for row in comparison.rows))
-    rows = {
-        (row.method, row.update, row.granularity, row.setting): row for row in comparison.rows
-    }
+    rows = {(row.method, row.update, row.granularity, row.setting): row for row in comparison.rows}
     made = [run for run in runs or NAMES if (*run, settings[0]) in rows]
     dense = comparison.dense.perplexity
     lines = [

@@ -48,6 +48,8 @@ def main() -> None:
     add("--samples", type=int, default=128)
     add("--seqlen", type=int, default=SEQLEN)
     add("--batch-size", type=int, default=8)
+    add("--limit", type=int, help="the most windows of the text to read")
+    add("--reuse", action="store_true", help="models that an earlier call left in --work")
     add("--settings", nargs="+", default=["50%", "60%", "70%", "2:4"])
     add("--contenders", nargs="+", default=[str(one) for one in ALL], metavar="METHOD[-UPDATE]")
     add("--results", type=Path, default=RESULTS / "table.json")
@@ -66,7 +68,9 @@ def main() -> None:
                 chosen,
                 seqlen=args.seqlen,
                 text=args.text,
+                limit=args.limit,
                 batch_size=args.batch_size,
+                reuse=args.reuse,
                 tell=tell,
             )
         found = replace(found, rows=(*found.rows, *new.rows)) if found else told(new, args)

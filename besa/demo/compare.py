@@ -23,6 +23,8 @@ from besa.evaluation.config import EvalConfig
 from besa.evaluation.evaluate import Result, evaluate
 from besa.evaluation.perplexity import paired
 from besa.machine import machine
+from besa.model.prune_record import PruneRecord
+from besa.model.record import read_record
 from besa.progress import Event, Tell
 from besa.pruning.config import PruneConfig
 from besa.pruning.pipeline import prune
@@ -71,6 +73,7 @@ def compare(
     text: str = "builtin:test",
     limit: int | None = None,
     batch_size: int = 8,
+    reuse: bool = False,
     tell: Tell = lambda event: None,
 ) -> Comparison:
     """Prunes `model` into directories in `out` and measures perplexity on `text`.
@@ -82,6 +85,7 @@ def compare(
         seqlen: tokens in a sample, and in a window of the text.
         limit: the most windows of the text to read; None for all.
         batch_size: windows at a time.
+        reuse: models that an earlier call with the same settings left in `out`.
         tell: is given every step's event (phase, what, done, total) for display.
     """
     runs = [(setting, contender) for setting in settings for contender in contenders]
@@ -89,7 +93,8 @@ def compare(
     seconds = {}
     for number, (run, config) in enumerate(configs.items()):
         tell(Event("prune", what=Path(config.out).name, done=number, total=len(runs)))
-        seconds[run] = prune(model, config).record.seconds
+        record = _left(model, config) if reuse else None
+        seconds[run] = (record or prune(model, config).record).seconds
 
     asked = EvalConfig(
         texts=(text,), seqlen=seqlen, batch_size=batch_size, dtype="float32", limit=limit
@@ -142,6 +147,19 @@ def _config(out: Path, run: Run, options: Mapping[str, Any], seqlen: int) -> Pru
     given = {name: value for name, value in asdict(contender).items() if value is not None}
     name = f"{contender}-{setting.strip('%').replace(':', 'of')}"
     return PruneConfig(out=out / name, seqlen=seqlen, overwrite=True, **given, **options)
+
+
+def _left(model: Path, config: PruneConfig) -> PruneRecord | None:
+    """What an earlier run with the same settings left, if it is there."""
+    record = read_record(Path(config.out))
+    if not isinstance(record, PruneRecord):
+        return None
+    wanted = {**asdict(config), "model": str(model), "pattern": str(config.pattern)}
+    wanted["sparsity"] = config.rate
+    if config.dtype == "auto":  # a record says what it came to
+        del wanted["dtype"]
+    told = [name for name in wanted if wanted[name] is not None and name in record.settings]
+    return record if all(record.settings[name] == wanted[name] for name in told) else None
 
 
 def _row(
