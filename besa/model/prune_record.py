@@ -94,7 +94,7 @@ class TriedUpdate:
     Attributes:
         update: none, admm or learn.
         step: of Adam, as a share of a matrix's root mean square, where weights were learned.
-        error: of the block's output on held-out windows, mean by token.
+        error: of the block's output on held-out windows, half by size and half by token.
     """
 
     update: str

@@ -42,9 +42,9 @@ from besa.pruning.learn import (
     Learner,
     Loss,
     OnStep,
+    balanced_error,
     learn,
     relative_error,
-    token_error,
 )
 from besa.pruning.levels import Level, levels
 from besa.pruning.masked import WeightFactory, masked
@@ -283,10 +283,10 @@ class BlockRun:
         return wrong / right if right else 0.0
 
     def held_out_error(self) -> float:
-        """The mean error of the block's output over what is held out, by token (`token_error`)."""
+        """The mean `balanced_error` of the block's output over what is held out."""
         batches = range(self.seen, len(self.calls))
         self.expect(batches)
-        errors = [token_error(self.output(i), self.targets[i]) for i in batches]
+        errors = [balanced_error(self.output(i), self.targets[i]) for i in batches]
         return float(torch.stack(errors).mean())
 
 

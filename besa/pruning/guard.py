@@ -3,7 +3,7 @@
 How far an update carries depends on how many calibration tokens a weight sees. With many, learned
 weights are best; with few, they fit the windows instead of the text, and a step that suits one
 model ruins another. So an eighth of the windows is held out, no candidate sees it, and in a block
-that candidate stays whose output is nearest to the dense model's there (`token_error`). None is
+that candidate stays whose output is nearest to the dense model's there (`balanced_error`). None is
 kept that is not better than all cheaper ones.
 
 The size of a step is tried on the first blocks; later ones go on with the last that helped, or a
@@ -32,7 +32,7 @@ from besa.model.prune_record import BlockUpdate, TriedUpdate
 from besa.pruning.block_run import BlockRun, Pruned
 from besa.pruning.config import PruneConfig
 from besa.pruning.kept_weights import WeightLearner, rms
-from besa.pruning.learn import token_error
+from besa.pruning.learn import balanced_error
 from besa.pruning.updates import admm, updated
 
 # Of a step of Adam, as shares of a matrix's root mean square, the largest first.
@@ -111,6 +111,6 @@ def learned(run: BlockRun, pruned: Pruned, step: float) -> Pruned:
     masks = run.matrices(pruned.masks)
     scales = [rms(weight) for weight in run.matrices(run.weights)]
     learner = WeightLearner(weights, masks, scales, step, run.dtype)
-    found = run.learn(learner, loss=token_error)
+    found = run.learn(learner, loss=balanced_error)
     parts = zip(run.linears, run.by_linear(found.value), strict=True)
     return replace(pruned, weights={x.name: torch.stack(matrices) for x, matrices in parts})

@@ -44,11 +44,19 @@ def token_error(output: Tensor, target: Tensor) -> Tensor:
     """The mean over tokens of ||output - target||^2 / ||target||^2, as `relative_error`.
 
     A token of a large state counts like any other: Gemma's `<bos>` has 5 to 25 times the norm of
-    those that follow, and would be most of the other measure.
+    those that follow, and is most of the other measure.
     """
     output, target = output.float(), target.to(output.device).float()
     wrong, right = (output - target).square().mean(-1), target.square().mean(-1)
     return (wrong / right.clamp_min(torch.finfo(torch.float32).tiny)).mean()
+
+
+def balanced_error(output: Tensor, target: Tensor) -> Tensor:
+    """Half `relative_error`, half `token_error`.
+
+    What most tokens are matters, and so does what a few large ones are: all others attend to them.
+    """
+    return (relative_error(output, target) + token_error(output, target)) / 2
 
 
 @dataclass(frozen=True)

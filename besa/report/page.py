@@ -318,9 +318,9 @@ def _updates(blocks: Sequence[BlockRecord], labels: Sequence[str]) -> Section | 
     ]
     return Section(
         "How far each block's output is from its target, on calibration windows that nothing was "
-        "learned from: squared error over squared size, mean of the tokens. Open dots are the "
-        "masks alone, filled ones the best of what was tried to make up for them, which was kept; "
-        "the bars below are what that gained.",
+        "learned from: squared error over squared size, of all and as a mean of the tokens, half "
+        "each. Open dots are the masks alone, filled ones the best of what was tried to make up "
+        "for them, which was kept; the bars below are what that gained.",
         Chart.drawn(
             lambda w: charts.errors(
                 best,
