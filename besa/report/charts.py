@@ -87,7 +87,8 @@ def errors(
     end = top + height
     if compared:
         end = top + height + 118
-        body += _changes(both, centre, step, (top + height + 30, end), (left, width - 8))
+        sides = (left, width - 8)
+        body += _changes(both, centre, step, (top + height + 30, end), sides, against)
     for index, block in enumerate(blocks):
         tip = f"block {block}\n{method} {significant(own[index])}"
         change = both[index]
@@ -116,6 +117,7 @@ def _changes(
     step: float,
     vertical: tuple[float, float],
     horizontal: tuple[float, float],
+    against: str,
 ) -> str:
     top, bottom = vertical
     known = [change for change in both if change is not None]
@@ -136,7 +138,7 @@ def _changes(
                 height=edges[1] - edges[0],
                 class_="bar good" if change <= 0 else "bar bad",
             )
-    heading = "difference from Wanda, lower is better"
+    heading = f"difference from {against}, lower is better"
     body += line(horizontal[0], y(0.0), horizontal[1], y(0.0), "zero")
     return body + text(horizontal[0], top - 9, heading, "small")
 

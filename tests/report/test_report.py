@@ -48,6 +48,26 @@ def bare() -> dict[str, Any]:
     return record
 
 
+def guarded() -> dict[str, Any]:
+    """A run whose updates held-out windows chose: one of each kind, one that overflowed."""
+    record = run(4)
+    tried = [("none", None), ("admm", None), ("learn", 0.02), ("learn", 0.006)]
+    for index, (block, (update, step)) in enumerate(zip(record["blocks"], tried, strict=True)):
+        errors = [0.08 - 0.01 * index, 0.06, 0.055, 0.05]
+        block["update"] = {
+            "chosen": update,
+            "step": step,
+            "tried": [
+                {"update": name, "step": size, "error": error}
+                for (name, size), error in zip(tried, errors, strict=True)
+            ],
+        }
+    del record["blocks"][3]["update"]["tried"][1]
+    record["blocks"][2]["update"]["tried"][3]["error"] = None
+    record["settings"] |= {"update": "auto", "teacher": "dense", "bos": "auto"}
+    return record
+
+
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     "llama": lambda: run(8, notes=("Read 128 windows.",)),
     "70b": lambda: run(80, model=LONG),
@@ -61,6 +81,7 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     "hostile": lambda: run(2, model=HOSTILE, notes=(HOSTILE,)),
     "hybrid": hybrid,
     "bare": bare,
+    "guarded": guarded,
 }
 
 
@@ -163,6 +184,19 @@ def test_page_quotes_the_record() -> None:
         assert formatting.significant(block["error"]) in text
         for linear in block["linears"]:
             assert formatting.percent(linear["sparsity"], 2) in text
+
+
+def test_what_was_tried_and_kept_is_told_by_block() -> None:
+    text = words(render(guarded()))
+    assert "What made up for the zeros" in text
+    assert "BESA + guarded updates" in text
+    assert "difference from masks alone, lower is better" in text
+    for kept in ("masks alone", "ADMM", "learned, step 0.02", "learned, step 0.006"):
+        assert kept in text
+    for error in (0.08, 0.07, 0.06, 0.055, 0.05):
+        assert formatting.significant(error) in text
+    assert "--update auto" in text
+    assert "What made up for the zeros" not in words(render(run(4)))
 
 
 def test_comparison_quotes_the_record() -> None:
