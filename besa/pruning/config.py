@@ -20,6 +20,9 @@ from besa.settings import DTYPES, check_choices, described, setting
 GRANULARITIES = ("row", "layer")
 TEACHERS = ("dense", "pruned")
 
+# One sample in so many is held out to choose updates by; with fewer there are none to choose by.
+HELD_OUT = 8
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -145,6 +148,11 @@ class PruneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BesaError(f"{name} {value} is not positive")
+        if self.update == "learn" and self.samples < HELD_OUT:
+            raise BesaError(
+                f"of {self.samples} samples none can be held out to choose the size of a step: "
+                f"give --samples {HELD_OUT} or more"
+            )
         for name in ("include", "exclude"):
             try:
                 re.compile(getattr(self, name) or "")

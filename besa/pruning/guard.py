@@ -30,7 +30,7 @@ import torch
 from besa.errors import BesaError
 from besa.model.prune_record import BlockUpdate, TriedUpdate
 from besa.pruning.block_run import BlockRun, Pruned
-from besa.pruning.config import PruneConfig
+from besa.pruning.config import HELD_OUT, PruneConfig
 from besa.pruning.kept_weights import WeightLearner, rms
 from besa.pruning.learn import balanced_error
 from besa.pruning.updates import admm, updated
@@ -41,24 +41,10 @@ STEPS = (0.05, 0.02, 0.006, 0.002)
 # Blocks that try all of them.
 FIRST = 2
 
-# One window in so many is held out; fewer windows than that are too few to choose by.
-HELD_OUT = 8
-
 
 def held_out_of(config: PruneConfig) -> int:
-    """How many of a run's windows are held out; none where none are needed, or too few are there.
-
-    Raises:
-        BesaError: too few for weights that were asked to be learned.
-    """
-    if config.update not in ("auto", "learn"):
-        return 0
-    if config.update == "learn" and config.samples < HELD_OUT:
-        raise BesaError(
-            f"of {config.samples} samples none can be held out to choose the size of a step: "
-            f"give --samples {HELD_OUT} or more"
-        )
-    return config.samples // HELD_OUT
+    """How many of a run's windows are held out; none where none are needed, or too few are there."""
+    return config.samples // HELD_OUT if config.update in ("auto", "learn") else 0
 
 
 def steps_for(earlier: Sequence[BlockUpdate]) -> tuple[float, ...]:

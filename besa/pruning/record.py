@@ -24,8 +24,7 @@ from besa.model.prune_record import (
     Sparsity,
 )
 from besa.pruning.block_run import BlockRun
-from besa.pruning.config import PruneConfig
-from besa.pruning.guard import HELD_OUT
+from besa.pruning.config import HELD_OUT, PruneConfig
 from besa.typed_json import from_json
 from besa.version import __version__, versions
 
