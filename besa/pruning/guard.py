@@ -43,7 +43,7 @@ FIRST = 2
 
 
 def held_out_of(config: PruneConfig) -> int:
-    """How many of a run's windows are held out; none where none are needed, or too few are there."""
+    """How many of a run's windows are held out; 0 where none are needed, or too few are there."""
     return config.samples // HELD_OUT if config.update in ("auto", "learn") else 0
 
 
