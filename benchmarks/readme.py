@@ -82,15 +82,12 @@ def methods(comparison: Comparison, runs: Sequence[tuple[str, str, str | None]] 
         f"{rows[*DEFAULT, s].margin:.3f} ± {rows[*DEFAULT, s].margin_se:.3f} at {s}"
         for s in settings
     )
-    times = ", ".join(
-        f"{rows[*DEFAULT, s].seconds / rows[*WANDA, s].seconds:.1f}× at {s}" for s in settings
-    )
     begun = ", each after a beginning token" if comparison.bos else ""
     samples = comparison.settings.get("samples", 128)
     lines += [
         "",
-        f"The default's margin over Wanda in nats a token: {margins}; its time over Wanda's: "
-        f"{times}. {samples} samples of {comparison.seqlen} tokens to calibrate; "
+        f"The default's margin over Wanda in nats a token: {margins}. {samples} samples of "
+        f"{comparison.seqlen} tokens to calibrate; "
         f"{comparison.tokens:,} tokens of {comparison.text}, windows of {comparison.seqlen}{begun};"
         f" {comparison.machine}; torch {comparison.versions['torch']}. "
         "`python benchmarks/table.py --work DIR`.",
@@ -275,7 +272,6 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "speed": (speed, ("serving/peers.json",)),
     "serving": (tables, ("serving/peers.json",)),
     "more": (tables, tuple(f"serving/{part}.json" for part in MORE)),
-    "real": (main_methods, ("real.json",)),
     "table": (main_methods, ("table.json",)),
     "methods": (methods, ("table.json",)),
     "cost": (cost, ("wallclock.json", "memory.json", "allocation-cpu.json")),
@@ -296,7 +292,7 @@ def section(name: str) -> str:
 def read(file: str) -> Any:
     """A result file: runs of besa's own commands as their types, other scripts' as they are."""
     path = RESULTS / file
-    if file in ("table.json", "real.json"):
+    if file == "table.json":
         return read_comparison(path)
     return read_results(path) if file.startswith("serving/") else json.loads(path.read_text())
 

@@ -7,7 +7,7 @@ X'^T X. Without zeros it is W X'^T X (X^T X)^-1, which is what V has to come nea
 >>> x = torch.randn(64, 8)
 >>> weight = torch.randn(4, 8)
 >>> moved = Gram(x.T @ x, (2 * x).T @ x)  # the dense model's inputs were twice as large
->>> torch.allclose(moved.aim(weight), 2 * weight, rtol=0.2)
+>>> bool((moved.aim(weight) - 2 * weight).norm() < 0.5 * weight.norm())
 True
 """
 

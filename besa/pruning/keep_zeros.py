@@ -1,9 +1,8 @@
 """Fine-tuning that leaves a pruned model pruned: a callback for transformers' Trainer, or TRL's.
 
-    trainer = Trainer(model=model, args=arguments, train_dataset=texts, callbacks=[KeepZeros()])
-
-Weights that are zero when training begins get no gradient, so that clipping and the optimizer's
-moments see the others alone, and are zero after each step, whatever the optimizer did.
+It is one of the `callbacks` that a Trainer is given. Weights that are zero when training begins get
+no gradient, so that clipping and the optimizer's moments see the others alone, and are zero after
+each step, whatever the optimizer did.
 
 >>> from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 >>> model = AutoModelForCausalLM.from_pretrained("path/to/pruned")
