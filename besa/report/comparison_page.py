@@ -73,8 +73,6 @@ def render_comparison(comparison: Comparison) -> str:
 def _dot(row: ComparedRun) -> charts.Dot:
     recovered = finite(row.recovered)
     note = "" if recovered is None else f"{signed(recovered, 0).lstrip('+')} won back"
-    if row.method == "wanda":
-        note = ""
     error = finite(row.standard_error) or 0.0
     return charts.Dot(row.recipe, row.perplexity, error, note, row.method == "besa")
 
