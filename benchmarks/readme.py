@@ -272,6 +272,7 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "speed": (speed, ("serving/peers.json",)),
     "serving": (tables, ("serving/peers.json",)),
     "more": (tables, tuple(f"serving/{part}.json" for part in MORE)),
+    "real": (main_methods, ("real.json",)),
     "table": (main_methods, ("table.json",)),
     "methods": (methods, ("table.json",)),
     "cost": (cost, ("wallclock.json", "memory.json", "allocation-cpu.json")),
@@ -292,7 +293,7 @@ def section(name: str) -> str:
 def read(file: str) -> Any:
     """A result file: runs of besa's own commands as their types, other scripts' as they are."""
     path = RESULTS / file
-    if file == "table.json":
+    if file in ("table.json", "real.json"):
         return read_comparison(path)
     return read_results(path) if file.startswith("serving/") else json.loads(path.read_text())
 
