@@ -33,7 +33,7 @@ demo: demo-plan $(VENV)/.demo
 
 demo-plan:
 	@test -e $(VENV)/.demo || echo "make demo: installs torch, transformers and besa into $(VENV)," \
-	  "1.6 GB: some 4 minutes on two cores. Then besa demo: some 7 minutes."
+	  "1.6 GB: some 4 minutes on two cores. Then besa demo: some 5 minutes."
 
 # A test is mostly one thread, and two take some 8 GiB: see tests/parallel.py.
 WORKERS ?= 2

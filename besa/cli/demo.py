@@ -2,7 +2,7 @@
 
 Prunes the model with every method at 50%, 60% and 2:4 and measures what each loses; then packs one,
 serves it beside the dense model and measures both. Ends in tables and pages with pictures. No
-network and no GPU needed; some seven minutes on two cores.
+network and no GPU needed; some five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     print(
         f"besa demo: prunes a small model {len(SETTINGS) * len(CONTENDERS)} times and measures "
-        "each result, then serves one beside the dense model: some seven minutes on two cores",
+        "each result, then serves one beside the dense model: some five minutes on two cores",
         file=sys.stderr,
     )
     try:
