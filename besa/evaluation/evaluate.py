@@ -81,20 +81,25 @@ def evaluate(
     seqlen = _common_seqlen(models, directories, config.seqlen)
     manager = tasks.find(config.tasks, config.task_path) if config.tasks else None
     tokenizers = [loading.load_tokenizer(directory) for directory in directories]
-    begun = [_windows(tokenizer, config, seqlen, config.bos) for tokenizer in tokenizers]
-    plain = begun
-    if config.bos == "auto":
-        plain = [_windows(tokenizer, config, seqlen, "never") for tokenizer in tokenizers]
-    windows, with_bos = begun, config.bos == "always"
+    tokens = [bos_token(config.bos, tokenizer) for tokenizer in tokenizers]
+    windows = [_windows(*own, config, seqlen) for own in zip(tokenizers, tokens, strict=True)]
+    with_bos = tokens[0] is not None
+    plain = windows
+    if config.bos == "auto":  # what the first model does not mind, or its tokenizer does not do
+        plain = [
+            own if token is None else _windows(tokenizer, None, config, seqlen)
+            for tokenizer, token, own in zip(tokenizers, tokens, windows, strict=True)
+        ]
 
     results: list[list[Result]] = []
     for index, (name, directory, tokenizer) in enumerate(
         zip(models, directories, tokenizers, strict=True)
     ):
         model = loading.load_model(directory, config.dtype, device)
-        if index == 0 and not torch.equal(begun[0][0], plain[0][0]):
-            with_bos = _minds(model, begun[0][0], plain[0][0], config.batch_size)
-            windows = begun if with_bos else plain
+        if index == 0 and config.bos == "auto":
+            with loading.fitting_in_memory(name, "lower --batch-size or --seqlen"):
+                with_bos = with_bos and _minds(model, windows[0][0], plain[0][0], config.batch_size)
+            windows = windows if with_bos else plain
         own = windows[index]
         measured = []
         for text, batch in zip(config.texts, own, strict=True):
@@ -142,9 +147,8 @@ def _common_seqlen(models: Sequence[str], directories: list[Path], asked: int | 
     return seqlen
 
 
-def _windows(tokenizer: Any, config: EvalConfig, seqlen: int, choice: str) -> list[Tensor]:
-    """The windows of each text, begun as it is chosen (`besa.data.beginning`)."""
-    bos = bos_token(choice, tokenizer)
+def _windows(tokenizer: Any, bos: int | None, config: EvalConfig, seqlen: int) -> list[Tensor]:
+    """The windows of each text, each begun with `bos` if there is one."""
     return [_windows_of(tokenizer, text, seqlen, config.limit, bos) for text in config.texts]
 
 
