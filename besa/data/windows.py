@@ -84,8 +84,7 @@ def calibration_windows(
     Raises:
         BesaError: the stream is too short.
     """
-    taken = seqlen if bos is None else seqlen - 1
-    available = len(stream) // max(1, taken)
+    taken, available = _cut(stream, seqlen, bos)
     if available < samples:
         raise BesaError(
             f"the calibration text has {available} windows of {seqlen} tokens, not {samples}: "
@@ -111,15 +110,20 @@ def evaluation_windows(stream: Tensor, seqlen: int, bos: int | None = None) -> T
     Raises:
         BesaError: the stream is shorter than one window.
     """
-    taken = seqlen if bos is None else seqlen - 1
-    count = len(stream) // max(1, taken)
-    if count == 0 or taken == 0:
+    taken, count = _cut(stream, seqlen, bos)
+    if count == 0:
         raise BesaError(
             f"the text has {len(stream)} tokens, fewer than one window of {seqlen}: "
             "lower --seqlen or give more text"
         )
     windows = stream[: count * taken].view(count, taken)
     return windows if bos is None else functional.pad(windows, (1, 0), value=bos)
+
+
+def _cut(stream: Tensor, seqlen: int, bos: int | None) -> tuple[int, int]:
+    """How many tokens of the stream a window takes, and how many windows it has."""
+    taken = seqlen - (bos is not None)
+    return taken, len(stream) // taken if taken else 0
 
 
 def _encode(tokenizer: Any, text: str, special: bool) -> Tensor:

@@ -78,3 +78,8 @@ def test_text_that_is_too_short_is_refused(seqlen: int) -> None:
     stream = torch.arange(300)
     with pytest.raises(BesaError, match="fewer than one window"):
         evaluation_windows(stream, seqlen, BOS)
+
+
+def test_a_sample_of_nothing_but_its_beginning_is_refused() -> None:
+    with pytest.raises(BesaError, match="has 0 windows of 1 tokens, not 1"):
+        calibration_windows(torch.arange(300), 1, 1, seed=0, bos=BOS)
