@@ -55,8 +55,10 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         assert model is not None
         self._let_go()
         for parameter in model.parameters():
+            if not parameter.requires_grad or parameter.ndim < 2:
+                continue
             zeros = parameter.detach() == 0
-            if parameter.requires_grad and parameter.ndim > 1 and zeros.float().mean() > _PRUNED:
+            if int(zeros.sum()) > _PRUNED * zeros.numel():
                 self.zeros.append((parameter, zeros))
                 self.hooks.append(parameter.register_hook(_masking(zeros)))
         if not self.zeros:
