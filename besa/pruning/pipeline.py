@@ -363,7 +363,7 @@ class _Pipeline:
         self.loading.drop()  # an earlier run may have finished blocks that follow unfinished ones
         if streams.dense is not None:
             run = self._block_run(index, self._load(index), [], streams, calls)
-            self._send(index, REPLAY, run, streams.dense, streams.targets, self._name(index))
+            self._send(index, "teacher", run, streams.dense, streams.targets, self._name(index))
         shard = self.workspace.path / finished["file"]
         stored = self.checkpoint.load_block(index, dict.fromkeys(finished["keys"], shard))
         run = self._block_run(index, stored, [], streams, calls)
