@@ -90,7 +90,7 @@ def methods(comparison: Comparison, runs: Sequence[tuple[str, str, str | None]] 
         f"{comparison.seqlen} tokens to calibrate; "
         f"{comparison.tokens:,} tokens of {comparison.text}, windows of {comparison.seqlen}{begun};"
         f" {comparison.machine}; torch {comparison.versions['torch']}. "
-        "`python benchmarks/table.py --work DIR`.",
+        "By `benchmarks/table.py`, which says how.",
     ]
     return "\n".join(lines)
 

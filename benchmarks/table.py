@@ -1,9 +1,9 @@
 """The table of methods: one model, every method at 50%, 60%, 70% and 2:4.
 
     python benchmarks/table.py --work /tmp/table                     # the embedded model
-    python benchmarks/table.py --work /tmp/real --model path/to/model --name "Gemma 3 270M" \
-        --calibration valid.txt --text test.txt --samples 64 --seqlen 512 \
-        --settings 30% 40% 50% 2:4 --contenders wanda sparsegpt besa-none besa \
+    python benchmarks/table.py --work /tmp/real --model path/to/gemma --name "Gemma 3 270M" \
+        --calibration wikitext2-valid.txt --text wikitext2-test.txt --samples 64 --seqlen 512 \
+        --batch-size 1 --limit 32 --settings 50% --contenders wanda besa-none besa \
         --results benchmarks/results/real.json
 
 Perplexity with the shipped defaults; choices were made on other text (`--text builtin:validation`).

@@ -226,7 +226,7 @@ class BlockRun:
         Args:
             weights: [groups, rows, cols] by the linears' names; they stay in the running block.
         """
-        grams = LevelGrams(level, self.device)
+        grams = LevelGrams(self.device)
         dense_stream = self.dense_stream
         self.expect(range(self.seen), targets=False)
         if dense_stream is not None:

@@ -70,8 +70,8 @@ class LevelGrams:
     Linears that are given the same tensor, as query, key and value are, share one.
     """
 
-    def __init__(self, level: Level, device: torch.device) -> None:
-        self.level, self.device = level, device
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.places: dict[tuple[str, int], tuple[str, int]] = {}
         self.own: dict[tuple[str, int], Tensor] = {}
         self.cross: dict[tuple[str, int], Tensor | None] = {}

@@ -44,7 +44,7 @@ def test_products_are_those_of_all_inputs():
     x, dense = torch.randn(3, TOKENS, 16), torch.randn(3, TOKENS, 16)
     middle, dense_middle = (block.gate(i) * block.up(i) for i in (x, dense))
     for level, own, other in ((first, x, dense), (second, middle, dense_middle)):
-        grams = LevelGrams(level, torch.device("cpu"))
+        grams = LevelGrams(torch.device("cpu"))
         for i in range(3):
             given = level_inputs(block, level, Call((), {}), x[i : i + 1])
             grams.add(given, level_inputs(block, level, Call((), {}), dense[i : i + 1]), TOKENS)
@@ -60,7 +60,7 @@ def test_products_are_those_of_all_inputs():
 @torch.no_grad()
 def test_linears_that_read_the_same_share_their_products():
     block, (first, _) = a_block()
-    grams = LevelGrams(first, torch.device("cpu"))
+    grams = LevelGrams(torch.device("cpu"))
     grams.add(level_inputs(block, first, Call((), {}), torch.randn(1, TOKENS, 16)), None, TOKENS)
     gate, up = (grams.of(linear)[0] for linear in first.linears)
     assert gate is not None
@@ -72,7 +72,7 @@ def test_linears_that_read_the_same_share_their_products():
 def test_where_a_router_sends_other_tokens_there_is_no_cross_product():
     linear = Linear("up", "up", groups=3, rows=4, cols=8, transposed=False)
     x, dense = torch.randn(TOKENS, 8), torch.randn(TOKENS, 8)
-    grams = LevelGrams(Level([linear], calls={}), torch.device("cpu"))
+    grams = LevelGrams(torch.device("cpu"))
     grams.add(
         {("up", 0): [x[:5]], ("up", 1): [x]}, {("up", 0): [dense[:5]], ("up", 1): [dense]}, 12
     )
