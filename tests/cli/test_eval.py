@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from besa.cli import main
+from tests.helpers import begin_texts
 
 Besa = Callable[..., "CompletedProcess[str]"]
 
@@ -92,16 +93,11 @@ def test_table_shows_what_json_says(
 @pytest.fixture
 def beginning(tiny_model: Path, tmp_path: Path) -> Path:
     """The tiny model with a tokenizer that puts a token before each text."""
-    from tokenizers import processors
     from transformers import AutoTokenizer
 
     directory = tmp_path / "beginning"
     shutil.copytree(tiny_model, directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-    )
-    tokenizer.save_pretrained(directory)
+    begin_texts(AutoTokenizer.from_pretrained(directory)).save_pretrained(directory)
     return directory
 
 

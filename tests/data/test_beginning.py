@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import processors
 from transformers import AutoTokenizer
 
 from besa.data.beginning import bos_token
 from besa.data.windows import calibration_windows, evaluation_windows, token_stream
 from besa.errors import BesaError
+from tests.helpers import begin_texts
 
 BOS = 0  # of the tiny model's tokenizer
 
@@ -26,10 +26,7 @@ def tokenizer(tiny_model: Path) -> Any:
 @pytest.fixture
 def beginning(tokenizer: Any) -> Any:
     """It puts one before a text, as Gemma's does."""
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", BOS)]
-    )
-    return tokenizer
+    return begin_texts(tokenizer)
 
 
 @pytest.mark.parametrize(("choice", "token"), [("auto", None), ("always", BOS), ("never", None)])
