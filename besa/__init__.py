@@ -17,8 +17,10 @@ from besa.version import __version__
 
 if TYPE_CHECKING:
     from besa.pruning.config import PruneConfig
-    from besa.pruning.keep_zeros import KeepZeros
     from besa.pruning.pipeline import PruneResult, prune
+    from besa.recovery.config import RecoverConfig
+    from besa.recovery.keep_zeros import KeepZeros
+    from besa.recovery.recover import recover
     from besa.serve.transformers.quantizer import BesaConfig
 
 __all__ = [
@@ -27,18 +29,22 @@ __all__ = [
     "KeepZeros",
     "PruneConfig",
     "PruneResult",
+    "RecoverConfig",
     "__version__",
     "prune",
+    "recover",
 ]
 
 
 # torch takes seconds to import; `besa --help` should not.
 _LAZY = {
     "BesaConfig": "besa.serve.transformers.quantizer",
-    "KeepZeros": "besa.pruning.keep_zeros",
+    "KeepZeros": "besa.recovery.keep_zeros",
     "PruneConfig": "besa.pruning.config",
     "PruneResult": "besa.pruning.pipeline",
+    "RecoverConfig": "besa.recovery.config",
     "prune": "besa.pruning.pipeline",
+    "recover": "besa.recovery.recover",
 }
 
 

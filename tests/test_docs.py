@@ -109,7 +109,7 @@ def test_extras_are_there(page: Path):
         assert set(names.split(",")) <= project["optional-dependencies"].keys()
 
 
-@pytest.mark.parametrize("command", ["prune", "export", "serve", "bench"])
+@pytest.mark.parametrize("command", ["prune", "recover", "export", "serve", "bench"])
 def test_every_flag_is_explained(command: str):
     text = (ROOT / "docs" / f"{command}.md").read_text()
     listed = set(re.findall(r"^\| `(--[\w-]+)", text, flags=re.M))
@@ -142,7 +142,8 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.chdir(tmp_path)
     docs = ROOT / "docs"
-    for page in (ROOT / "README.md", docs / "prune.md", docs / "export.md", docs / "formats.md"):
+    names = ("prune", "recover", "export", "formats")
+    for page in (ROOT / "README.md", *(docs / f"{name}.md" for name in names)):
         for code in blocks(page, "python"):
             exec(compile(code, page, "exec"), {})
     in_transformers, in_onnx_runtime = blocks(docs / "engines.md", "python")

@@ -25,6 +25,7 @@ from besa.cli import COMMANDS, build_parser
 from besa.evaluation.config import EvalConfig
 from besa.export.config import ExportConfig
 from besa.pruning.config import PruneConfig
+from besa.recovery.config import RecoverConfig
 from besa.settings import given
 from tests.test_floors import modules
 
@@ -45,7 +46,12 @@ SLOW = {
 
 CODE = (ast.Call, ast.Assign, ast.Import, ast.ImportFrom, ast.With, ast.Subscript)
 COMMAND = re.compile(rf"^ *(besa (?:{'|'.join(COMMANDS)}) .*)$", re.MULTILINE)
-SETTINGS: dict[str, Any] = {"prune": PruneConfig, "export": ExportConfig, "eval": EvalConfig}
+SETTINGS: dict[str, Any] = {
+    "prune": PruneConfig,
+    "recover": RecoverConfig,
+    "export": ExportConfig,
+    "eval": EvalConfig,
+}
 
 
 def docstrings(source: str) -> Iterator[str]:

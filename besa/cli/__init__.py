@@ -15,7 +15,7 @@ from besa import telemetry
 from besa.errors import BesaError, BesaWarning
 from besa.version import __version__
 
-COMMANDS = ("prune", "export", "serve", "bench", "eval", "demo", "doctor")
+COMMANDS = ("prune", "recover", "export", "serve", "bench", "eval", "demo", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):

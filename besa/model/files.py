@@ -159,8 +159,11 @@ def stored_bytes(files: Mapping[str, Path]) -> dict[str, int]:
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes a safetensors file atomically: it is there whole, or not at all."""
     with atomic(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
         try:
             save_file(tensors, partial, metadata={"format": "pt"})
+            partial.chmod(mode)  # safetensors leaves a file that its owner alone can read
         except SafetensorError as error:
             # It holds no error number; whether there was room for the file, the disk knows.
             needed = sum(tensor.nbytes for tensor in tensors.values())

@@ -50,7 +50,7 @@ def max_positions(directory: Path) -> int | None:
     Raises:
         BesaError: a config that transformers cannot read.
     """
-    with _quiet(), one_line(f"{directory}/config.json"):
+    with quiet(), one_line(f"{directory}/config.json"):
         config = AutoConfig.from_pretrained(directory).get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
@@ -62,7 +62,7 @@ def load_tokenizer(directory: Path) -> Any:
         BesaError: none is there, or transformers cannot read it.
     """
     try:
-        with _quiet(), one_line(f"{directory} has no tokenizer that can be loaded"):
+        with quiet(), one_line(f"{directory} has no tokenizer that can be loaded"):
             return AutoTokenizer.from_pretrained(directory)
     except BesaError:
         if any(any(directory.glob(pattern)) for pattern in _VOCABULARIES):
@@ -82,7 +82,7 @@ def load_model(directory: Path, dtype: str, device: torch.device | str) -> Any:
     Raises:
         BesaError: transformers cannot load it, weights are missing, or it does not fit.
     """
-    with _quiet(), one_line(f"{directory} cannot be loaded"):
+    with quiet(), one_line(f"{directory} cannot be loaded"):
         loaded: Any  # with output_loading_info, a pair
         loaded = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, output_loading_info=True
@@ -107,7 +107,7 @@ def fitting_in_memory(what: str, remedy: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' bars and warnings; what matters in them is an error of ours."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

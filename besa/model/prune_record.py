@@ -145,8 +145,29 @@ class BlockRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """Training as a whole, after pruning (`besa recover`).
+
+    Attributes:
+        teacher: the dense model that it was trained towards.
+        settings: all that the result depends on.
+        tokens: of the text, as often as they were read.
+        before, after: the mean divergence of the next-token distributions from the teacher's on
+            held-out samples, in nats a token.
+        seconds: from start to end; of a run that was resumed, of its last part.
+    """
+
+    teacher: str
+    settings: dict[str, Any]
+    tokens: int
+    before: float
+    after: float
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruneRecord(Record):
-    """What `besa prune` leaves.
+    """What `besa prune` leaves, and `besa recover` after it.
 
     Attributes:
         format: the version of this record.
@@ -155,6 +176,7 @@ class PruneRecord(Record):
         blocks: in the model's order.
         peak_device_memory_bytes: the most memory that was in use on a GPU; None on a CPU.
         notes: what the user should know of the run, a sentence each.
+        recovery: how the pruned model was trained; the blocks' figures are from before.
     """
 
     format: int = 1
@@ -165,3 +187,4 @@ class PruneRecord(Record):
     blocks: tuple[BlockRecord, ...] = ()
     peak_device_memory_bytes: int | None = None
     notes: tuple[str, ...] = ()
+    recovery: Recovery | None = field(default=None, metadata=ABSENT_IF_DEFAULT)

@@ -177,6 +177,10 @@ class Workspace:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(json.dumps(index, indent=2), self.path / INDEX)
 
+    def abandon(self) -> None:
+        """Removes what was written: nothing of it is worth going on from."""
+        shutil.rmtree(self.path)
+
     def publish(self) -> None:
         """Turns the workspace into the output."""
         # A run that was killed may have left what safetensors was writing, as `.tmpXXXXXX`.

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import besa
 from besa.errors import BesaError
-from besa.pruning.keep_zeros import KeepZeros
+from besa.recovery.keep_zeros import KeepZeros
 
 
 @pytest.fixture
