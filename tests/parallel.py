@@ -9,7 +9,9 @@ A test marked `alone` measures time or memory. No other test runs while it does,
     def test_the_latency_is_right(): ...
 
 The other tests share a lock that such a test has for itself, the room. Each test waits for it with
-a second lock in hand, the door, so that nobody overtakes a test that waits to be alone.
+a second lock in hand, the door, so that nobody overtakes a test that waits to be alone. Tests that
+are to be alone and follow each other stay in the room: once the others have left, they need not
+leave again. So the tests of a file that are to be alone stand together.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import shutil
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -50,16 +53,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
     if LOCKS not in os.environ:  # one test at a time
         return (yield)
-    locks = Path(os.environ[LOCKS])
-    alone = item.get_closest_marker("alone") is not None
-    with (locks / "door").open("a") as door, (locks / "room").open("a") as room:
+    room = _rooms.pop() if _rooms else _entered(Path(os.environ[LOCKS]), is_alone(item))
+    try:
+        return (yield)
+    finally:
+        if is_alone(item) and nextitem is not None and is_alone(nextitem):
+            _rooms.append(room)
+        else:
+            fcntl.flock(room, fcntl.LOCK_UN)  # closing is not enough: a child may have inherited it
+            room.close()
+
+
+# The room, while the next test goes on in it.
+_rooms: list[IO[str]] = []
+
+
+def is_alone(item: pytest.Item) -> bool:
+    """Whether no other test may run beside this one."""
+    return item.get_closest_marker("alone") is not None
+
+
+def _entered(locks: Path, alone: bool) -> IO[str]:
+    """The room, for oneself or with others."""
+    room = (locks / "room").open("a")
+    with (locks / "door").open("a") as door:
         fcntl.flock(door, fcntl.LOCK_EX)
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(door, fcntl.LOCK_UN)
-        try:
-            return (yield)
-        finally:
-            fcntl.flock(room, fcntl.LOCK_UN)  # closing is not enough: a child may have inherited it
+    return room

@@ -35,18 +35,22 @@ def run(*command: str | Path, cwd: Path) -> str:
     return result.stdout
 
 
-# What is installed where does not depend on how long the compiler thinks.
-UNOPTIMIZED = "--config-settings=cmake.build-type=None"
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """pip's arguments: what is compiled is compiled once, and without thinking about speed."""
+    folder = tmp_path_factory.mktemp("build")
+    settings = {"cmake.build-type": "None", "build-dir": folder}
+    return [f"--config-settings={name}={value}" for name, value in settings.items()]
 
 
-def pip(*arguments: str | Path, python: Path | str = sys.executable, cwd: Path) -> None:
-    run(python, "-m", "pip", *arguments, "--no-deps", "--no-build-isolation", cwd=cwd)
+def pip(*arguments: str | Path, cwd: Path) -> None:
+    run(sys.executable, "-m", "pip", *arguments, "--no-deps", "--no-build-isolation", cwd=cwd)
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def wheel(tmp_path_factory, build) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    pip("wheel", UNOPTIMIZED, "--wheel-dir", folder, ROOT, cwd=folder)
+    pip("wheel", *build, "--wheel-dir", folder, ROOT, cwd=folder)
     (path,) = folder.glob("*.whl")
     return path
 
@@ -73,15 +77,17 @@ def test_wheel_holds_besa_alone(wheel):
 
 
 @pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
-def test_install_adds_besa_alone(wheel, tmp_path, editable):
+def test_install_adds_besa_alone(wheel, build, tmp_path, editable):
     # A fresh environment that sees this one's torch and build tools, but none of its .pth files,
     # so not the besa that is being tested.
     venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "outer.pth").write_text(sysconfig.get_path("purelib"))
-    what = [UNOPTIMIZED, "--editable", ROOT] if editable else [wheel]
-    pip("install", "--no-index", "--ignore-installed", *what, python=python, cwd=tmp_path)
+    what = [*build, "--editable", ROOT] if editable else [wheel]
+    # By this pip: with another Python the build would begin anew.
+    into = ["--prefix", tmp_path / "venv", "--ignore-installed"]
+    pip("install", "--no-index", *into, *what, cwd=tmp_path)
 
     top = {p.name for p in site.iterdir() if p.suffix != ".dist-info"} - {"outer.pth"}
     redirect = {"_editable_skbc_besa.pth", "_editable_skbc_besa.py"} if editable else set()

@@ -371,13 +371,8 @@ def test_two_ranks(cases: dict[str, Case], tmp_path: Path):
     one_head = masked("llama", tmp_path / "one", num_key_value_heads=1, dtype=torch.float32)
     ranks = {"dtype": "float32", "tensor_parallel_size": 2}
     shared = [
-        Case(one_head, packed(one_head), flags=ranks),
+        Case(one_head, packed(one_head), flags={**ranks, "enforce_eager": False}),
         Case(cases["phi3"].dense, cases["phi3"].job["model"], flags=ranks),
-        Case(
-            cases["llama"].dense,
-            cases["llama"].job["model"],
-            flags={**ranks, "enforce_eager": False},
-        ),
     ]
     # Each rank is a process that is bound to a core.
     results = run([case.job for case in shared], tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1")
