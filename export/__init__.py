@@ -52,6 +52,9 @@ def export(
         from besa.export.packed.unpack import unpack_checkpoint
 
         return unpack_checkpoint(source, config, tell)
+    from besa.export.rounded import as_pruned
+
+    config = as_pruned(source, config)
     if config.format == "onnx":
         from besa.export.onnx import runtime as ort
 

@@ -40,7 +40,11 @@ class ExportConfig:
         "vllm packs, dense unpacks what was packed, onnx makes a graph (default: %(default)s)",
         choices=FORMATS,
     )
-    quantize: str | None = setting(None, "int8: round what is kept to 8 bits")
+    quantize: str | None = setting(
+        None,
+        "int8: round what is kept to 8 bits; none: do not (default: as it was pruned)",
+        metavar="TYPE",
+    )
     group_size: int | None = setting(
         None,
         f"for int8: {either([*map(str, GROUP_SIZES)])} columns share a scale (default: a whole "
@@ -69,8 +73,8 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.quantize not in (None, "int8"):
-            raise BesaError(f"quantize {self.quantize!r}: only int8 is there")
+        if self.quantize not in (None, "none", "int8"):
+            raise BesaError(f"quantize {self.quantize!r}: only int8 and none are there")
         if self.format == "dense" and self.quantize:
             raise BesaError("--quantize is for packing: leave it out with --format dense")
         if self.format == "onnx":
@@ -79,7 +83,7 @@ class ExportConfig:
             raise BesaError(
                 "--sparse, --precision, --onnx-graph and --device are for --format onnx"
             )
-        elif self.group_size is not None and not self.quantize:
+        elif self.group_size is not None and self.quantize != "int8":
             raise BesaError("--group-size is for --quantize int8: give both, or neither")
         if self.group_size not in (None, *GROUP_SIZES):
             sizes = ", ".join(map(str, GROUP_SIZES))

@@ -35,14 +35,17 @@ def nonzeros_and_patterns(matrix: Tensor) -> tuple[int, tuple[str, ...]]:
     return int(row_ptr[-1]), tuple(pattern for pattern in PATTERNS if fits[pattern])
 
 
-def pack_weight(weight: Tensor, values: str, group_size: int | None = None) -> Packed:
+def pack_weight(
+    weight: Tensor, values: str, group_size: int | None = None, peak: int = 127
+) -> Packed:
     """A weight [out, in] without its zeros.
 
     Args:
         values: the type to store what is left as, "bfloat16" or "int8"; int8 is rounded.
         group_size: for int8, how many columns share a scale; None if the whole row does.
+        peak: for int8, what the largest weight of a group becomes.
     """
     if values == "int8":
-        return pack(*quantize_int8(weight, group_size), group_size=group_size)
+        return pack(*quantize_int8(weight, group_size, peak), group_size=group_size)
     dtype: torch.dtype = getattr(torch, values)
     return pack(weight.to(dtype))

@@ -177,14 +177,18 @@ def pack(weight: Tensor, scale: Tensor | None = None, group_size: int | None = N
 
 
 @torch.no_grad()
-def quantize_int8(weight: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Rounds a weight to int8 times a scale, symmetrically: the largest of a group becomes ±127.
+def quantize_int8(
+    weight: Tensor, group_size: int | None = None, peak: int = 127
+) -> tuple[Tensor, Tensor]:
+    """Rounds a weight to int8 times a scale, symmetrically: the largest of a group becomes ±`peak`.
 
-    Ties round to even. What rounds to 0 is a zero from then on.
+    Ties round to even. What rounds to 0 is a zero from then on. Weights of four bits, which are
+    whole multiples of a seventh of a group's largest, stay what they are with a peak of 126.
 
     Args:
         weight: [out, in], floating point, in any layout.
         group_size: how many columns share a scale, one of `GROUP_SIZES`; None: the whole row.
+        peak: at most 127.
 
     Returns:
         int8 [out, in] and its scale, float32 [out, groups], 1 for a group of zeros.
@@ -201,14 +205,14 @@ def quantize_int8(weight: Tensor, group_size: int | None = None) -> tuple[Tensor
     groups = zip(_groups(weight.float(), group_size), _groups(rounded, group_size), strict=True)
     for part, target in groups:
         # amax has no answer for groups without columns.
-        peak = part.abs().amax(2) if part.numel() else part.new_zeros(part.shape[:2])
-        if not peak.isfinite().all():
+        most = part.abs().amax(2) if part.numel() else part.new_zeros(part.shape[:2])
+        if not most.isfinite().all():
             raise ValueError("weight has a NaN or an infinity, which int8 cannot hold")
-        scale = peak / 127
+        scale = most / peak
         # Also where the quotient underflows: all of the group then rounds to 0.
         scale[scale == 0] = 1
-        # A scale among the denormals is so coarse that a quotient may exceed 127.
-        target.copy_((part / scale.unsqueeze(2)).round_().clamp_(-127, 127))
+        # A scale among the denormals is so coarse that a quotient may exceed the peak.
+        target.copy_((part / scale.unsqueeze(2)).round_().clamp_(-peak, peak))
         scales.append(scale)
     return rounded, torch.cat(scales, 1)
 

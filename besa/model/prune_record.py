@@ -117,6 +117,23 @@ class BlockUpdate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What rounding did to a block's weights.
+
+    Attributes:
+        groups: how many scales there are.
+        zero_groups: those with nothing to scale.
+        clipped: groups whose largest weight is smaller than in the dense model by 2% or more.
+        added_zeros: weights that the mask kept and that became zero.
+    """
+
+    groups: int
+    zero_groups: int
+    clipped: int
+    added_zeros: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockRecord:
     """One pruned block.
 
@@ -129,6 +146,7 @@ class BlockRecord:
         loss: the mean loss of each epoch, of a method that learns masks.
         seconds: what the block took.
         update: what was chosen by held-out windows; None where nothing was.
+        rounding: of its weights, if they were rounded; `zeros` holds what that added.
     """
 
     index: int
@@ -142,6 +160,7 @@ class BlockRecord:
     loss: tuple[float | None, ...] = ()
     seconds: float = 0.0
     update: BlockUpdate | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
+    rounding: Rounding | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ from besa.pruning.learn import (
 )
 from besa.pruning.levels import Level, levels
 from besa.pruning.masked import WeightFactory, masked
+from besa.pruning.rounding import Steps, fit, rounded
 from besa.pruning.scores import Hessians, InputNorms, wanda
 
 T = TypeVar("T")
@@ -256,17 +257,42 @@ class BlockRun:
     def put(self, pruned: Pruned) -> None:
         """Puts pruned weights into the stored block, and into the running one what is stored.
 
-        So what is measured and handed on is rounded to the checkpoint's dtype.
+        So what is measured and handed on is rounded to the checkpoint's dtype, and before that as
+        the settings ask.
         """
         weights = pruned.weights or self._stored_weights
         for linear in self.linears:
             stored = self.stored.get_parameter(linear.parameter)
-            weight = weights[linear.name].to(self.device, stored.dtype)
-            kept = torch.where(pruned.masks[linear.name].to(self.device), weight, 0.0)
+            mask = pruned.masks[linear.name].to(self.device)
+            kept = torch.where(mask, weights[linear.name].to(self.device), 0.0)
+            kept = self._rounded(linear, kept, stored.dtype).to(stored.dtype)
             placed = linear.stored(kept, stored).contiguous()
             stored.data = placed.to(stored.device)
             running = self.block.get_parameter(linear.parameter)
             running.data = placed.to(self.device, self.dtype)
+
+    def _rounded(self, linear: Linear, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """A weight [groups, rows, cols] as the settings round it."""
+        grid = self.config.quantize
+        if grid is None:
+            return weight
+        importance = self.norms.of(linear).square()
+        groups = zip(weight, importance, strict=True)
+        return torch.stack([rounded(matrix, own, grid, dtype) for matrix, own in groups])
+
+    def steps(self, weights: Sequence[Tensor]) -> list[Steps]:
+        """What the settings round matrices to, linear by linear; none where they do not."""
+        grid = self.config.quantize
+        if grid is None:
+            return []
+        importance = [norms.square() for x in self.linears for norms in self.norms.of(x)]
+        stored = [self.stored_dtype(x) for x in self.linears for _ in range(x.groups)]
+        parts = zip(weights, importance, stored, strict=True)
+        return [fit(weight, own, grid, dtype) for weight, own, dtype in parts]
+
+    def stored_dtype(self, linear: Linear) -> torch.dtype:
+        """What the checkpoint stores a linear's weight in."""
+        return self.stored.get_parameter(linear.parameter).dtype
 
     def error(self, batches: int) -> float:
         """||dense - pruned||^2 / ||dense||^2 of the block's output over the first batches."""

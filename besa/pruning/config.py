@@ -15,6 +15,7 @@ from pathlib import Path
 from besa.data.beginning import CHOICES
 from besa.errors import BesaError
 from besa.methods import METHODS, UPDATES
+from besa.pruning.grid import Grid
 from besa.settings import DTYPES, check_choices, described, setting
 
 GRANULARITIES = ("row", "layer")
@@ -66,7 +67,7 @@ class PruneConfig:
     """The settings of a run, checked when they are made.
 
     Attributes:
-        pattern: may be given as its text, too: "2:4".
+        pattern, quantize: may be given as their text, too: "2:4", "int4:128".
         dtype: weights are stored as they came, whatever they are computed in.
 
     Raises:
@@ -92,6 +93,13 @@ class PruneConfig:
         UNSTRUCTURED,
         "unstructured, or N:M: N of every M weights are kept (default: %(default)s)",
         parse=Pattern.parse,
+    )
+    quantize: Grid | None = setting(
+        None,
+        "round what is kept, too: int8 or int4, with `:GROUP` columns that share a scale, as "
+        "int4:128 (default: a whole row)",
+        metavar="TYPE",
+        parse=Grid.parse,
     )
     granularity: str = setting(
         "row",
@@ -136,6 +144,8 @@ class PruneConfig:
             object.__setattr__(self, "teacher", "pruned" if self.update == "none" else "dense")
         if isinstance(self.pattern, str):
             object.__setattr__(self, "pattern", Pattern.parse(self.pattern))
+        if isinstance(self.quantize, str):
+            object.__setattr__(self, "quantize", Grid.parse(self.quantize))
         fixed = self.pattern.sparsity
         if fixed is not None and self.sparsity not in (None, fixed):
             raise BesaError(

@@ -96,7 +96,7 @@ def learned(run: BlockRun, pruned: Pruned, step: float) -> Pruned:
     weights = run.matrices(run.kept(pruned))
     masks = run.matrices(pruned.masks)
     scales = [rms(weight) for weight in run.matrices(run.weights)]
-    learner = WeightLearner(weights, masks, scales, step, run.dtype)
+    learner = WeightLearner(weights, masks, scales, step, run.dtype, run.steps(weights))
     found = run.learn(learner, loss=balanced_error)
     parts = zip(run.linears, run.by_linear(found.value), strict=True)
     return replace(pruned, weights={x.name: torch.stack(matrices) for x, matrices in parts})

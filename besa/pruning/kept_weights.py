@@ -25,6 +25,7 @@ from torch import Tensor
 
 from besa.pruning.learn import Proposal
 from besa.pruning.masked import MaskedMatrix
+from besa.pruning.rounding import Steps
 
 # Steps in which Adam's comes to its full size: its moments know nothing before them.
 _WARM_UP = 5
@@ -43,15 +44,18 @@ class KeptWeights(MaskedMatrix):
         parameter: float32 [rows, cols], zero where the mask is False.
         mask: bool [rows, cols].
         dtype: of the computation.
+        steps: what the weights are rounded to, straight through for the gradient; None: they stay.
     """
 
     parameter: Tensor
     mask: Tensor
     dtype: torch.dtype
+    steps: Steps | None = None
 
     def make(self) -> Tensor:
         """`MaskedMatrix.make`."""
-        return self.parameter.detach().to(self.dtype)
+        weight = self.parameter.detach()
+        return (weight if self.steps is None else self.steps.round(weight)).to(self.dtype)
 
     def gradient(self, upstream: Tensor) -> Tensor:
         """`MaskedMatrix.gradient`."""
@@ -67,6 +71,7 @@ class WeightLearner:
         scales: of each matrix, what its step is a share of.
         step: Adam's step, as that share.
         dtype: of the computation.
+        steps: of each matrix, where it is to be rounded.
     """
 
     def __init__(
@@ -76,8 +81,10 @@ class WeightLearner:
         scales: Sequence[float],
         step: float,
         dtype: torch.dtype = torch.float32,
+        steps: Sequence[Steps] = (),
     ) -> None:
         self.masks, self.dtype, self.done = masks, dtype, 0
+        self.steps = steps or [None] * len(masks)
         self.weights = [w.detach().float().clone().requires_grad_() for w in weights]
         self.lrs = [step * scale for scale in scales]
         groups = [
@@ -91,8 +98,9 @@ class WeightLearner:
 
     def propose(self) -> Proposal:
         """The weights as they are."""
-        parts = zip(self.weights, self.masks, strict=True)
-        return Proposal([KeptWeights(*part, self.dtype) for part in parts], self.rate)
+        parts = zip(self.weights, self.masks, self.steps, strict=True)
+        kept = [KeptWeights(weight, mask, self.dtype, steps) for weight, mask, steps in parts]
+        return Proposal(kept, self.rate)
 
     def update(self, size: float) -> None:
         """A step of Adam."""
@@ -104,5 +112,7 @@ class WeightLearner:
         self.optimizer.zero_grad(set_to_none=True)
 
     def result(self) -> list[Tensor]:
-        """The weights, float32 [rows, cols]."""
-        return [weight.detach() for weight in self.weights]
+        """The weights, rounded where they are to be, float32 [rows, cols]."""
+        weights = (weight.detach() for weight in self.weights)
+        parts = zip(weights, self.steps, strict=True)
+        return [weight if steps is None else steps.round(weight) for weight, steps in parts]

@@ -248,6 +248,7 @@ class _Pipeline:
             index,
             self._name(index),
             run,
+            masks=pruned.masks,
             losses=pruned.losses,
             error=error,
             error_wanda=error_wanda,

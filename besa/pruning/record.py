@@ -20,13 +20,18 @@ from besa.model.prune_record import (
     BlockUpdate,
     LinearRecord,
     PruneRecord,
+    Rounding,
     RowRates,
     Sparsity,
 )
-from besa.pruning.block_run import BlockRun
+from besa.pruning.block_run import BlockRun, Tensors
 from besa.pruning.config import HELD_OUT, PruneConfig
 from besa.typed_json import from_json
 from besa.version import __version__, versions
+
+# A group's largest weight is clipped if it is less than that of the dense one. To be stored in
+# bfloat16 takes up to 0.4% from it.
+_CLIPPED = 0.98
 
 
 def settings_of(
@@ -44,6 +49,7 @@ def settings_of(
     return {
         **settings,
         "pattern": str(config.pattern),
+        "quantize": config.quantize and str(config.quantize),
         "sparsity": config.rate,
         "seqlen": windows.shape[1],
         "calibration_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
@@ -81,11 +87,38 @@ def linear_record(linear: Linear, stored: Tensor, unseen: Sequence[int]) -> Line
     )
 
 
+def rounding_record(run: BlockRun, masks: Tensors) -> Rounding | None:
+    """What rounding did to a block; None where it was not asked for.
+
+    Args:
+        run: the block with its pruned weights in place.
+        masks: bool [groups, rows, cols] by the linears' names, True where a weight is kept.
+    """
+    grid = run.config.quantize
+    if grid is None:
+        return None
+    groups = empty = clipped = added = 0
+    for linear in run.linears:
+        mask = masks[linear.name]
+        stored = linear.matrix(run.stored.get_parameter(linear.parameter).data).to(mask.device)
+        width = grid.group_size or linear.cols
+        after, before = (
+            torch.stack([part.amax(-1) for part in matrix.abs().float().split(width, -1)])
+            for matrix in (stored, torch.where(mask, run.weights[linear.name], 0.0))
+        )
+        groups += after.numel()
+        empty += int((after == 0).sum())
+        clipped += int(((after > 0) & (after < _CLIPPED * before)).sum())
+        added += int((mask & (stored == 0)).sum())
+    return Rounding(groups=groups, zero_groups=empty, clipped=clipped, added_zeros=added)
+
+
 def block_record(
     index: int,
     name: str,
     run: BlockRun,
     *,
+    masks: Tensors,
     losses: Sequence[float],
     error: float,
     error_wanda: float | None,
@@ -96,6 +129,7 @@ def block_record(
 
     Args:
         run: the block with its pruned weights in place.
+        masks: bool [groups, rows, cols] by the linears' names, True where a weight is kept.
         losses: the mean loss of each epoch.
         error, error_wanda: of its output, see `BlockRecord`.
         update: what was chosen to follow the mask.
@@ -118,6 +152,7 @@ def block_record(
         loss=tuple(losses),
         seconds=round(seconds, 3),
         update=update,
+        rounding=rounding_record(run, masks),
     )
 
 

@@ -160,6 +160,12 @@ def _record_of(directory: Path) -> PruneRecord:
     record = read_record(directory)
     if not isinstance(record, PruneRecord):
         raise BesaError(f"{directory} has no besa.json of a pruned model: give what prune wrote")
+    rounded = record.settings.get("quantize")
+    if rounded:
+        raise BesaError(
+            f"{directory} is rounded to {rounded}, and training would undo that: recover a model "
+            "that was pruned without --quantize, and give it to export"
+        )
     return record
 
 

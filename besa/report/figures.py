@@ -25,6 +25,7 @@ FLAGS = (  # of `besa prune`: what of the settings a user can type
     "teacher",
     "sparsity",
     "pattern",
+    "quantize",
     "granularity",
     "calibration",
     "bos",

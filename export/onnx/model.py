@@ -43,6 +43,7 @@ from besa.export.onnx.runtime import (
 from besa.export.onnx.sparse import OnnxPacking, pack_graph
 from besa.export.onnx.standard import build_standard
 from besa.export.plan import plan_packing
+from besa.export.rounded import peak_of
 from besa.export.source import open_plain
 from besa.machine import give_memory_back, memory, peak_memory
 from besa.model.checkpoint import Checkpoint
@@ -164,7 +165,8 @@ def _write_graph(
 ) -> tuple[str, list[PackedProduct]]:
     """Writes the graph; tells which kind it became, "genai" or "standard", and what is packed."""
     packed: list[PackedProduct] = []
-    packing = OnnxPacking(_VALUES.get(precision, precision), config.group_size)
+    peak = peak_of(directory, config.group_size)
+    packing = OnnxPacking(_VALUES.get(precision, precision), config.group_size, peak)
     # What packed weights take the place of.
     plain = precision
     if config.sparse and device == "cuda":

@@ -60,7 +60,7 @@ def pack_for_cuda(
         nonzeros, _ = nonzeros_and_patterns(weight)
         if not gains(weight, nonzeros, packing):
             continue
-        packed = pack_weight(weight, packing.values, packing.group_size)
+        packed = pack_weight(weight, packing.values, packing.group_size, packing.peak)
         records = to_records(*parts(packed), packed.in_features)
         needed.update(instances(records, packed.group_size, activations))
         old = node.inputs[1]

@@ -45,10 +45,12 @@ class OnnxPacking:
     Attributes:
         values: "bfloat16", "float16", "float32" or "int8".
         group_size: for int8, how many columns share a scale; None if the whole row does.
+        peak: for int8, what the largest weight of a group becomes.
     """
 
     values: str
     group_size: int | None = None
+    peak: int = 127
 
     @property
     def float_type(self) -> torch.dtype:
@@ -75,7 +77,7 @@ def pack_graph(model: ir.Model, packing: OnnxPacking) -> list[PackedProduct]:
             continue
         if packing.values == "float32" and not sparse:
             continue
-        packed = pack_weight(weight, packing.values, packing.group_size)
+        packed = pack_weight(weight, packing.values, packing.group_size, packing.peak)
         _put_packed_product(model, node, packed, packing)
         weights += weight.numel()
         products.append(

@@ -24,6 +24,7 @@ from besa.export.config import ExportConfig, ExportResult
 from besa.export.packed.card import packed_card
 from besa.export.packed.record import packed_record
 from besa.export.plan import PackedLinear, PackingPlan, plan_packing
+from besa.export.rounded import peak_of
 from besa.export.source import open_plain
 from besa.export.weights import pack_weight
 from besa.formats import PackedConfig, packed_of, quantize_int8, tensors_of
@@ -52,6 +53,7 @@ def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> Exp
         group_size=config.group_size,
         pattern=plan.pattern,
     )
+    peak = peak_of(checkpoint.directory, config.group_size)
     settings = {
         "command": "export",
         "format": config.format,
@@ -69,7 +71,7 @@ def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> Exp
     needed = checkpoint.nbytes - saved
     with Workspace.open(out, settings, config.overwrite, needed) as workspace:
         with workspace.interruptible():
-            shards = _write_shards(checkpoint, plan, packed_config, workspace, tell)
+            shards = _write_shards(checkpoint, plan, packed_config, peak, workspace, tell)
         workspace.write_index(shards)
         checkpoint.copy_companions(workspace.path)
         described = checkpoint.directory / "config.json"
@@ -90,6 +92,7 @@ def _write_shards(
     checkpoint: Checkpoint,
     plan: PackingPlan,
     config: PackedConfig,
+    peak: int,
     workspace: Workspace,
     tell: Tell,
 ) -> list[dict[str, Any]]:
@@ -108,10 +111,10 @@ def _write_shards(
         tell(Event(phase, what=what, done=index + 1, total=blocks))
         if finished is None:
             linears = plan.of_block(index)
-            tensors, written = _packed_block(checkpoint, index, linears, config)
+            tensors, written = _packed_block(checkpoint, index, linears, config, peak)
 
             def check(path: Path, linears: list[PackedLinear] = linears) -> None:
-                verify(checkpoint, linears, config, path)
+                verify(checkpoint, linears, config, path, peak)
 
             shard = workspace.shard(index + 2, blocks + 1)
             entry = {"linears": [to_json(linear) for linear in written]}
@@ -123,7 +126,11 @@ def _write_shards(
 
 
 def _packed_block(
-    checkpoint: Checkpoint, index: int, linears: list[PackedLinear], config: PackedConfig
+    checkpoint: Checkpoint,
+    index: int,
+    linears: list[PackedLinear],
+    config: PackedConfig,
+    peak: int,
 ) -> tuple[dict[str, Tensor], list[PackedLinearRecord]]:
     """A block's tensors as the shard holds them, and the packed linears' records."""
     by_key = {linear.key: linear for linear in linears}
@@ -135,7 +142,8 @@ def _packed_block(
             if linear is None:
                 tensors[key] = stored[...]
                 continue
-            packed = pack_weight(linear.matrix(stored[...]), config.values, config.group_size)
+            weight = linear.matrix(stored[...])
+            packed = pack_weight(weight, config.values, config.group_size, peak)
             parts = tensors_of(packed, key)
             tensors |= parts
             written[key] = PackedLinearRecord(
@@ -153,9 +161,16 @@ def _packed_block(
 
 
 def verify(
-    checkpoint: Checkpoint, linears: list[PackedLinear], config: PackedConfig, path: Path
+    checkpoint: Checkpoint,
+    linears: list[PackedLinear],
+    config: PackedConfig,
+    path: Path,
+    peak: int = 127,
 ) -> None:
     """Reads the packed linears of a shard back and compares them with their source.
+
+    Args:
+        peak: what int8 was made with, see `quantize_int8`.
 
     Raises:
         BesaError: the file does not hold what was written. It is removed.
@@ -173,7 +188,7 @@ def verify(
             weight = linear.matrix(slices[linear.key][...])
             scale = None
             if config.values == "int8":
-                weight, scale = quantize_int8(weight, config.group_size)
+                weight, scale = quantize_int8(weight, config.group_size, peak)
             try:
                 packed = packed_of(read, linear.key, linear.cols, config)
                 # -0.0, which comes back as +0.0, is equal to it.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from besa.pruning.block_run import BlockRun, Pruned
+from besa.pruning.rounding import compensated
 
 # weight [rows, cols], mask bool [rows, cols], hessian float32 [cols, cols] -> float32 [rows, cols]
 Update = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -40,11 +41,13 @@ def updated(run: BlockRun, pruned: Pruned, update: Update) -> Pruned:
     Linears are updated in the order in which the block uses them, each for what it reads in the
     block as updated so far, and towards what it gives in the dense model: it makes up for its own
     zeros and for what the ones before it could not. Experts that saw no token keep their weights.
+    Where the settings ask for rounded weights, each linear is rounded before the next one's turn.
 
     Raises:
         BesaError: a linear's statistics overflowed.
     """
     weights = run.kept(pruned)
+    grid = run.config.quantize
     for level in run.levels():
         grams = run.grams(level, weights)
         for linear in level.linears:
@@ -59,6 +62,9 @@ def updated(run: BlockRun, pruned: Pruned, update: Update) -> Pruned:
                 if gram is not None:
                     gram.check(linear)
                     weight = update(gram.aim(weight), mask, gram.own)
+                    if grid is not None:
+                        stored = run.stored_dtype(linear)
+                        weight = compensated(weight, mask, gram.own, grid, stored)
                 matrices.append(torch.where(mask, weight.float(), 0.0))
             weights[linear.name] = torch.stack(matrices)
     return replace(pruned, weights=weights)

@@ -1,0 +1,49 @@
+"""What `besa prune --quantize` rounded is packed as it is, unless the user says otherwise.
+
+>>> as_pruned("path/to/pruned", ExportConfig(out="sparse", quantize="none")).quantize is None
+True
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from besa.export.config import ExportConfig
+from besa.model.files import resolve
+from besa.model.prune_record import PruneRecord
+from besa.model.record import read_record
+from besa.pruning.grid import Grid
+
+
+def as_pruned(source: str | Path, config: ExportConfig) -> ExportConfig:
+    """The settings of an export, with how the model's weights were rounded where none say it.
+
+    Values of four bits are packed as eight, which hold them exactly.
+    """
+    if config.quantize == "none":
+        return replace(config, quantize=None)
+    grid = rounding_of(source)
+    if grid is None:
+        return config
+    if config.format == "onnx":
+        if config.sparse and config.precision is None and config.device == "cpu":
+            return replace(config, precision="int8", group_size=grid.group_size)
+    elif config.quantize is None:
+        return replace(config, quantize="int8", group_size=grid.group_size)
+    return config
+
+
+def rounding_of(source: str | Path) -> Grid | None:
+    """What a pruned model's weights were rounded to; None if they were not, or trained since."""
+    record = read_record(resolve(source))
+    if not isinstance(record, PruneRecord) or record.recovery is not None:
+        return None
+    text = record.settings.get("quantize")
+    return Grid.parse(text) if isinstance(text, str) else None
+
+
+def peak_of(source: Path, group_size: int | None) -> int:
+    """What the largest weight of a group becomes in eight bits: 18 times what it was in four."""
+    grid = rounding_of(source)
+    return 18 * grid.levels if grid == Grid(4, group_size) else 127
