@@ -142,10 +142,10 @@ class PruneConfig:
             object.__setattr__(self, "update", "auto" if self.method == "besa" else "none")
         if self.teacher is None:
             object.__setattr__(self, "teacher", "pruned" if self.update == "none" else "dense")
-        if isinstance(self.pattern, str):
-            object.__setattr__(self, "pattern", Pattern.parse(self.pattern))
-        if isinstance(self.quantize, str):
-            object.__setattr__(self, "quantize", Grid.parse(self.quantize))
+        for name, parse in (("pattern", Pattern.parse), ("quantize", Grid.parse)):
+            text = getattr(self, name)
+            if isinstance(text, str):
+                object.__setattr__(self, name, parse(text))
         fixed = self.pattern.sparsity
         if fixed is not None and self.sparsity not in (None, fixed):
             raise BesaError(

@@ -84,7 +84,7 @@ class WeightLearner:
         steps: Sequence[Steps] = (),
     ) -> None:
         self.masks, self.dtype, self.done = masks, dtype, 0
-        self.steps = steps or [None] * len(masks)
+        self.steps: Sequence[Steps | None] = steps or [None] * len(masks)
         self.weights = [w.detach().float().clone().requires_grad_() for w in weights]
         self.lrs = [step * scale for scale in scales]
         groups = [

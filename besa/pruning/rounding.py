@@ -73,10 +73,12 @@ def fit(weight: Tensor, importance: Tensor, grid: Grid, dtype: torch.dtype) -> S
     peaks = torch.zeros_like(weight, dtype=torch.int8)
     width = grid.group_size or weight.shape[1]
     full = weight.shape[1] // width * width
+    matrices = (weight, size, peaks)
     for start, stop, group in ((0, full, width), (full, weight.shape[1], weight.shape[1] - full)):
         if stop > start:
-            parts = (x[:, start:stop].unflatten(1, (-1, group)) for x in (weight, size, peaks))
-            _fit_groups(*parts, importance[start:stop].view(-1, group), grid.levels, dtype)
+            own, steps, tops = (x[:, start:stop].unflatten(1, (-1, group)) for x in matrices)
+            counts = importance[start:stop].view(-1, group)
+            _fit_groups(own, steps, tops, counts, grid.levels, dtype)
     return Steps(size, peaks, grid.levels)
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import is_accelerate_available
 
 from besa.data.beginning import bos_token
 from besa.data.texts import documents_from
@@ -129,12 +130,10 @@ def recover(pruned: str | Path, config: RecoverConfig, tell: Tell = lambda event
 
 
 def _check_accelerate() -> None:
-    try:
-        import accelerate  # noqa: F401
-    except ImportError:
+    if not is_accelerate_available():
         raise BesaError(
             "training needs accelerate, as transformers' Trainer does: pip install 'besa[recover]'"
-        ) from None
+        )
 
 
 def _in_words(recovery: Recovery) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -277,7 +276,7 @@ def test_wrong_models_are_named(
 
 def test_without_accelerate(pruned_model: Pruned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dense, pruned = pruned_model("tiny")
-    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.setattr("besa.recovery.recover.is_accelerate_available", lambda: False)
     with pytest.raises(BesaError, match=r"pip install 'besa\[recover\]'"):
         recover(pruned, RecoverConfig(out=tmp_path / "out", teacher=dense))
     assert not list(tmp_path.iterdir())
