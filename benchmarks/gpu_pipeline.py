@@ -47,7 +47,8 @@ from besa.progress import WRITTEN, Event
 from besa.pruning.activations import Activations
 from besa.pruning.block_run import BlockRun
 from besa.pruning.config import PruneConfig
-from besa.pruning.pipeline import PruneResult, prune
+from besa.pruning.pipeline import PruneResult
+from besa.pruning.run import prune
 from besa.pruning.transfers import Copies, copies_for, staged
 
 SAMPLES = 128  # the paper's

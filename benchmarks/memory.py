@@ -36,7 +36,7 @@ from common import (
 # The most by which the deeper model's peak may be above the other's.
 MOST_GROWTH = 0.10
 
-IMPORTS = "import besa.cli, besa.pruning.pipeline, transformers.models.llama.modeling_llama"
+IMPORTS = "import besa.cli, besa.pruning.run, transformers.models.llama.modeling_llama"
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,31 @@ from besa.report.comparison import Comparison, read_comparison
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-# Of the runs of benchmarks/table.py, by method, update and granularity.
+# Of the runs of benchmarks/table.py, by `ComparedRun.recipe`.
 NAMES = {
-    ("magnitude", "none", None): "Magnitude",
-    ("wanda", "none", None): "Wanda",
-    ("sparsegpt", "none", None): "SparseGPT",
-    ("wanda", "admm", None): "Wanda's masks, ADMM",
-    ("wanda", "auto", None): "Wanda's masks, guarded updates",
-    ("besa", "none", "layer"): "BESA's masks alone, rates by layer",
-    ("besa", "none", None): "BESA's masks alone, as in its paper",
-    ("besa", "admm", None): "BESA's masks, ADMM",
-    ("besa", "auto", None): "**besa's default**: BESA's masks, guarded updates",
+    "Magnitude": "Magnitude",
+    "Wanda": "Wanda",
+    "SparseGPT": "SparseGPT",
+    "Wanda + ADMM": "Wanda's masks, ADMM",
+    "Wanda + guarded updates": "Wanda's masks, guarded updates",
+    "BESA, rates by layer": "BESA's masks alone, rates by layer",
+    "BESA": "BESA's masks alone, as in its paper",
+    "BESA + ADMM": "BESA's masks, ADMM",
+    "BESA + guarded updates": "**besa's default**: BESA's masks, guarded updates",
+    "BESA + guarded updates, high effort": "`--effort high`",
+    "BESA + guarded updates, rounded to int8": "`--quantize int8`",
+    "BESA + guarded updates, rounded to int4:128": "`--quantize int4:128`",
 }
-WANDA, DEFAULT = ("wanda", "none", None), ("besa", "auto", None)
-MAIN = (WANDA, ("sparsegpt", "none", None), ("besa", "none", None), DEFAULT)
+DEFAULT = "BESA + guarded updates"
+# What a reader of the front page does not look for.
+PARTS = (
+    "Magnitude",
+    "Wanda + ADMM",
+    "Wanda + guarded updates",
+    "BESA, rates by layer",
+    "BESA + ADMM",
+)
+MAIN = [recipe for recipe in NAMES if recipe not in PARTS]
 
 
 def main_methods(comparison: Comparison) -> str:
@@ -54,33 +65,36 @@ def main_methods(comparison: Comparison) -> str:
     return methods(comparison, MAIN)
 
 
-def methods(comparison: Comparison, runs: Sequence[tuple[str, str, str | None]] = ()) -> str:
+def methods(comparison: Comparison, recipes: Iterable[str] = NAMES) -> str:
     """The table of methods, from benchmarks/table.py.
 
     Args:
-        runs: its lines; by default all that were made.
+        recipes: its lines, as far as they were measured.
     """
     settings = list(dict.fromkeys(row.setting for row in comparison.rows))
-    rows = {(row.method, row.update, row.granularity, row.setting): row for row in comparison.rows}
-    made = [run for run in runs or NAMES if (*run, settings[0]) in rows]
+    rows = {(row.recipe, row.setting): row for row in comparison.rows}
+    made = {row.recipe for row in comparison.rows}
     dense = comparison.dense.perplexity
     lines = [
         f"| perplexity | {' | '.join(settings)} |",
         f"| --- |{' --- |' * len(settings)}",
         f"| Dense | {' | '.join([f'{dense:.2f}'] * len(settings))} |",
     ]
-    for run in made:
+    for recipe in recipes:
         cells = []
-        for setting in settings:
-            row = rows[*run, setting]
+        for setting in settings if recipe in made else ():
+            row = rows.get((recipe, setting))
+            if row is None:
+                cells.append("–")
+                continue
             cell = f"{row.perplexity:.2f}"
             if row.recovered is not None and row.method != "magnitude":
                 cell += f" (closed {row.recovered:.0%})"
             cells.append(cell)
-        lines.append(f"| {NAMES[run]} | {' | '.join(cells)} |")
+        if cells:
+            lines.append(f"| {NAMES[recipe]} | {' | '.join(cells)} |")
     margins = ", ".join(
-        f"{rows[*DEFAULT, s].margin:.3f} ± {rows[*DEFAULT, s].margin_se:.3f} at {s}"
-        for s in settings
+        f"{rows[DEFAULT, s].margin:.3f} ± {rows[DEFAULT, s].margin_se:.3f} at {s}" for s in settings
     )
     begun = ", each after a beginning token" if comparison.bos else ""
     samples = comparison.settings.get("samples", 128)

@@ -4,10 +4,11 @@
     python benchmarks/table.py --work /tmp/real --model path/to/gemma --name "Gemma 3 270M" \
         --calibration wikitext2-valid.txt --text wikitext2-test.txt --samples 64 --seqlen 512 \
         --batch-size 1 --limit 32 --settings 50% --contenders wanda besa-none besa \
-        --results benchmarks/results/real.json
+        --results benchmarks/results/real.json --reuse --add
 
 Perplexity with the shipped defaults; choices were made on other text (`--text builtin:validation`).
-After each setting the record is written, with all settings so far. It goes to
+After each setting the record is written, with all settings so far, and with `--add` also what an
+earlier call measured on the same text. It goes to
 benchmarks/results/table.json and from there into README.md and docs/results.md
 (benchmarks/readme.py).
 """
@@ -25,7 +26,7 @@ from besa.demo import MODEL, SEQLEN
 from besa.demo.compare import CONTENDERS, Contender, compare
 from besa.progress import steps_for
 from besa.report import render_comparison
-from besa.report.comparison import Comparison, write_comparison
+from besa.report.comparison import Comparison, read_comparison, write_comparison
 
 RESULTS = Path(__file__).parent / "results"
 ALL = (
@@ -34,6 +35,9 @@ ALL = (
     Contender("wanda", "auto"),
     Contender("besa", "none", "layer"),
     Contender("besa", "admm"),
+    Contender("besa", quantize="int8"),
+    Contender("besa", quantize="int4:128"),
+    Contender("besa", effort="high"),
 )
 
 
@@ -50,6 +54,7 @@ def main() -> None:
     add("--batch-size", type=int, default=8)
     add("--limit", type=int, help="the most windows of the text to read")
     add("--reuse", action="store_true", help="models that an earlier call left in --work")
+    add("--add", action="store_true", help="to what --results holds")
     add("--settings", nargs="+", default=["50%", "60%", "70%", "2:4"])
     add("--contenders", nargs="+", default=[str(one) for one in ALL], metavar="METHOD[-UPDATE]")
     add("--results", type=Path, default=RESULTS / "table.json")
@@ -58,7 +63,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     shared = {"calibration": args.calibration, "samples": args.samples}
-    found: Comparison | None = None
+    found = read_comparison(args.results) if args.add and args.results.exists() else None
     for setting in args.settings:
         with steps_for(sys.stderr) as tell:
             new = compare(
@@ -73,7 +78,7 @@ def main() -> None:
                 reuse=args.reuse,
                 tell=tell,
             )
-        found = replace(found, rows=(*found.rows, *new.rows)) if found else told(new, args)
+        found = together(found, told(new, args))
         write_comparison(found, args.results)
         print_comparison(found)
         (args.work / "report.html").write_text(render_comparison(found), encoding="utf-8")
@@ -84,6 +89,17 @@ def target(setting: str) -> dict[str, Any]:
     if setting.endswith("%"):
         return {"sparsity": int(setting.rstrip("%")) / 100}
     return {"pattern": setting}
+
+
+def together(before: Comparison | None, new: Comparison) -> Comparison:
+    """Both on the same text; of a run that is in both, what the new one measured."""
+    if before is None:
+        return new
+    for name in ("model", "text", "bos", "settings", "seqlen", "tokens"):
+        assert getattr(before, name) == getattr(new, name), f"another {name}"
+    measured = {(row.recipe, row.setting) for row in new.rows}
+    kept = [row for row in before.rows if (row.recipe, row.setting) not in measured]
+    return replace(new, rows=(*kept, *new.rows))
 
 
 def told(comparison: Comparison, args: argparse.Namespace) -> Comparison:

@@ -17,7 +17,8 @@ from besa.version import __version__
 
 if TYPE_CHECKING:
     from besa.pruning.config import PruneConfig
-    from besa.pruning.pipeline import PruneResult, prune
+    from besa.pruning.pipeline import PruneResult
+    from besa.pruning.run import prune
     from besa.recovery.config import RecoverConfig
     from besa.recovery.keep_zeros import KeepZeros
     from besa.recovery.recover import recover
@@ -43,7 +44,7 @@ _LAZY = {
     "PruneConfig": "besa.pruning.config",
     "PruneResult": "besa.pruning.pipeline",
     "RecoverConfig": "besa.recovery.config",
-    "prune": "besa.pruning.pipeline",
+    "prune": "besa.pruning.run",
     "recover": "besa.recovery.recover",
 }
 

@@ -79,7 +79,7 @@ def progress_for(file: IO[str]) -> Iterator[Tell]:
         yield _Plain(file)
         return
     columns = (
-        TextColumn("block {task.fields[block]}/{task.fields[blocks]}"),
+        TextColumn("{task.fields[place]}"),
         TextColumn("{task.fields[phase]:<10}"),
         BarColumn(),
         TaskProgressColumn(),
@@ -175,9 +175,15 @@ class _Plain:
     """A line for each block that is finished, or was before."""
 
     def __init__(self, file: IO[str]) -> None:
-        self.file, self.clock = file, _Clock()
+        self.file, self.clock, self.last = file, _Clock(), ""
 
     def __call__(self, event: Event) -> None:
+        if event.block is None:  # of the model as a whole
+            line = f"{event.phase} {event.what}"
+            if line != self.last:
+                write_line(line, self.file)
+            self.last = line
+            return
         left = self.clock.left(event)
         if event.phase == WRITTEN:
             line = _summary(event)
@@ -194,11 +200,26 @@ class _Live:
 
     def __init__(self, progress: Progress, console: Console) -> None:
         self.progress, self.console, self.clock = progress, console, _Clock()
-        self.task = progress.add_task(
-            "", block=0, blocks=0, phase="", figures="", left="", visible=False
-        )
+        self.task = progress.add_task("", place="", phase="", figures="", left="", visible=False)
 
     def __call__(self, event: Event) -> None:
+        if event.block is None:
+            place, left, figures = "model", None, event.what or ""
+        else:
+            place, left, figures = self._in_block(event)
+        self.progress.update(
+            self.task,
+            completed=1 if event.done is None else event.done,
+            total=1 if event.total is None else event.total,
+            place=place,
+            phase=event.phase,
+            figures=figures,
+            left="" if left is None else f"{duration(left)} left",
+            visible=True,
+        )
+
+    def _in_block(self, event: Event) -> tuple[str, float | None, str]:
+        """Which block it is, the seconds left, and how learning goes."""
         left = self.clock.left(event)
         if event.phase == WRITTEN:
             self.console.print(_summary(event), highlight=False)
@@ -206,14 +227,4 @@ class _Live:
         if event.loss is not None and event.rate is not None:
             figures = f"loss {event.loss:.3%}  rate {event.rate:.2%}"
         block, blocks = _place(event)
-        self.progress.update(
-            self.task,
-            completed=1 if event.done is None else event.done,
-            total=1 if event.total is None else event.total,
-            block=block + 1,
-            blocks=blocks,
-            phase=event.phase,
-            figures=figures,
-            left="" if left is None else f"{duration(left)} left",
-            visible=True,
-        )
+        return f"block {block + 1}/{blocks}", left, figures

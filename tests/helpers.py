@@ -141,7 +141,7 @@ def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
 def _serve(requests: IO[str], answers: IO[str]) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import besa.pruning.pipeline  # noqa: F401
+    import besa.pruning.run  # noqa: F401
 
     # That a build lacks them is the installation's tests' affair.
     warnings.filterwarnings("ignore", "no native kernels")

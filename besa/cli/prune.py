@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     config = PruneConfig(**given(PruneConfig, args))
 
     from besa.progress import duration, progress_for
-    from besa.pruning.pipeline import prune
+    from besa.pruning.run import prune
 
     with progress_for(sys.stderr) as tell:
         result = prune(args.model, config, tell)

@@ -3,7 +3,7 @@
 A source is a local file (`.txt`, one document; `.jsonl`, a document in the field `text` of each
 line; `.parquet`, a document in the column `text` of each row), the built-in corpus (`builtin`, or
 `builtin:SPLIT` for one split of it), or a data set of the Hugging Face hub: `wikitext2`, `ptb`,
-`c4`, or any id (`OWNER/NAME` or `OWNER/NAME:CONFIG`) with a column `text`.
+`c4`, `fineweb`, `redpajama`, or any id (`OWNER/NAME` or `OWNER/NAME:CONFIG`) with a column `text`.
 
 >>> next(documents_from("builtin", "test"))
 '...'
@@ -14,7 +14,9 @@ SparseGPT, Wanda and BESA):
 - wikitext2: all lines of `wikitext-2-raw-v1`, the empty ones too, joined by a blank line;
 - ptb: the sentences joined by a space, hence one document;
 - c4: the first 1100 documents of the first validation shard joined by a space, hence one
-  document, of which 256 windows count (`window_cap`). Calibration reads the first train shard.
+  document, of which 256 windows count (`window_cap`). Calibration reads the first train shard;
+- fineweb, redpajama: the documents of a sample, ten billion tokens of the one and one of the other,
+  in their order, as far as they are needed; 256 windows count.
 
 Data sets that have no `calibration` split give their `train` split instead.
 """
@@ -33,7 +35,10 @@ from besa.data import builtin as corpus
 from besa.errors import BesaError, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-NAMES = ("wikitext2", "ptb", "c4")
+NAMES = ("wikitext2", "ptb", "c4", "fineweb", "redpajama")
+
+# Too large to be fetched as a whole.
+_STREAMED = ("fineweb", "redpajama")
 
 _C4_SHARDS = {
     "train": "en/c4-train.00000-of-01024.json.gz",
@@ -65,7 +70,7 @@ def documents_from(source: str, split: str = "test") -> Iterator[str]:
 
 def window_cap(source: str) -> int | None:
     """How many windows the field's protocol takes from a source at most; None for all."""
-    return 256 if source == "c4" else None
+    return 256 if source in ("c4", *_STREAMED) else None
 
 
 def _open(source: str, split: str) -> Iterable[str]:
@@ -155,6 +160,16 @@ def _named(source: str, split: str) -> Iterable[str]:
             revision="refs/convert/parquet",
         )
         return _joined(sentences)
+    if source == "fineweb":
+        return _hub(source, "train", "HuggingFaceFW/fineweb", "sample-10BT")
+    if source == "redpajama":  # a script, too
+        return _hub(
+            source,
+            "train",
+            "togethercomputer/RedPajama-Data-1T-Sample",
+            data_files={"train": "*/*train/*.parquet"},
+            revision="refs/convert/parquet",
+        )
     split = "train" if split == "train" else "validation"  # the field's test is its validation
     rows = _hub(source, split, "allenai/c4", data_files={split: _C4_SHARDS[split]})
     return rows if split == "train" else _joined(islice(rows, 1100))
@@ -183,7 +198,7 @@ def _hub(
     datasets.disable_progress_bars()
     # Of a named set the cache serves a second call offline; an unknown one may be of any size,
     # so it is streamed.
-    options["streaming"] = source not in NAMES
+    options["streaming"] = source not in NAMES or source in _STREAMED
     # `datasets` raises whatever its layers raise: no such set, config or split; no network.
     with one_line(f"{source} ({split} split) could not be had from the hub; use a local file"):
         for row in datasets.load_dataset(dataset, config, split=split, **options):

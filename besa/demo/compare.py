@@ -27,7 +27,7 @@ from besa.model.prune_record import PruneRecord
 from besa.model.record import read_record
 from besa.progress import Event, Tell
 from besa.pruning.config import PruneConfig
-from besa.pruning.pipeline import prune
+from besa.pruning.run import prune
 from besa.report.comparison import ComparedRun, Comparison, DensePerplexity
 from besa.version import __version__
 
@@ -47,9 +47,11 @@ class Contender:
     method: str
     update: str | None = None
     granularity: str | None = None
+    quantize: str | None = None
+    effort: str | None = None
 
     def __str__(self) -> str:
-        return "-".join(filter(None, (self.method, self.update, self.granularity)))
+        return "-".join(value for value in asdict(self).values() if value is not None)
 
 
 CONTENDERS = (
@@ -145,7 +147,9 @@ def _config(out: Path, run: Run, options: Mapping[str, Any], seqlen: int) -> Pru
     """The settings of a run, into a directory of its name."""
     setting, contender = run
     given = {name: value for name, value in asdict(contender).items() if value is not None}
-    name = f"{contender}-{setting.strip('%').replace(':', 'of')}"
+    if contender.effort == "high" and "samples" in options:  # as its default is
+        options = {**options, "samples": 3 * options["samples"]}
+    name = f"{contender}-{setting.strip('%')}".replace(":", "of")
     return PruneConfig(out=out / name, seqlen=seqlen, overwrite=True, **given, **options)
 
 
@@ -156,6 +160,7 @@ def _left(model: Path, config: PruneConfig) -> PruneRecord | None:
         return None
     wanted = {**asdict(config), "model": str(model), "pattern": str(config.pattern)}
     wanted["sparsity"] = config.rate
+    wanted["quantize"] = config.quantize and str(config.quantize)
     if config.dtype == "auto":  # a record says what it came to
         del wanted["dtype"]
     told = [name for name in wanted if wanted[name] is not None and name in record.settings]
@@ -178,6 +183,8 @@ def _row(
         method=config.method,
         update=config.update,
         granularity=contender.granularity,
+        quantize=contender.quantize,
+        effort=contender.effort,
         setting=setting,
         perplexity=own.perplexity,
         standard_error=own.standard_error,

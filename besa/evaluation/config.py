@@ -28,8 +28,8 @@ class EvalConfig:
 
     texts: tuple[str, ...] = setting(
         ("builtin:test",),
-        ".txt, .jsonl or .parquet file; builtin[:SPLIT]; wikitext2, ptb, c4 or the id of a data "
-        "set on the hub; may be given several times (default: builtin:test)",
+        ".txt, .jsonl or .parquet file; builtin[:SPLIT]; wikitext2, ptb, c4, fineweb, redpajama "
+        "or the id of a data set on the hub; may be given several times (default: builtin:test)",
         name="--text",
         metavar="SOURCE",
     )

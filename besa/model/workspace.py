@@ -189,21 +189,30 @@ class Workspace:
                 path.unlink()
         (self.path / "settings.json").unlink()
         (self.path / "lock").unlink()
-        try:
-            if self.overwrite and self.out.exists():
-                replaced = self.out.with_name(self.out.name + ".replaced")
-                if replaced.exists():  # a run ended here
-                    shutil.rmtree(replaced)
-                self.out.rename(replaced)
-                self.path.rename(self.out)
+        publish(self.path, self.out, self.overwrite)
+
+
+def publish(path: Path, out: Path, overwrite: bool) -> None:
+    """Renames what is complete to what it is to be called.
+
+    Args:
+        overwrite: what is there by that name goes.
+    """
+    try:
+        if overwrite and out.exists():
+            replaced = out.with_name(out.name + ".replaced")
+            if replaced.exists():  # a run ended here
                 shutil.rmtree(replaced)
-            else:
-                self.path.rename(self.out)
-        except OSError as error:
-            raise BesaError(
-                f"all is done, but {self.path} could not be renamed to {self.out} "
-                f"({error.strerror}): rename it by hand"
-            ) from None
+            out.rename(replaced)
+            path.rename(out)
+            shutil.rmtree(replaced)
+        else:
+            path.rename(out)
+    except OSError as error:
+        raise BesaError(
+            f"all is done, but {path} could not be renamed to {out} ({error.strerror}): rename it "
+            "by hand"
+        ) from None
 
 
 def check_free(out: Path, overwrite: bool) -> None:

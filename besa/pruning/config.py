@@ -20,6 +20,10 @@ from besa.settings import DTYPES, check_choices, described, setting
 
 GRANULARITIES = ("row", "layer")
 TEACHERS = ("dense", "pruned")
+EFFORTS = ("low", "medium", "high")
+
+# Calibration samples where the user does not say how many; three times as many with high effort.
+SAMPLES = 128
 
 # One sample in so many is held out to choose updates by; with fewer there are none to choose by.
 HELD_OUT = 8
@@ -76,10 +80,16 @@ class PruneConfig:
 
     out: str | Path = field(metadata=described("output directory", metavar="DIR"))
     method: str = setting("besa", "%(choices)s (default: %(default)s)", choices=tuple(METHODS))
+    effort: str = setting(
+        "medium",
+        "how much time quality is worth: %(choices)s; low: BESA's masks, then ADMM; high: three "
+        "times the samples, then `besa recover` (default: %(default)s)",
+        choices=EFFORTS,
+    )
     update: str | None = setting(
         None,
-        "what makes the weights that are kept make up for the others: %(choices)s (default: auto "
-        "for BESA, none for other methods)",
+        "what makes the weights that are kept make up for the others: %(choices)s (default: for "
+        "BESA auto, with low effort admm; none for other methods)",
         choices=tuple(UPDATES),
     )
     teacher: str | None = setting(
@@ -111,7 +121,9 @@ class PruneConfig:
         ".txt, .jsonl or .parquet file, data set id, or builtin (default: %(default)s)",
         metavar="TEXT",
     )
-    samples: int = setting(128, "calibration samples (default: %(default)s)")
+    samples: int | None = setting(
+        None, f"calibration samples (default: {SAMPLES}, with high effort {3 * SAMPLES})"
+    )
     seqlen: int | None = setting(None, "tokens in a sample (default: 2048, or the model's most)")
     bos: str = setting(
         "auto",
@@ -139,9 +151,12 @@ class PruneConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         if self.update is None:
-            object.__setattr__(self, "update", "auto" if self.method == "besa" else "none")
+            guarded = "admm" if self.effort == "low" else "auto"
+            object.__setattr__(self, "update", guarded if self.method == "besa" else "none")
         if self.teacher is None:
             object.__setattr__(self, "teacher", "pruned" if self.update == "none" else "dense")
+        if self.samples is None:
+            object.__setattr__(self, "samples", SAMPLES * (3 if self.effort == "high" else 1))
         for name, parse in (("pattern", Pattern.parse), ("quantize", Grid.parse)):
             text = getattr(self, name)
             if isinstance(text, str):
@@ -158,7 +173,7 @@ class PruneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BesaError(f"{name} {value} is not positive")
-        if self.update == "learn" and self.samples < HELD_OUT:
+        if self.update == "learn" and self.sample_count < HELD_OUT:
             raise BesaError(
                 f"of {self.samples} samples none can be held out to choose the size of a step: "
                 f"give --samples {HELD_OUT} or more"
@@ -168,6 +183,12 @@ class PruneConfig:
                 re.compile(getattr(self, name) or "")
             except re.error as error:
                 raise BesaError(f"{name} {getattr(self, name)!r}: {error}") from None
+
+    @property
+    def sample_count(self) -> int:
+        """How many calibration samples there are."""
+        assert self.samples is not None  # since __post_init__
+        return self.samples
 
     @property
     def rate(self) -> float:

@@ -44,7 +44,7 @@ FIRST = 2
 
 def held_out_of(config: PruneConfig) -> int:
     """How many of a run's windows are held out; 0 where none are needed, or too few are there."""
-    return config.samples // HELD_OUT if config.update in ("auto", "learn") else 0
+    return config.sample_count // HELD_OUT if config.update in ("auto", "learn") else 0
 
 
 def steps_for(earlier: Sequence[BlockUpdate]) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
-"""Prunes a decoder block by block: `besa prune` and `besa.prune()`.
+"""Prunes a decoder block by block.
 
->>> result = prune("path/to/model", PruneConfig(out="pruned", samples=4, seqlen=32))
+>>> result = prune_blocks("path/to/model", PruneConfig(out="pruned", samples=4, seqlen=32))
 >>> result.sparsity, len(result.record.blocks)
 (0.5, 3)
 
@@ -13,8 +13,9 @@ for which a second stream goes through the dense blocks.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from besa.data.samples import draw_samples
 from besa.machine import give_memory_back
 from besa.model.ahead import LoadAhead
 from besa.model.blocks import Linear
@@ -29,15 +31,14 @@ from besa.model.checkpoint import Checkpoint
 from besa.model.finite import FiniteCheck, check_finite
 from besa.model.loading import fitting_in_memory, pick_device
 from besa.model.prune_record import BlockRecord, BlockUpdate, PruneRecord
-from besa.model.record import write_record
+from besa.model.record import read_record
 from besa.model.replay import Call, capture
-from besa.model.workspace import Workspace, check_free
+from besa.model.workspace import Workspace
 from besa.progress import REPLAY, WRITTEN, Event, Tell
 from besa.pruning import methods, updates
 from besa.pruning.activations import Activations
 from besa.pruning.block_run import BlockRun, Pruned
 from besa.pruning.budget import budgets
-from besa.pruning.calibration import calibration_samples
 from besa.pruning.config import PruneConfig
 from besa.pruning.guard import guarded, held_out_of
 from besa.pruning.learn import Step
@@ -46,9 +47,8 @@ from besa.pruning.plan import plan_of
 from besa.pruning.record import block_record, run_record, settings_of
 from besa.pruning.streams import Streams
 from besa.pruning.transfers import copies_for
-from besa.report import model_card, render
+from besa.report.pages import write_pages
 from besa.typed_json import from_json, to_json
-from besa.writing import write_text
 
 # Tokens that go through a block at once: enough to keep the cores busy, few enough to fit. A longer
 # sample is a batch of its own, as are the paper's of 2,048 tokens, which keep a GPU busy. Larger
@@ -75,13 +75,19 @@ class PruneResult:
         return self.record.sparsity.achieved
 
 
-def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: None) -> PruneResult:
+def prune_blocks(
+    model: str | Path,
+    config: PruneConfig,
+    tell: Tell = lambda event: None,
+    may_be_there: bool = False,
+) -> PruneResult:
     """Prunes a model on disk (or on the hub, when online) and writes it to `config.out`.
 
     Args:
         model: directory with config.json and safetensors, or a hub id.
         config: the settings.
         tell: is given every step's event for display.
+        may_be_there: what the same settings gave before is taken as it is.
 
     Raises:
         BesaError: something that the user can mend; what was finished stays in `OUT.partial`
@@ -89,13 +95,21 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
     """
     started = time.monotonic()
     out = Path(config.out)
-    check_free(out, config.overwrite)
     device = pick_device(config.device)
     checkpoint = Checkpoint.open(model)
     dtype = _dtype(config.dtype, device, checkpoint.dtype)
     plan = plan_of(checkpoint, config)
-    windows = calibration_samples(checkpoint, config)
+    windows = draw_samples(
+        checkpoint.directory,
+        config.calibration,
+        samples=config.sample_count,
+        seqlen=config.seqlen,
+        bos=config.bos,
+        seed=config.seed,
+    )
     settings = settings_of(model, config, checkpoint, windows, device, dtype)
+    if may_be_there and (found := _made_before(out, settings)):
+        return found
     with Workspace.open(out, settings, config.overwrite, checkpoint.nbytes) as workspace:
         pipeline = _Pipeline(checkpoint, config, plan, workspace, device, dtype, tell)
         too_large = "a block and its calibration samples"
@@ -105,11 +119,17 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
         record = run_record(checkpoint, settings, shards, time.monotonic() - started, device)
         workspace.write_index(shards)
         checkpoint.copy_companions(workspace.path)
-        write_record(record, workspace.path)
-        write_text(model_card(record), workspace.path / "README.md")
-        write_text(render(record), workspace.path / "report.html")
+        write_pages(record, workspace.path)
         workspace.publish()
     return PruneResult(out, record)
+
+
+def _made_before(out: Path, settings: Mapping[str, Any]) -> PruneResult | None:
+    """What a finished run with these settings left; None if there is none."""
+    record = read_record(out)
+    if isinstance(record, PruneRecord) and record.settings == json.loads(json.dumps(settings)):
+        return PruneResult(out, record)
+    return None
 
 
 def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:

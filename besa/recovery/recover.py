@@ -30,37 +30,26 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import is_accelerate_available
 
-from besa.data.beginning import bos_token
-from besa.data.texts import documents_from
-from besa.data.windows import calibration_windows, token_stream
+from besa.data.samples import draw_samples
 from besa.errors import BesaError
 from besa.model.checkpoint import Checkpoint
 from besa.model.files import resolve
 from besa.model.loading import (
     fitting_in_memory,
     load_model,
-    load_tokenizer,
-    max_positions,
     pick_device,
     quiet,
 )
 from besa.model.prune_record import PruneRecord, Recovery
-from besa.model.record import read_record, write_record
+from besa.model.record import read_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
 from besa.recovery.config import RecoverConfig
 from besa.recovery.distill import Checkpoints, Distiller, optimizer_of, whole_checkpoints
 from besa.recovery.keep_zeros import KeepZeros
-from besa.report import model_card, render
 from besa.report.names import short_name
+from besa.report.pages import write_pages
 from besa.version import __version__
-from besa.writing import write_text
-
-# Tokens in a sample where neither the user nor the model says how many.
-_SEQLEN = 2048
-
-# A text longer than so many windows for each sample is not read to its end.
-_WINDOWS_PER_SAMPLE = 4
 
 # Of the Trainer's at once: the best, the last and the one that is written. In each a weight has 12
 # bytes, two of Adam's moments among them.
@@ -68,6 +57,10 @@ _CHECKPOINTS = 3
 
 # How often what is held out is looked at, and training can go on from.
 _LOOKS = 8
+
+
+class NothingBetterError(BesaError):
+    """Training made nothing better on held-out samples."""
 
 
 def recover(pruned: str | Path, config: RecoverConfig, tell: Tell = lambda event: None) -> Recovery:
@@ -85,12 +78,19 @@ def recover(pruned: str | Path, config: RecoverConfig, tell: Tell = lambda event
     started = time.monotonic()
     out = Path(config.out)
     check_free(out, config.overwrite)
-    _check_accelerate()
+    check_accelerate()
     device = _device(config.device)
     checkpoint = Checkpoint.open(pruned)
     record = _record_of(checkpoint.directory)
     teacher_directory = resolve(config.teacher)
-    windows = _windows(checkpoint, teacher_directory, config)
+    windows = draw_samples(
+        checkpoint.directory,
+        config.text,
+        samples=config.samples,
+        seqlen=config.seqlen,
+        bos=config.bos,
+        seed=config.seed,
+    )
     settings = _settings(pruned, config, checkpoint, windows, device)
     needed = checkpoint.nbytes + _CHECKPOINTS * 12 * _parameters(checkpoint)
     with Workspace.open(out, settings, config.overwrite, needed) as workspace:
@@ -102,7 +102,7 @@ def recover(pruned: str | Path, config: RecoverConfig, tell: Tell = lambda event
             )
         if not after < before:
             workspace.abandon()
-            raise BesaError(
+            raise NothingBetterError(
                 f"training made nothing better: the divergence from {config.teacher} on held-out "
                 f"samples was {before:.4f} and at best {after:.4f} then; give more text or a "
                 "smaller --step"
@@ -121,15 +121,14 @@ def recover(pruned: str | Path, config: RecoverConfig, tell: Tell = lambda event
         record = dataclasses.replace(record, recovery=recovery, digests=digests, notes=notes)
         workspace.write_index(shards)
         checkpoint.copy_companions(workspace.path)
-        write_record(record, workspace.path)
-        write_text(model_card(record), workspace.path / "README.md")
-        write_text(render(record), workspace.path / "report.html")
+        write_pages(record, workspace.path)
         shutil.rmtree(_training(workspace.path), ignore_errors=True)
         workspace.publish()
     return recovery
 
 
-def _check_accelerate() -> None:
+def check_accelerate() -> None:
+    """Raises a BesaError if what the Trainer needs is not there."""
     if not is_accelerate_available():
         raise BesaError(
             "training needs accelerate, as transformers' Trainer does: pip install 'besa[recover]'"
@@ -166,20 +165,6 @@ def _record_of(directory: Path) -> PruneRecord:
             "that was pruned without --quantize, and give it to export"
         )
     return record
-
-
-def _windows(checkpoint: Checkpoint, teacher: Path, config: RecoverConfig) -> Tensor:
-    """Token ids int64 [samples, seqlen]."""
-    most = min(max_positions(path) or _SEQLEN for path in (checkpoint.directory, teacher))
-    seqlen = config.seqlen or min(_SEQLEN, most)
-    if seqlen > most:
-        raise BesaError(f"{checkpoint.directory} takes {most} tokens at once: lower --seqlen")
-    tokenizer = load_tokenizer(checkpoint.directory)
-    bos = bos_token(config.bos, tokenizer)
-    limit = _WINDOWS_PER_SAMPLE * config.samples * seqlen
-    documents = documents_from(config.text, "calibration")
-    stream = token_stream(tokenizer, documents, limit=limit, special=bos is None)
-    return calibration_windows(stream, config.samples, seqlen, config.seed, bos)
 
 
 def _settings(

@@ -34,6 +34,8 @@ class ComparedRun:
 
     Attributes:
         method, update, granularity: how it was pruned; only BESA has a granularity.
+        quantize: what its weights were rounded to.
+        effort: None where it was the default.
         setting: what it was pruned to, "50%" or "2:4".
         perplexity, standard_error: over the text's windows.
         sparsity: the fraction of zeros over all of its weights.
@@ -47,6 +49,8 @@ class ComparedRun:
     method: str
     update: str = field(default="none", metadata=ABSENT_IF_DEFAULT)
     granularity: str | None = None
+    quantize: str | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
+    effort: str | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
     setting: str
     perplexity: float
     standard_error: float | None = None
@@ -61,7 +65,12 @@ class ComparedRun:
     def recipe(self) -> str:
         """How it was pruned, for people."""
         name = recipe_name({"method": self.method, "update": self.update})
-        return f"{name}, rates by {self.granularity}" if self.granularity else name
+        more = {
+            "rates by {}": self.granularity,
+            "rounded to {}": self.quantize,
+            "{} effort": self.effort,
+        }
+        return ", ".join([name, *(words.format(x) for words, x in more.items() if x)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from besa.data import builtin as corpus
-from besa.data.texts import documents_from, window_cap
+from besa.data.texts import NAMES, documents_from, window_cap
 from besa.errors import BesaError
 
 
@@ -90,7 +90,7 @@ def test_directory_and_unknown_split_are_errors(tmp_path: Path) -> None:
         documents_from("builtin:dev")
 
 
-@pytest.mark.parametrize("source", ["wikitext2", "ptb", "c4", "owner/name", "name"])
+@pytest.mark.parametrize("source", [*NAMES, "owner/name", "name"])
 def test_hub_without_datasets_says_what_to_install(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +114,7 @@ class Hub:
 
     def load(self, name: str, config: str | None, *, split: str, **options: object) -> object:
         self.calls.append((name, config, split, options.get("data_files")))
+        self.streamed = options["streaming"]
         if self.error:
             raise self.error
         return self.rows
@@ -144,6 +145,18 @@ def test_c4_is_its_first_1100_validation_documents(monkeypatch: pytest.MonkeyPat
     )
     assert len(list(documents_from("c4", "calibration"))) == 1200
     assert hub.calls[1][2] == "train"
+
+
+@pytest.mark.parametrize("source", ["fineweb", "redpajama"])
+@pytest.mark.parametrize("split", ["calibration", "test"])
+def test_what_is_large_is_streamed(
+    source: str, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub([{"text": "a"}, {"text": "b"}]).install(monkeypatch)
+    assert list(documents_from(source, split)) == ["a", "b"]
+    assert hub.streamed
+    assert hub.calls[0][2] == "train"
+    assert window_cap(source) == 256
 
 
 def test_any_id_with_a_config(monkeypatch: pytest.MonkeyPatch) -> None:

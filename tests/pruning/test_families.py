@@ -23,17 +23,17 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.pytorch_utils import Conv1D
 
+from besa.data.samples import draw_samples
 from besa.errors import BesaError
 from besa.methods import METHODS
 from besa.model.blocks import expert_count, find_linears
 from besa.model.checkpoint import Checkpoint
 from besa.model.observe import observe
 from besa.model.replay import capture
-from besa.pruning.calibration import calibration_samples
 from besa.pruning.config import PruneConfig
 from besa.pruning.patterns import lowest_pruned, n_of_m
 from besa.pruning.pipeline import PruneResult
-from besa.pruning.pipeline import prune as prune_model
+from besa.pruning.run import prune as prune_model
 from besa.pruning.scores import InputNorms
 from tests.helpers import (
     EXPERTS,
@@ -74,10 +74,7 @@ def prune(model: Path, out: Path, calibration: Path, **options: Any) -> PruneRes
 
 def windows_of(model: Path, calibration: Path) -> Tensor:
     """The calibration that `prune` uses."""
-    config = PruneConfig(
-        out="-", calibration=str(calibration), samples=SAMPLES, seqlen=SEQLEN, device="cpu"
-    )
-    return calibration_samples(Checkpoint.open(model), config)
+    return draw_samples(model, str(calibration), samples=SAMPLES, seqlen=SEQLEN, bos="auto", seed=0)
 
 
 def is_prunable(key: str, tensor: Tensor) -> bool:

@@ -423,12 +423,22 @@ def test_a_disk_that_is_too_small(case: Case, tmp_path: Path):
         assert not list(disk.iterdir())
 
 
-def test_activations_that_do_not_fit_the_disk(case: Case, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("size", "method"),
+    [
+        ("3M", ["--method", "magnitude"]),
+        ("9M", ["--method", "wanda", "--update", "admm"]),  # the second stream
+    ],
+    ids=["stream", "two streams"],
+)
+def test_activations_that_do_not_fit_the_disk(
+    case: Case, tmp_path: Path, size: str, method: list[str]
+):
     # 1,600 samples of 32 tokens, 32 wide, in float32: 6.5 MB.
     case.calibration = tmp_path / "long.txt"
     case.calibration.write_text("Some words. " * 5000)
-    options = ["--method", "magnitude", "--samples", "1600", "--activations", "disk"]
-    with small_disk(tmp_path / "disk", "3M") as disk:
+    options = [*method, "--samples", "1600", "--activations", "disk"]
+    with small_disk(tmp_path / "disk", size) as disk:
         case.directory = disk
         process = run(*case.arguments(*options), cwd=tmp_path)
         assert process.returncode == 2, process.errors

@@ -1,0 +1,52 @@
+"""The samples of a text that a model is pruned or trained on.
+
+>>> directory = Path("path/to/model")
+>>> draw_samples(directory, "builtin", samples=4, seqlen=32, bos="auto", seed=0).shape
+torch.Size([4, 32])
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from besa.data.beginning import bos_token
+from besa.data.texts import documents_from
+from besa.data.windows import calibration_windows, token_stream
+from besa.errors import BesaError
+from besa.model.loading import load_tokenizer, max_positions
+
+# Tokens in a sample where neither the user nor the model says how many.
+_SEQLEN = 2048
+
+# Windows that each sample is drawn from: a text longer than that is not read to its end.
+_WINDOWS_PER_SAMPLE = 16
+
+
+def draw_samples(
+    directory: Path, text: str, *, samples: int, seqlen: int | None, bos: str, seed: int
+) -> Tensor:
+    """Token ids int64 [samples, seqlen]; the same settings give the same ones.
+
+    Args:
+        directory: of the model, whose tokenizer cuts the text.
+        text: a source of `besa.data.texts`, of which the calibration split is read.
+        seqlen: None: 2048, or as many as the model takes at once.
+        bos: see `besa.data.beginning`.
+        seed: draws the samples.
+
+    Raises:
+        BesaError: the model takes fewer tokens at once, the text has too few, or the tokenizer has
+            no token to begin windows with.
+    """
+    most = max_positions(directory) or _SEQLEN
+    seqlen = seqlen or min(_SEQLEN, most)
+    if seqlen > most:
+        raise BesaError(f"{directory} takes {most} tokens at once: lower --seqlen")
+    tokenizer = load_tokenizer(directory)
+    token = bos_token(bos, tokenizer)
+    limit = _WINDOWS_PER_SAMPLE * samples * seqlen
+    documents = documents_from(text, "calibration")
+    stream = token_stream(tokenizer, documents, limit=limit, special=token is None)
+    return calibration_windows(stream, samples, seqlen, seed, token)

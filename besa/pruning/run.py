@@ -1,0 +1,80 @@
+"""A whole run, as much as the effort asks for: `besa prune` and `besa.prune()`.
+
+>>> result = prune("path/to/model", PruneConfig(out="pruned", samples=8, seqlen=32))
+>>> result.sparsity
+0.5
+
+Low and medium effort prune block by block. High effort does so with more samples, and trains the
+model as a whole afterwards, towards the dense one (`besa.recovery`). In between, the pruned model
+is in `OUT.pruned`, from where an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from besa.errors import BesaError
+from besa.model.prune_record import PruneRecord
+from besa.model.record import read_record
+from besa.model.workspace import check_free, publish
+from besa.progress import Tell
+from besa.pruning.config import PruneConfig
+from besa.pruning.pipeline import PruneResult, prune_blocks
+from besa.recovery.config import RecoverConfig
+from besa.report.pages import write_pages
+
+
+def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: None) -> PruneResult:
+    """Prunes a model on disk (or on the hub, when online) and writes it to `config.out`.
+
+    Args:
+        model: directory with config.json and safetensors, or a hub id.
+        config: the settings.
+        tell: is given every step's event for display.
+
+    Raises:
+        BesaError: something that the user can mend; what was finished stays in `OUT.partial`
+            and the same call goes on from there.
+    """
+    check_free(Path(config.out), config.overwrite)
+    if config.effort == "high" and config.quantize is None:
+        return _pruned_and_recovered(model, config, tell)
+    return prune_blocks(model, config, tell)
+
+
+def _pruned_and_recovered(model: str | Path, config: PruneConfig, tell: Tell) -> PruneResult:
+    """Prunes beside the output, and trains what that gives towards the dense model."""
+    # The Trainer takes seconds to import, which other runs are to be spared.
+    from besa.recovery.recover import NothingBetterError, check_accelerate, recover
+
+    check_accelerate()
+    out = Path(config.out)
+    first = out.with_name(out.name + ".pruned")
+    result = prune_blocks(model, replace(config, out=first), tell, may_be_there=True)
+    recovery = RecoverConfig(
+        teacher=model,
+        out=out,
+        text=config.calibration,
+        samples=config.sample_count,
+        seqlen=int(result.record.settings["seqlen"]),
+        bos=config.bos,
+        seed=config.seed,
+        device=config.device,
+        dtype="auto" if config.dtype == "float16" else config.dtype,
+        overwrite=config.overwrite,
+    )
+    try:
+        recover(first, recovery, tell)
+    except NothingBetterError:
+        note = "training the pruned model as a whole made nothing better, and was left out"
+        write_pages(replace(result.record, notes=(*result.record.notes, note)), first)
+        publish(first, out, config.overwrite)
+    except BesaError as error:
+        raise BesaError(f"{error} (the pruned model is in {first})") from None
+    else:
+        shutil.rmtree(first)
+    record = read_record(out)
+    assert isinstance(record, PruneRecord)
+    return PruneResult(out, record)
