@@ -33,7 +33,7 @@ FLOORS = (
     {"kernels"},
     {"formats", "model", "data", "report"},
     {"evaluation", "doctor"},
-    {"pruning", "recovery", "export", "serve", "bench"},
+    {"pruning", "recovery", "rotation", "export", "serve", "bench"},
     {"demo"},
     {"cli"},
     {"besa", "registration", "__main__"},  # the facade: what `import besa` gives

@@ -195,6 +195,7 @@ class PruneRecord(Record):
         blocks: in the model's order.
         peak_device_memory_bytes: the most memory that was in use on a GPU; None on a CPU.
         notes: what the user should know of the run, a sentence each.
+        rotation: what was rotated before pruning, in words.
         recovery: how the pruned model was trained; the blocks' figures are from before.
     """
 
@@ -206,4 +207,5 @@ class PruneRecord(Record):
     blocks: tuple[BlockRecord, ...] = ()
     peak_device_memory_bytes: int | None = None
     notes: tuple[str, ...] = ()
+    rotation: str | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
     recovery: Recovery | None = field(default=None, metadata=ABSENT_IF_DEFAULT)

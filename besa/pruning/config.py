@@ -21,6 +21,7 @@ from besa.settings import DTYPES, check_choices, described, setting
 GRANULARITIES = ("row", "layer")
 TEACHERS = ("dense", "pruned")
 EFFORTS = ("low", "medium", "high")
+ROTATIONS = ("off", "auto", "on")
 
 # Calibration samples where the user does not say how many; three times as many with high effort.
 SAMPLES = 128
@@ -83,8 +84,14 @@ class PruneConfig:
     effort: str = setting(
         "medium",
         "how much time quality is worth: %(choices)s; low: BESA's masks, then ADMM; high: three "
-        "times the samples, then `besa recover` (default: %(default)s)",
+        "times the samples, rotations, and then `besa recover` (default: %(default)s)",
         choices=EFFORTS,
+    )
+    rotate: str | None = setting(
+        None,
+        "rotations before pruning, which are learned and leave the function alone: %(choices)s; "
+        "auto: where the model does not grow (default: off, with high effort auto)",
+        choices=ROTATIONS,
     )
     update: str | None = setting(
         None,
@@ -155,6 +162,8 @@ class PruneConfig:
             object.__setattr__(self, "update", guarded if self.method == "besa" else "none")
         if self.teacher is None:
             object.__setattr__(self, "teacher", "pruned" if self.update == "none" else "dense")
+        if self.rotate is None:
+            object.__setattr__(self, "rotate", "auto" if self.effort == "high" else "off")
         if self.samples is None:
             object.__setattr__(self, "samples", SAMPLES * (3 if self.effort == "high" else 1))
         for name, parse in (("pattern", Pattern.parse), ("quantize", Grid.parse)):

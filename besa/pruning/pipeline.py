@@ -45,6 +45,7 @@ from besa.pruning.learn import Step
 from besa.pruning.methods import wanda
 from besa.pruning.plan import plan_of
 from besa.pruning.record import block_record, run_record, settings_of
+from besa.pruning.rotated import Rotated
 from besa.pruning.streams import Streams
 from besa.pruning.transfers import copies_for
 from besa.report.pages import write_pages
@@ -79,7 +80,9 @@ def prune_blocks(
     model: str | Path,
     config: PruneConfig,
     tell: Tell = lambda event: None,
+    *,
     may_be_there: bool = False,
+    rotated: Rotated | None = None,
 ) -> PruneResult:
     """Prunes a model on disk (or on the hub, when online) and writes it to `config.out`.
 
@@ -88,6 +91,7 @@ def prune_blocks(
         config: the settings.
         tell: is given every step's event for display.
         may_be_there: what the same settings gave before is taken as it is.
+        rotated: a rotated copy of the model, which is pruned in its place.
 
     Raises:
         BesaError: something that the user can mend; what was finished stays in `OUT.partial`
@@ -96,7 +100,7 @@ def prune_blocks(
     started = time.monotonic()
     out = Path(config.out)
     device = pick_device(config.device)
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(rotated.directory if rotated else model)
     dtype = _dtype(config.dtype, device, checkpoint.dtype)
     plan = plan_of(checkpoint, config)
     windows = draw_samples(
@@ -116,7 +120,9 @@ def prune_blocks(
         remedy = "lower --seqlen, or give --device cpu"
         with workspace.interruptible(), fitting_in_memory(too_large, remedy):
             shards = pipeline.all_blocks(windows)
-        record = run_record(checkpoint, settings, shards, time.monotonic() - started, device)
+        seconds = time.monotonic() - started
+        words = rotated.words if rotated else None
+        record = run_record(checkpoint, settings, shards, seconds, device, words)
         workspace.write_index(shards)
         checkpoint.copy_companions(workspace.path)
         write_pages(record, workspace.path)

@@ -162,10 +162,12 @@ def run_record(
     shards: Sequence[Mapping[str, Any]],
     seconds: float,
     device: torch.device,
+    rotation: str | None = None,
 ) -> PruneRecord:
     """The record of a whole run.
 
     Args:
+        rotation: what was rotated before, in words.
         shards: what was written, each with its digest and, of a block, its record.
     """
     blocks = [from_json(BlockRecord, shard["record"]) for shard in shards if "record" in shard]
@@ -189,8 +191,15 @@ def run_record(
         ),
         blocks=tuple(blocks),
         peak_device_memory_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
-        notes=(*_update_notes(settings), *_unrouted_notes(blocks)),
+        notes=(*_rotation_notes(rotation), *_update_notes(settings), *_unrouted_notes(blocks)),
+        rotation=rotation,
     )
+
+
+def _rotation_notes(rotation: str | None) -> list[str]:
+    if rotation is None:
+        return []
+    return [f"before pruning {rotation}, which leaves the model's function as it is"]
 
 
 def _update_notes(settings: Mapping[str, Any]) -> list[str]:

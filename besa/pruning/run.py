@@ -4,9 +4,10 @@
 >>> result.sparsity
 0.5
 
-Low and medium effort prune block by block. High effort does so with more samples, and trains the
-model as a whole afterwards, towards the dense one (`besa.recovery`). In between, the pruned model
-is in `OUT.pruned`, from where an interrupted run goes on.
+Low and medium effort prune block by block. High effort does so with more samples, rotates the model
+before (`besa.rotation`), and trains it as a whole afterwards, towards the dense one
+(`besa.recovery`). In between, the rotated model is in `OUT.rotated` and the pruned one in
+`OUT.pruned`, from where an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from besa.model.workspace import check_free, publish
 from besa.progress import Tell
 from besa.pruning.config import PruneConfig
 from besa.pruning.pipeline import PruneResult, prune_blocks
+from besa.pruning.rotated import Rotated, rotated_copy
 from besa.recovery.config import RecoverConfig
 from besa.report.pages import write_pages
 
@@ -39,12 +41,19 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
             and the same call goes on from there.
     """
     check_free(Path(config.out), config.overwrite)
+    rotated = None if config.rotate == "off" else rotated_copy(model, config, tell)
     if config.effort == "high" and config.quantize is None:
-        return _pruned_and_recovered(model, config, tell)
-    return prune_blocks(model, config, tell)
+        result = _pruned_and_recovered(model, config, rotated, tell)
+    else:
+        result = prune_blocks(model, config, tell, rotated=rotated)
+    if rotated is not None:
+        rotated.remove()
+    return result
 
 
-def _pruned_and_recovered(model: str | Path, config: PruneConfig, tell: Tell) -> PruneResult:
+def _pruned_and_recovered(
+    model: str | Path, config: PruneConfig, rotated: Rotated | None, tell: Tell
+) -> PruneResult:
     """Prunes beside the output, and trains what that gives towards the dense model."""
     # The Trainer takes seconds to import, which other runs are to be spared.
     from besa.recovery.recover import NothingBetterError, check_accelerate, recover
@@ -52,7 +61,9 @@ def _pruned_and_recovered(model: str | Path, config: PruneConfig, tell: Tell) ->
     check_accelerate()
     out = Path(config.out)
     first = out.with_name(out.name + ".pruned")
-    result = prune_blocks(model, replace(config, out=first), tell, may_be_there=True)
+    result = prune_blocks(
+        model, replace(config, out=first), tell, may_be_there=True, rotated=rotated
+    )
     recovery = RecoverConfig(
         teacher=model,
         out=out,

@@ -42,6 +42,7 @@ def model_card(record: PruneRecord) -> str:
             name=escape_markdown(short_name(record.model)),
             summary=summary,
             kind=sparsity_in_words(record),
+            rotated=record.rotation,
             target=rate(summary.target),
             achieved=percent(summary.achieved, 2),
             zeros=f"{summary.zeros:,}",

@@ -21,6 +21,8 @@ from besa.report.names import recipe_name, short_name
 
 FLAGS = (  # of `besa prune`: what of the settings a user can type
     "method",
+    "effort",
+    "rotate",
     "update",
     "teacher",
     "sparsity",
