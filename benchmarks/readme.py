@@ -109,6 +109,21 @@ def methods(comparison: Comparison, recipes: Iterable[str] = NAMES) -> str:
     return "\n".join(lines)
 
 
+def samples(record: dict[str, Any]) -> str:
+    """What models write, from benchmarks/samples.py."""
+    lines = [
+        f"{record['model']}, {record['tokens']} tokens, greedily; every prompt that was tried:"
+    ]
+    for index, prompt in enumerate(record["prompts"]):
+        lines += ["", f"> {prompt} …", "", "| | |", "| --- | --- |"]
+        for name, texts in record["texts"].items():
+            text = " ".join(texts[index].split())
+            for letter in "|<*_`":
+                text = text.replace(letter, f"\\{letter}")
+            lines.append(f"| {name} | {text} |")
+    return "\n".join(lines)
+
+
 def cost(wallclock: dict[str, Any], memory: dict[str, Any], allocation: dict[str, Any]) -> str:
     """Time and memory, from benchmarks/wallclock.py, memory.py and allocation.py."""
     lines = [
