@@ -52,13 +52,15 @@ def export(
         from besa.export.packed.unpack import unpack_checkpoint
 
         return unpack_checkpoint(source, config, tell)
-    from besa.export.rounded import as_pruned
-
-    config = as_pruned(source, config)
     if config.format == "onnx":
         from besa.export.onnx import runtime as ort
 
         ort.runtime()  # or a word on what is missing, before its packages are imported
+
+    from besa.export.rounded import as_pruned
+
+    config = as_pruned(source, config)
+    if config.format == "onnx":
         from besa.export.onnx.model import export_onnx
 
         return export_onnx(source, config, tell)

@@ -40,25 +40,26 @@ def test_low_is_admm(tiny_model: Path, calibration: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, (128, "auto")),
-        ({"effort": "low"}, (128, "admm")),
-        ({"effort": "low", "method": "wanda"}, (128, "none")),
-        ({"effort": "low", "update": "auto"}, (128, "auto")),
-        ({"effort": "high"}, (384, "auto")),
-        ({"effort": "high", "samples": 64}, (64, "auto")),
+        ({}, (128, "auto", "off")),
+        ({"effort": "low"}, (128, "admm", "off")),
+        ({"effort": "low", "method": "wanda"}, (128, "none", "off")),
+        ({"effort": "low", "update": "auto", "rotate": "on"}, (128, "auto", "on")),
+        ({"effort": "high"}, (384, "auto", "auto")),
+        ({"effort": "high", "samples": 64, "rotate": "off"}, (64, "auto", "off")),
     ],
     ids=str,
 )
-def test_what_an_effort_stands_for(settings: dict[str, object], expected: tuple[int, str]):
+def test_what_an_effort_stands_for(settings: dict[str, object], expected: tuple[int, str, str]):
     config = PruneConfig(out="out", **settings)
-    assert (config.samples, config.update) == expected
+    assert (config.samples, config.update, config.rotate) == expected
 
 
 @pytest.mark.slow
 def test_high_trains_what_it_pruned_and_goes_on_where_it_was(
     tiny_model: Path, calibration: Path, tmp_path: Path
 ):
-    command = arguments(tiny_model, calibration, "--effort", "high", "--method", "wanda")
+    more = ("--effort", "high", "--method", "wanda", "--rotate", "off")
+    command = arguments(tiny_model, calibration, *more)
     process = run(*command, "--out", "whole", cwd=tmp_path)
     assert process.returncode == 0, process.errors
     assert "distilling held-out divergence" in process.errors
