@@ -1,13 +1,15 @@
 """The samples of a text that a model is pruned or trained on.
 
->>> directory = Path("path/to/model")
->>> draw_samples(directory, "builtin", samples=4, seqlen=32, bos="auto", seed=0).shape
+>>> class Settings:
+...     sample_count, seqlen, bos, seed = 4, 32, "auto", 0
+>>> draw_samples(Path("path/to/model"), "builtin", Settings).shape
 torch.Size([4, 32])
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -24,29 +26,45 @@ _SEQLEN = 2048
 _WINDOWS_PER_SAMPLE = 16
 
 
-def draw_samples(
-    directory: Path, text: str, *, samples: int, seqlen: int | None, bos: str, seed: int
-) -> Tensor:
+class Drawing(Protocol):
+    """What of a command's settings says which samples are drawn.
+
+    Attributes:
+        sample_count: how many.
+        seqlen: tokens in each; None: 2048, or as many as the model takes at once.
+        bos: see `besa.data.beginning`.
+        seed: draws them.
+    """
+
+    @property
+    def sample_count(self) -> int: ...
+    @property
+    def seqlen(self) -> int | None: ...
+    @property
+    def bos(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def draw_samples(directory: Path, text: str, settings: Drawing) -> Tensor:
     """Token ids int64 [samples, seqlen]; the same settings give the same ones.
 
     Args:
         directory: of the model, whose tokenizer cuts the text.
         text: a source of `besa.data.texts`, of which the calibration split is read.
-        seqlen: None: 2048, or as many as the model takes at once.
-        bos: see `besa.data.beginning`.
-        seed: draws the samples.
+        settings: which of its windows.
 
     Raises:
         BesaError: the model takes fewer tokens at once, the text has too few, or the tokenizer has
             no token to begin windows with.
     """
     most = max_positions(directory) or _SEQLEN
-    seqlen = seqlen or min(_SEQLEN, most)
+    samples, seqlen = settings.sample_count, settings.seqlen or min(_SEQLEN, most)
     if seqlen > most:
         raise BesaError(f"{directory} takes {most} tokens at once: lower --seqlen")
     tokenizer = load_tokenizer(directory)
-    token = bos_token(bos, tokenizer)
+    token = bos_token(settings.bos, tokenizer)
     limit = _WINDOWS_PER_SAMPLE * samples * seqlen
     documents = documents_from(text, "calibration")
     stream = token_stream(tokenizer, documents, limit=limit, special=token is None)
-    return calibration_windows(stream, samples, seqlen, seed, token)
+    return calibration_windows(stream, samples, seqlen, settings.seed, token)

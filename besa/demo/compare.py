@@ -95,8 +95,8 @@ def compare(
     seconds = {}
     for number, (run, config) in enumerate(configs.items()):
         tell(Event("prune", what=Path(config.out).name, done=number, total=len(runs)))
-        record = _left(model, config) if reuse else None
-        seconds[run] = (record or prune(model, config).record).seconds
+        record = (_left(model, config) if reuse else None) or prune(model, config).record
+        seconds[run] = record.seconds + (record.recovery.seconds if record.recovery else 0.0)
 
     asked = EvalConfig(
         texts=(text,), seqlen=seqlen, batch_size=batch_size, dtype="float32", limit=limit

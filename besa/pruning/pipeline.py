@@ -103,14 +103,7 @@ def prune_blocks(
     checkpoint = Checkpoint.open(rotated.directory if rotated else model)
     dtype = _dtype(config.dtype, device, checkpoint.dtype)
     plan = plan_of(checkpoint, config)
-    windows = draw_samples(
-        checkpoint.directory,
-        config.calibration,
-        samples=config.sample_count,
-        seqlen=config.seqlen,
-        bos=config.bos,
-        seed=config.seed,
-    )
+    windows = draw_samples(checkpoint.directory, config.calibration, config)
     settings = settings_of(model, config, checkpoint, windows, device, dtype)
     if may_be_there and (found := _made_before(out, settings)):
         return found

@@ -56,14 +56,7 @@ def rotated_copy(
     from besa.rotation.rotate import rotate
 
     checkpoint = Checkpoint.open(model)
-    windows = draw_samples(
-        checkpoint.directory,
-        config.calibration,
-        samples=config.sample_count,
-        seqlen=config.seqlen,
-        bos=config.bos,
-        seed=config.seed,
-    )
+    windows = draw_samples(checkpoint.directory, config.calibration, config)
     made_of = {
         "model": checkpoint.fingerprint(),
         "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),

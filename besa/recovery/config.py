@@ -77,6 +77,11 @@ class RecoverConfig:
             raise BesaError("dtype float16: its range is too small for gradients, use bfloat16")
 
     @property
+    def sample_count(self) -> int:
+        """How many samples of the text there are."""
+        return self.samples
+
+    @property
     def held_out(self) -> int:
         """How many of the samples nothing is learned from."""
         return self.samples // HELD_OUT

@@ -83,14 +83,7 @@ def recover(pruned: str | Path, config: RecoverConfig, tell: Tell = lambda event
     checkpoint = Checkpoint.open(pruned)
     record = _record_of(checkpoint.directory)
     teacher_directory = resolve(config.teacher)
-    windows = draw_samples(
-        checkpoint.directory,
-        config.text,
-        samples=config.samples,
-        seqlen=config.seqlen,
-        bos=config.bos,
-        seed=config.seed,
-    )
+    windows = draw_samples(checkpoint.directory, config.text, config)
     settings = _settings(pruned, config, checkpoint, windows, device)
     needed = checkpoint.nbytes + _CHECKPOINTS * 12 * _parameters(checkpoint)
     with Workspace.open(out, settings, config.overwrite, needed) as workspace:

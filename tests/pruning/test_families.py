@@ -74,7 +74,8 @@ def prune(model: Path, out: Path, calibration: Path, **options: Any) -> PruneRes
 
 def windows_of(model: Path, calibration: Path) -> Tensor:
     """The calibration that `prune` uses."""
-    return draw_samples(model, str(calibration), samples=SAMPLES, seqlen=SEQLEN, bos="auto", seed=0)
+    config = PruneConfig(out="-", samples=SAMPLES, seqlen=SEQLEN)
+    return draw_samples(model, str(calibration), config)
 
 
 def is_prunable(key: str, tensor: Tensor) -> bool:
