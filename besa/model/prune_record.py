@@ -170,6 +170,7 @@ class Recovery:
     Attributes:
         teacher: the dense model that it was trained towards.
         settings: all that the result depends on.
+        step: the size of Adam's first step, as a share of a matrix's root mean square.
         tokens: of the text, as often as they were read.
         before, after: the mean divergence of the next-token distributions from the teacher's on
             held-out samples, in nats a token.
@@ -178,6 +179,7 @@ class Recovery:
 
     teacher: str
     settings: dict[str, Any]
+    step: float
     tokens: int
     before: float
     after: float

@@ -44,10 +44,10 @@ class RecoverConfig:
     )
     epochs: int = setting(1, "passes over the samples (default: %(default)s)")
     batch_size: int = setting(1, "samples in a step (default: %(default)s)")
-    step: float = setting(
-        0.001,
-        "size of Adam's first step, as a share of a matrix's root mean square (default: "
-        "%(default)s)",
+    step: float | None = setting(
+        None,
+        "size of Adam's first step, as a share of a matrix's root mean square (default: 0.003, or "
+        "0.001 or 0.0003 where that does harm)",
     )
     gradient_checkpointing: bool = setting(
         False, "compute a block's activations twice instead of keeping them: less memory, more time"

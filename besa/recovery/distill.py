@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +33,9 @@ from besa.recovery.divergence import divergence
 
 # What is there once all else of a checkpoint is: a run that was killed goes on from no other.
 _WHOLE = "whole"
+
+# What is there once training was ended, beside the checkpoints.
+_HARMFUL = "harmful"
 
 
 class Distiller(Trainer):  # type: ignore[misc]
@@ -108,15 +112,22 @@ def _rms(parameter: Tensor) -> float:
     return float(parameter.detach().float().square().mean().sqrt())
 
 
-class Checkpoints(TrainerCallback):  # type: ignore[misc]
-    """Marks the Trainer's checkpoints once they are whole, and says where training is.
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Says where training is, ends it where it does harm, and marks whole checkpoints.
 
     Args:
         on_step: is given the steps done, the steps in all, and the last loss on held-out samples.
+        may_end: end at the first look at held-out samples if their loss is not lower by then.
+
+    Attributes:
+        before: the loss on held-out samples before the first step.
     """
 
-    def __init__(self, on_step: Callable[[int, int, float | None], None]) -> None:
-        self.on_step = on_step
+    def __init__(
+        self, on_step: Callable[[int, int, float | None], None], may_end: bool = False
+    ) -> None:
+        self.on_step, self.may_end = on_step, may_end
+        self.before = math.inf
         self.held_out: float | None = None
 
     def on_save(
@@ -139,6 +150,17 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.held_out = metrics["eval_loss"]
         self.on_step(state.global_step, state.max_steps, self.held_out)
+        if state.global_step == 0:
+            self.before = self.held_out
+        first = state.global_step == args.eval_steps
+        if first and self.may_end and not self.held_out < self.before:
+            (Path(args.output_dir) / _HARMFUL).touch()
+            control.should_training_stop = True
+
+
+def is_harmful(directory: Path) -> bool:
+    """Whether training into a directory was ended because it did harm."""
+    return (directory / _HARMFUL).exists()
 
 
 def whole_checkpoints(directory: Path) -> list[Path]:

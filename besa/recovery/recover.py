@@ -10,8 +10,9 @@ lost in spite of that adds up, and only the model's own output shows how. So the
 blocks are trained at once towards the dense model's next-token distributions, zeros excepted
 (`besa.KeepZeros`). Embedding, last norm and head stay as they are.
 
-An eighth of the samples is held out and looked at eight times on the way. What is written is the
-best of these states, and nothing is where none is better than the pruned model.
+An eighth of the samples is held out and looked at eight times on the way. Where the first look
+shows harm, training begins anew with a smaller step. What is written is the best of these states,
+and nothing is where none is better than the pruned model.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import hashlib
 import math
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,13 @@ from besa.model.record import read_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
 from besa.recovery.config import RecoverConfig
-from besa.recovery.distill import Checkpoints, Distiller, optimizer_of, whole_checkpoints
+from besa.recovery.distill import (
+    Distiller,
+    Watch,
+    is_harmful,
+    optimizer_of,
+    whole_checkpoints,
+)
 from besa.recovery.keep_zeros import KeepZeros
 from besa.report.names import short_name
 from besa.report.pages import write_pages
@@ -54,6 +62,10 @@ from besa.version import __version__
 # Of the Trainer's at once: the best, the last and the one that is written. In each a weight has 12
 # bytes, two of Adam's moments among them.
 _CHECKPOINTS = 3
+
+# Of Adam's first step, as shares of a matrix's root mean square: a smaller one is tried where a
+# larger one does harm.
+STEPS = (0.003, 0.001, 0.0003)
 
 # How often what is held out is looked at, and training can go on from.
 _LOOKS = 8
@@ -90,23 +102,24 @@ def recover(pruned: str | Path, config: RecoverConfig, tell: Tell = lambda event
         too_large = "the model, its dense teacher and what training keeps of both"
         remedy = "lower --seqlen or --batch-size, or give --gradient-checkpointing or --device cpu"
         with workspace.interruptible(), fitting_in_memory(too_large, remedy):
-            student, before, after = _trained(
+            trained = _trained(
                 checkpoint, teacher_directory, config, windows, workspace.path, device, tell
             )
-        if not after < before:
+        if not trained.after < trained.before:
             workspace.abandon()
             raise NothingBetterError(
                 f"training made nothing better: the divergence from {config.teacher} on held-out "
-                f"samples was {before:.4f} and at best {after:.4f} then; give more text or a "
-                "smaller --step"
+                f"samples was {trained.before:.4f} and at best {trained.after:.4f} then; give "
+                "more text, or a smaller --step"
             )
-        shards = _write(checkpoint, student, workspace)
+        shards = _write(checkpoint, trained.student, workspace)
         recovery = Recovery(
             teacher=str(config.teacher),
             settings=settings,
             tokens=config.epochs * (len(windows) - config.held_out) * windows.shape[1],
-            before=before,
-            after=after,
+            step=trained.step,
+            before=trained.before,
+            after=trained.after,
             seconds=round(time.monotonic() - started, 3),
         )
         digests = {shard["file"]: shard["sha256"] for shard in shards}
@@ -203,6 +216,16 @@ def _training(path: Path) -> Path:
     return path / "training"
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """The trained model, the step that it took, and its divergence on held-out samples."""
+
+    student: nn.Module
+    step: float
+    before: float
+    after: float
+
+
 def _trained(
     checkpoint: Checkpoint,
     teacher: Path,
@@ -211,29 +234,70 @@ def _trained(
     path: Path,
     device: torch.device,
     tell: Tell,
-) -> tuple[nn.Module, float, float]:
-    """The trained model, and its divergence on held-out samples before and after.
+) -> _Trained:
+    """Trains by the largest step that does no harm.
 
     Raises:
         BesaError: the teacher has other words.
     """
     dtype = _dtype(config.dtype, device)
-    student = load_model(checkpoint.directory, "float32", device)
     dense = load_model(teacher, str(dtype).removeprefix("torch."), device)
-    words = [model.get_output_embeddings().weight.shape[0] for model in (student, dense)]
+    seen = len(windows) - config.held_out
+
+    def on_step(done: int, total: int, held_out: float | None) -> None:
+        what = "" if held_out is None else f"held-out divergence {held_out:.4f}"
+        tell(Event("distilling", done, total, what=what))
+
+    steps = STEPS if config.step is None else (config.step,)
+    for step in steps:
+        folder = _training(path) / f"{step:g}"
+        if is_harmful(folder):  # an earlier run found out
+            continue
+        student = load_model(checkpoint.directory, "float32", device)
+        _check_words(student, dense, teacher)
+        blocks = student.get_submodule(checkpoint.blocks_name)
+        student.requires_grad_(False)
+        blocks.requires_grad_(True)
+        watch = Watch(on_step, may_end=step != steps[-1])
+        trainer = Distiller(
+            student,
+            dense,
+            _arguments(config, folder, seen, device, dtype),
+            windows[:seen],
+            windows[seen:],
+            optimizer_of(list(blocks.parameters()), step),
+            [KeepZeros(), watch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        finished = whole_checkpoints(folder)
+        with quiet():
+            trainer.evaluate()
+            trainer.train(resume_from_checkpoint=str(finished[-1]) if finished else None)
+        if not is_harmful(folder):
+            break
+        for checkpoints in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoints)
+    best = trainer.state.best_metric
+    return _Trained(student, step, watch.before, math.inf if best is None else best)
+
+
+def _check_words(student: Any, dense: Any, teacher: Path) -> None:
+    words = [len(model.get_output_embeddings().weight) for model in (student, dense)]
     if words[0] != words[1]:
         raise BesaError(
             f"{teacher} knows {words[1]} words and the pruned model {words[0]}: give the model "
             "that it was pruned from"
         )
-    blocks = student.get_submodule(checkpoint.blocks_name)
-    student.requires_grad_(False)
-    blocks.requires_grad_(True)
-    seen = len(windows) - config.held_out
-    steps = config.epochs * -(-seen // config.batch_size)
+
+
+def _arguments(
+    config: RecoverConfig, folder: Path, samples: int, device: torch.device, dtype: torch.dtype
+) -> TrainingArguments:
+    """What the Trainer is told."""
+    steps = config.epochs * -(-samples // config.batch_size)
     between = max(1, steps // _LOOKS)
     arguments = TrainingArguments(
-        str(_training(path)),
+        str(folder),
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
@@ -258,27 +322,7 @@ def _trained(
         seed=config.seed,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # not by threads over all that there are
-
-    def on_step(done: int, total: int, held_out: float | None) -> None:
-        what = "" if held_out is None else f"held-out divergence {held_out:.4f}"
-        tell(Event("distilling", done, total, what=what))
-
-    trainer = Distiller(
-        student,
-        dense,
-        arguments,
-        windows[:seen],
-        windows[seen:],
-        optimizer_of(list(blocks.parameters()), config.step),
-        [KeepZeros(), Checkpoints(on_step)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    finished = whole_checkpoints(_training(path))
-    with quiet():
-        before = trainer.evaluate()["eval_loss"]
-        trainer.train(resume_from_checkpoint=str(finished[-1]) if finished else None)
-    after = trainer.state.best_metric
-    return student, before, math.inf if after is None else after
+    return arguments
 
 
 def _write(

@@ -196,7 +196,7 @@ def test_killed_and_gone_on_with(
     pruned_model: Pruned, recovered: Recovered, text: Path, tmp_path: Path
 ):
     command = arguments(*pruned_model("tiny"), text)
-    training = tmp_path / "out.partial/training"
+    training = tmp_path / "out.partial/training/0.005"
     for steps in (4, 16, 28):
         process = start(*command, cwd=tmp_path)
         # At once when a checkpoint appears, so that it is not whole: the one before it is.
@@ -246,6 +246,22 @@ def test_training_that_helps_nothing_leaves_nothing(
     assert "made nothing better" in line
     assert "smaller --step" in line
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_step_that_does_harm_is_made_smaller(
+    pruned_model: Pruned, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("besa.recovery.recover.STEPS", (50.0, 0.005, 0.001))
+    dense, pruned = pruned_model("tiny")
+    config = RecoverConfig(
+        out=tmp_path / "out", teacher=dense, text=str(text), samples=40, seqlen=32, device="cpu"
+    )
+    told: list[float | None] = []
+    found = recover(pruned, config, lambda event: told.append(event.done))
+    assert found.step == 0.005
+    assert found.after < found.before
+    assert told.index(35) > told.index(4)  # and 4, the first look, came twice
+    assert told.count(4) > told.count(8)
 
 
 def test_wrong_models_are_named(
