@@ -40,7 +40,7 @@ def print_comparison(comparison: Comparison) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table)
     console.print(
-        f"{comparison.tokens:,} tokens of {comparison.text} in windows of {comparison.seqlen}; "
+        f"{comparison.tokens:,} tokens of {comparison.text} {comparison.windows}; "
         f"{comparison.machine}; torch {comparison.versions['torch']}",
         soft_wrap=True,
     )

@@ -94,6 +94,12 @@ class Comparison:
     versions: dict[str, str]
     machine: str | None = None
 
+    @property
+    def windows(self) -> str:
+        """How the text was read, for people."""
+        begun = ", each after a beginning token" if self.bos else ""
+        return f"in windows of {self.seqlen:,}{begun}"
+
 
 def read_comparison(path: Path) -> Comparison:
     """Reads what `write_comparison` wrote, in this version of besa or an earlier one.

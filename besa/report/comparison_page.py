@@ -62,7 +62,7 @@ def render_comparison(comparison: Comparison) -> str:
         "rows": [_row(row, rows, index) for index, row in enumerate(rows)],
         "versions": [
             ("text", comparison.text),
-            ("tokens", f"{comparison.tokens:,} in windows of {comparison.seqlen:,}"),
+            ("tokens", f"{comparison.tokens:,} {comparison.windows}"),
             ("machine", comparison.machine or NONE),
             *comparison.versions.items(),
         ],
