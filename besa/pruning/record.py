@@ -191,7 +191,12 @@ def run_record(
         ),
         blocks=tuple(blocks),
         peak_device_memory_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
-        notes=(*_rotation_notes(rotation), *_update_notes(settings), *_unrouted_notes(blocks)),
+        notes=(
+            *_rotation_notes(rotation),
+            *_rounding_notes(settings, blocks),
+            *_update_notes(settings),
+            *_unrouted_notes(blocks),
+        ),
         rotation=rotation,
     )
 
@@ -200,6 +205,20 @@ def _rotation_notes(rotation: str | None) -> list[str]:
     if rotation is None:
         return []
     return [f"before pruning {rotation}, which leaves the model's function as it is"]
+
+
+def _rounding_notes(settings: Mapping[str, Any], blocks: Sequence[BlockRecord]) -> list[str]:
+    roundings = [block.rounding for block in blocks if block.rounding is not None]
+    if not roundings:
+        return []
+    added, clipped, groups = (
+        sum(getattr(each, name) for each in roundings)
+        for name in ("added_zeros", "clipped", "groups")
+    )
+    return [
+        f"what is kept was rounded to {settings['quantize']}: {added:,} of these weights became "
+        f"zero, too, and {clipped:,} of {groups:,} scales were clipped"
+    ]
 
 
 def _update_notes(settings: Mapping[str, Any]) -> list[str]:

@@ -183,6 +183,8 @@ def test_export_packs_the_very_values(
         assert rounding is not None
         assert block.zeros - rounding.added_zeros == block.weights // 2
         assert rounding.groups >= rounding.clipped + rounding.zero_groups
+    added = sum(block.rounding.added_zeros for block in record.blocks if block.rounding)
+    assert f"rounded to {grid}: {added:,} of these weights became zero" in record.notes[0]
 
     process = run("export", "pruned", "--out", "packed", cwd=tmp_path)
     assert process.returncode == 0, process.errors
