@@ -18,15 +18,19 @@ and nothing is where none is better than the pruned model.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import math
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -58,6 +62,7 @@ from besa.recovery.keep_zeros import KeepZeros
 from besa.report.names import short_name
 from besa.report.pages import write_pages
 from besa.version import __version__
+from besa.writing import writing
 
 # Of the Trainer's at once: the best, the last and the one that is written. In each a weight has 12
 # bytes, two of Adam's moments among them.
@@ -66,6 +71,9 @@ _CHECKPOINTS = 3
 # Of Adam's first step, as shares of a matrix's root mean square: a smaller one is tried where a
 # larger one does harm.
 STEPS = (0.003, 0.001, 0.0003)
+
+# A disk with fewer bytes than that is full.
+_FULL = 1 << 20
 
 # How often what is held out is looked at, and training can go on from.
 _LOOKS = 8
@@ -270,7 +278,7 @@ def _trained(
         )
         trainer.remove_callback(PrinterCallback)
         finished = whole_checkpoints(folder)
-        with quiet():
+        with quiet(), _room_on_disk(folder):
             trainer.evaluate()
             trainer.train(resume_from_checkpoint=str(finished[-1]) if finished else None)
         if not is_harmful(folder):
@@ -279,6 +287,19 @@ def _trained(
             shutil.rmtree(checkpoints)
     best = trainer.state.best_metric
     return _Trained(student, step, watch.before, math.inf if best is None else best)
+
+
+@contextmanager
+def _room_on_disk(folder: Path) -> Iterator[None]:
+    """Turns what the Trainer raises on a full disk, of whatever type, into one line."""
+    try:
+        with writing(folder):
+            yield
+    except (RuntimeError, SafetensorError):
+        if shutil.disk_usage(folder.parent).free > _FULL:
+            raise
+        with writing(folder):
+            raise OSError(errno.ENOSPC, "no room for a checkpoint") from None
 
 
 def _check_words(student: Any, dense: Any, teacher: Path) -> None:

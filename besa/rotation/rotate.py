@@ -13,6 +13,7 @@ of its own from the former, and grow; that is done only if it is asked for.
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from besa.model.checkpoint import Checkpoint
@@ -34,6 +36,7 @@ from besa.rotation.apply import (
 )
 from besa.rotation.learn import STEPS, learn_rotations, statistics_of
 from besa.rotation.structure import Structure, structure_of
+from besa.writing import writing
 
 # Of the largest logit, by which float32 may change the others.
 _TOLERANCE = 1e-3
@@ -102,11 +105,18 @@ def rotate(
     words = f"{' and '.join(name for name, there in parts.items() if there)} were rotated"
     partial = out.with_name(out.name + ".writing")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    checkpoint.copy_companions(partial)
-    model.to(checkpoint.dtype).save_pretrained(partial)
-    on_written(partial, words)
-    partial.rename(out)
+    try:
+        with writing(out):
+            partial.mkdir(parents=True)
+            checkpoint.copy_companions(partial)
+            try:
+                model.to(checkpoint.dtype).save_pretrained(partial)
+            except SafetensorError as error:  # it says no error's number
+                raise OSError(errno.ENOSPC, str(error)) from None
+            on_written(partial, words)
+            partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return words
 
 

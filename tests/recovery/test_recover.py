@@ -23,10 +23,12 @@ from tests.helpers import (
     Process,
     digests,
     everything,
+    fill,
     load_strictly,
     random_model,
     run,
     save_with_tokenizer,
+    small_disk,
     start,
 )
 
@@ -222,6 +224,25 @@ def test_interrupted(pruned_model: Pruned, text: Path, tmp_path: Path):
     assert process.wait() == 130
     assert "same command goes on" in process.errors.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up(
+    pruned_model: Pruned, recovered: Recovered, text: Path, tmp_path: Path
+):
+    with small_disk(tmp_path / "disk", "24M") as disk:
+        command = [*arguments(*pruned_model("tiny"), text), "--out", disk / "out"]
+        process = start(*command, cwd=tmp_path)
+        assert process.wait_for((disk / "out.partial/training/0.005/checkpoint-4/whole").exists)
+        ballast = fill(disk)
+        assert process.wait() == 2, process.errors
+        assert "the disk is full" in process.errors.splitlines()[-1]
+        assert "Traceback" not in process.errors
+        ballast.unlink()
+        process = run(*command, cwd=tmp_path)
+        assert process.returncode == 0, process.errors
+        whole, _ = recovered("tiny")
+        assert digests(disk / "out") == digests(whole)
 
 
 # ----------------------------------------------------------------------- users' mistakes

@@ -23,6 +23,7 @@ from tests.helpers import (
     random_model,
     run,
     save_with_tokenizer,
+    small_disk,
     start,
 )
 
@@ -233,3 +234,13 @@ def test_what_is_in_the_way_is_left_alone(tiny_model: Path, text: Path, tmp_path
     assert process.returncode == 2
     assert "out.rotated is in the way" in process.errors
     assert mine.read_text() == "mine"
+
+
+def test_a_disk_that_is_too_small(tiny_model: Path, text: Path, tmp_path: Path):
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        command = arguments(tiny_model, text, "--rotate", "auto", "--out", disk / "out")
+        process = run(*command, cwd=tmp_path)
+        assert process.returncode == 2, process.errors
+        assert "the disk is full" in process.errors.splitlines()[-1]
+        assert "Traceback" not in process.errors
+        assert not list(disk.iterdir())
