@@ -272,7 +272,7 @@ def test_training_that_helps_nothing_leaves_nothing(
 def test_a_step_that_does_harm_is_made_smaller(
     pruned_model: Pruned, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("besa.recovery.recover.STEPS", (50.0, 0.005, 0.001))
+    monkeypatch.setattr("besa.recovery.training.STEPS", (50.0, 0.005, 0.001))
     dense, pruned = pruned_model("tiny")
     config = RecoverConfig(
         out=tmp_path / "out", teacher=dense, text=str(text), samples=40, seqlen=32, device="cpu"
