@@ -27,6 +27,9 @@ from besa.pruning.rotated import Rotated, rotated_copy
 from besa.recovery.config import RecoverConfig
 from besa.report.pages import write_pages
 
+# Of the training with high effort.
+_EPOCHS = 2
+
 
 def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: None) -> PruneResult:
     """Prunes a model on disk (or on the hub, when online) and writes it to `config.out`.
@@ -71,6 +74,7 @@ def _pruned_and_recovered(
         samples=config.sample_count,
         seqlen=int(result.record.settings["seqlen"]),
         bos=config.bos,
+        epochs=_EPOCHS,
         seed=config.seed,
         device=config.device,
         dtype="auto" if config.dtype == "float16" else config.dtype,

@@ -74,7 +74,7 @@ def test_high_trains_what_it_pruned_and_goes_on_where_it_was(
         [*command, "--effort", "medium", "--out", "pruned"],
         [
             "recover", "pruned", "--teacher", tiny_model, "--out", plain, "--text", calibration,
-            "--samples", 16, "--seqlen", 32, "--device", "cpu",
+            "--samples", 16, "--seqlen", 32, "--epochs", 2, "--device", "cpu",
         ],
     )  # fmt: skip
     for each in commands:
