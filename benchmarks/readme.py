@@ -44,7 +44,9 @@ NAMES = {
     "BESA": "BESA's masks alone, as in its paper",
     "BESA + ADMM": "BESA's masks, ADMM",
     "BESA + guarded updates": "**besa's default**: BESA's masks, guarded updates",
+    "BESA + guarded updates, rotation on": "`--rotate on`",
     "BESA + guarded updates, high effort": "`--effort high`",
+    "BESA + guarded updates, high effort, rotation on": "`--effort high --rotate on`",
     "BESA + guarded updates, rounded to int8": "`--quantize int8`",
     "BESA + guarded updates, rounded to int4:128": "`--quantize int4:128`",
 }

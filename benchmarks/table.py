@@ -37,7 +37,9 @@ ALL = (
     Contender("besa", "admm"),
     Contender("besa", quantize="int8"),
     Contender("besa", quantize="int4:128"),
+    Contender("besa", rotate="on"),
     Contender("besa", effort="high"),
+    Contender("besa", effort="high", rotate="on"),
 )
 
 

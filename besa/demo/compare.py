@@ -49,6 +49,7 @@ class Contender:
     granularity: str | None = None
     quantize: str | None = None
     effort: str | None = None
+    rotate: str | None = None
 
     def __str__(self) -> str:
         return "-".join(value for value in asdict(self).values() if value is not None)
@@ -185,6 +186,7 @@ def _row(
         granularity=contender.granularity,
         quantize=contender.quantize,
         effort=contender.effort,
+        rotate=contender.rotate,
         setting=setting,
         perplexity=own.perplexity,
         standard_error=own.standard_error,

@@ -35,7 +35,7 @@ class ComparedRun:
     Attributes:
         method, update, granularity: how it was pruned; only BESA has a granularity.
         quantize: what its weights were rounded to.
-        effort: None where it was the default.
+        effort, rotate: None where they were the defaults.
         setting: what it was pruned to, "50%" or "2:4".
         perplexity, standard_error: over the text's windows.
         sparsity: the fraction of zeros over all of its weights.
@@ -51,6 +51,7 @@ class ComparedRun:
     granularity: str | None = None
     quantize: str | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
     effort: str | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
+    rotate: str | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
     setting: str
     perplexity: float
     standard_error: float | None = None
@@ -69,6 +70,7 @@ class ComparedRun:
             "rates by {}": self.granularity,
             "rounded to {}": self.quantize,
             "{} effort": self.effort,
+            "rotation {}": self.rotate,
         }
         return ", ".join([name, *(words.format(x) for words, x in more.items() if x)])
 
