@@ -94,11 +94,13 @@ class TriedUpdate:
     Attributes:
         update: none, admm or learn.
         step: of Adam, as a share of a matrix's root mean square, where weights were learned.
+        mask: whose mask it follows, where that is not the method's own.
         error: of the block's output on held-out windows, half by size and half by token.
     """
 
     update: str
     step: float | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
+    mask: str | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
     error: float | None = None
 
 
@@ -107,12 +109,13 @@ class BlockUpdate:
     """What follows a block's mask.
 
     Attributes:
-        chosen, step: of what was tried, what the block ended with.
-        tried: the cheapest first.
+        chosen, step, mask: of what was tried, what the block ended with.
+        tried: the cheapest first, for each mask.
     """
 
     chosen: str
     step: float | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
+    mask: str | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
     tried: tuple[TriedUpdate, ...] = ()
 
 

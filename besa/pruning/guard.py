@@ -6,6 +6,9 @@ model ruins another. So an eighth of the windows is held out, no candidate sees 
 that candidate stays whose output is nearest to the dense model's there (`balanced_error`). None is
 kept that is not better than all cheaper ones.
 
+A method that learns which N of every M weights stay may choose worse than a plain rule where it has
+few tokens to learn from. So the masks of `others` are tried, too.
+
 The size of a step is tried on the first blocks; later ones go on with the last that helped, or a
 smaller one where it no longer does.
 
@@ -21,7 +24,7 @@ smaller one where it no longer does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -61,7 +64,11 @@ def steps_for(earlier: Sequence[BlockUpdate]) -> tuple[float, ...]:
 
 
 def guarded(
-    run: BlockRun, pruned: Pruned, earlier: Sequence[BlockUpdate], solve: bool = True
+    run: BlockRun,
+    pruned: Pruned,
+    earlier: Sequence[BlockUpdate],
+    solve: bool = True,
+    others: Mapping[str, Pruned] | None = None,
 ) -> tuple[Pruned, BlockUpdate]:
     """What of a mask's updates stays, and what was tried, the cheapest first.
 
@@ -69,26 +76,36 @@ def guarded(
         pruned: the masks, and weights if the method made any.
         earlier: what was chosen in the blocks before.
         solve: try ADMM, and learn from there if it helps.
+        others: masks of other methods that are tried as well, by the methods' names.
     """
     tried: list[TriedUpdate] = []
     best, best_error, chosen = pruned, math.inf, TriedUpdate(update="none")
 
-    def consider(candidate: Pruned, update: str, step: float | None = None) -> None:
+    def consider(
+        candidate: Pruned, update: str, step: float | None = None, mask: str | None = None
+    ) -> None:
         nonlocal best, best_error, chosen
         run.put(candidate)
         error = run.held_out_error()
-        tried.append(TriedUpdate(update=update, step=step, error=error))
+        tried.append(TriedUpdate(update=update, step=step, mask=mask, error=error))
         if error < best_error:  # False where it is not a number
             best, best_error, chosen = candidate, error, tried[-1]
 
-    consider(pruned, "none")
-    if solve:
-        with suppress(BesaError):  # its statistics overflowed: the error of `none` stands alone
-            consider(updated(run, pruned, admm.update), "admm")
-    start = best
+    masks: list[tuple[str | None, Pruned]] = [(None, pruned)]
+    for name, other in (others or {}).items():
+        masks.append((name, replace(other, losses=pruned.losses)))
+    for mask, candidate in masks:
+        consider(candidate, "none", mask=mask)
+        if solve:
+            with suppress(BesaError):  # its statistics overflowed: the error of `none` stands alone
+                consider(updated(run, candidate, admm.update), "admm", mask=mask)
+    start, mask = best, chosen.mask
     for step in steps_for(earlier):
-        consider(learned(run, start, step), "learn", step)
-    return best, BlockUpdate(chosen=chosen.update, step=chosen.step, tried=tuple(tried))
+        consider(learned(run, start, step), "learn", step, mask)
+    update = BlockUpdate(
+        chosen=chosen.update, step=chosen.step, mask=chosen.mask, tried=tuple(tried)
+    )
+    return best, update
 
 
 def learned(run: BlockRun, pruned: Pruned, step: float) -> Pruned:

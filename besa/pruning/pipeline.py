@@ -38,7 +38,7 @@ from besa.progress import REPLAY, WRITTEN, Event, Tell
 from besa.pruning import methods, updates
 from besa.pruning.activations import Activations
 from besa.pruning.block_run import BlockRun, Pruned
-from besa.pruning.budget import budgets
+from besa.pruning.budget import Budget, budgets
 from besa.pruning.config import PruneConfig
 from besa.pruning.guard import guarded, held_out_of
 from besa.pruning.learn import Step
@@ -253,7 +253,7 @@ class _Pipeline:
         measured = _measured(streams.pruned)
         run = self._block_run(index, self._take(index), linears, streams, calls)
         self._observe(index, run, streams, method.hessians)
-        pruned, update = self._updated(index, run, streams, method.mask(run, budget))
+        pruned, update = self._updated(index, run, streams, method.mask(run, budget), budget)
 
         error_wanda = None
         if linears and self.config.method != "wanda":
@@ -279,7 +279,7 @@ class _Pipeline:
         return tensors, record
 
     def _updated(
-        self, index: int, run: BlockRun, streams: Streams, pruned: Pruned
+        self, index: int, run: BlockRun, streams: Streams, pruned: Pruned, budget: Budget
     ) -> tuple[Pruned, BlockUpdate | None]:
         """The masks with the weights that they keep updated, and how that was chosen."""
         if streams.dense is not None:
@@ -292,7 +292,9 @@ class _Pipeline:
         if kind in ("auto", "learn"):
             if not self.held_out:
                 return pruned, None
-            return guarded(run, pruned, self.chosen, solve=kind == "auto")
+            learned_choice = self.config.method == "besa" and bool(self.config.pattern.m)
+            others = {"wanda": wanda.mask(run, budget)} if learned_choice else None
+            return guarded(run, pruned, self.chosen, kind == "auto", others)
         return updates.updated(run, pruned, updates.load(kind)), None
 
     def _take(self, index: int) -> nn.Module:

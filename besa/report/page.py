@@ -19,7 +19,7 @@ from typing import Any
 from markupsafe import Markup
 
 from besa.methods import UPDATES
-from besa.model.prune_record import BlockRecord, PruneRecord
+from besa.model.prune_record import BlockRecord, PruneRecord, TriedUpdate
 from besa.report import charts, heat, spread
 from besa.report.figures import (
     Cell,
@@ -36,7 +36,7 @@ from besa.report.figures import (
 )
 from besa.report.formatting import NONE, duration, percent, rate, signed, significant, size
 from besa.report.layout import Chart, Headline, Table, render_page
-from besa.report.names import short_names
+from besa.report.names import method_name, short_names
 
 # A linear's cells, one for each block; None where a block has no such linear.
 Cells = Mapping[str, Sequence[Cell | None]]
@@ -305,11 +305,14 @@ def _updates(blocks: Sequence[BlockRecord], labels: Sequence[str]) -> Section | 
     if not chosen:
         return None
     tried = [
-        {_update_name(each.update, each.step): finite(each.error) for each in update.tried}
+        {_update_name(each): finite(each.error) for each in update.tried}
         for update in chosen.values()
     ]
     heads = sorted({name for each in tried for name in each}, key=_by_cost)
-    names = [_update_name(update.chosen, update.step) for update in chosen.values()]
+    names = [
+        _update_name(TriedUpdate(update=one.chosen, step=one.step, mask=one.mask))
+        for one in chosen.values()
+    ]
     alone = [errors.get(_ALONE) for errors in tried]
     best = [errors.get(name) for errors, name in zip(tried, names, strict=True)]
     rows = [
@@ -339,15 +342,19 @@ def _updates(blocks: Sequence[BlockRecord], labels: Sequence[str]) -> Section | 
 _ALONE = "masks alone"
 
 
-def _update_name(update: str, step: float | None) -> str:
-    if step is not None:
-        return f"learned, step {step:g}"
-    return _ALONE if update == "none" else UPDATES.get(update, update)
+def _update_name(tried: TriedUpdate) -> str:
+    own = UPDATES.get(tried.update, tried.update)
+    if tried.step is not None:
+        own = f"learned, step {tried.step:g}"
+    if tried.mask is None:
+        return _ALONE if tried.update == "none" else own
+    mask = f"{method_name(tried.mask)}'s mask"
+    return f"{mask} alone" if tried.update == "none" else f"{mask}, {own}"
 
 
-def _by_cost(name: str) -> tuple[bool, bool, str]:
-    """Sorts as it was tried: nothing, ADMM, learned weights by their step."""
-    return name.startswith("learned"), name != _ALONE, name
+def _by_cost(name: str) -> tuple[bool, bool, bool, str]:
+    """Sorts as it was tried: nothing, ADMM, learned weights by their step; other masks later."""
+    return "'s mask" in name, "learned" in name, not name.endswith("alone"), name
 
 
 def _learning(blocks: Sequence[BlockRecord], labels: Sequence[str]) -> Section | None:

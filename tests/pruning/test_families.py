@@ -177,6 +177,23 @@ def test_weights_are_learned_without_admm_where_that_is_asked_for(
     check_guard(family_model("llama"), calibration, tmp_path / "out", "wanda", "learn")
 
 
+@pytest.mark.parametrize(("pattern", "masks"), [("2:4", {None, "wanda"}), ("unstructured", {None})])
+def test_wandas_masks_are_tried_beside_a_learned_choice(
+    pattern: str,
+    masks: set[str | None],
+    family_model: MakeModel,
+    calibration: Path,
+    tmp_path: Path,
+):
+    out = tmp_path / "out"
+    result = prune(family_model("llama"), out, calibration, pattern=pattern, samples=16)
+    for block in result.record.blocks:
+        assert block.update is not None
+        assert {each.mask for each in block.update.tried} == masks
+        best = min(block.update.tried, key=lambda tried: tried.error)
+        assert (block.update.chosen, block.update.mask) == (best.update, best.mask)
+
+
 def check_guard(model: Path, calibration: Path, out: Path, method: str, update: str) -> None:
     """Prunes, and asserts that every block kept the best of what was tried, at its sparsity."""
     result = prune(model, out, calibration, method=method, update=update, samples=16)

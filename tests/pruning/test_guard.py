@@ -67,6 +67,23 @@ def test_the_best_on_held_out_windows_is_kept():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("better", [True, False])
+def test_the_better_of_two_masks_is_kept(better: bool):
+    run, wanda = held_out_run()
+    worst = Pruned({name: ~mask for name, mask in wanda.masks.items()}, losses=[0.5])
+    own, other = (worst, wanda) if better else (wanda, worst)
+    best, update = guarded(run, own, [], others={"magnitude": other})
+    assert [(each.update, each.mask) for each in update.tried] == [
+        *(("none", None), ("admm", None), ("none", "magnitude"), ("admm", "magnitude")),
+        *[("learn", "magnitude" if better else None)] * len(STEPS),
+    ]
+    assert update.mask == ("magnitude" if better else None)
+    for name, mask in wanda.masks.items():
+        assert torch.equal(best.masks[name], mask)
+    assert best.losses == own.losses
+
+
+@torch.no_grad()
 def test_an_update_that_does_harm_is_not_kept(monkeypatch: pytest.MonkeyPatch):
     run, pruned = held_out_run()
     monkeypatch.setattr(guard, "STEPS", (30.0, 10.0))  # weights are thrown about
