@@ -100,10 +100,12 @@ def methods(comparison: Comparison, recipes: Iterable[str] = NAMES) -> str:
     )
     begun = ", each after a beginning token" if comparison.bos else ""
     samples = comparison.settings.get("samples", 128)
+    high = any(row.effort == "high" for row in comparison.rows)
+    more = ", three times as many with high effort" if high else ""
     lines += [
         "",
         f"The default's margin over Wanda in nats a token: {margins}. {samples} samples of "
-        f"{comparison.seqlen} tokens to calibrate; "
+        f"{comparison.seqlen} tokens to calibrate{more}; "
         f"{comparison.tokens:,} tokens of {comparison.text}, windows of {comparison.seqlen}{begun};"
         f" {comparison.machine}; torch {comparison.versions['torch']}. "
         "By `benchmarks/table.py`, which says how.",
