@@ -51,7 +51,7 @@ def prune(model: Path, out: Path, calibration: Path, method: str, **settings: ob
         device="cpu",
         **settings,
     )
-    pipeline.prune(model, config)
+    pipeline.prune_blocks(model, config)
 
 
 @pytest.mark.parametrize(
