@@ -1,8 +1,8 @@
 """The record of a comparison: one model pruned by several methods at several settings.
 
 >>> comparison = read_comparison(Path("path/to/comparison.json"))
->>> {row.method: row.perplexity for row in comparison.rows if row.setting == "50%"}
-{'magnitude': ..., 'wanda': ..., ...}
+>>> {row.recipe: row.perplexity for row in comparison.rows if row.setting == "50%"}["Wanda"]
+14.69...
 
 `besa demo` and benchmarks/table.py make one (besa.demo.compare); besa.report.render_comparison
 shows it.
