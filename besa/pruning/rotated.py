@@ -81,7 +81,7 @@ def rotated_copy(
 
     with fitting_in_memory("the whole model", "give --rotate off or --device cpu"):
         words = rotate(
-            checkpoint.directory,
+            checkpoint,
             windows[:_SAMPLES],
             directory,
             device=pick_device(config.device),

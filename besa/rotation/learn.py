@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,26 +61,22 @@ def statistics_of(model: Any, structure: Structure, windows: Tensor) -> Statisti
     stream: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
-    sizes = {heads.output.name: heads.size for heads in structure.heads}
-    norms = {site.readers[0].name: site.norm for site in structure.sites}
-    values = {heads.value.name for heads in structure.heads}
+    first = {site.readers[0]: site.norm for site in structure.sites}  # the others read the same
+    sizes = {heads.output: heads.size for heads in structure.heads}
+    values = () if structure.sites else [heads.value for heads in structure.heads]
 
     def on_product(matrix: Matrix, given: Tensor) -> None:
         x = given.reshape(-1, given.shape[-1]).float()
-        if matrix.name in norms:
-            _add(stream, norms[matrix.name], x.T @ x)
-        elif matrix.name in sizes:
-            parts = x.unflatten(1, (-1, sizes[matrix.name])).transpose(0, 1)
+        if matrix in first:
+            _add(stream, first[matrix], x.T @ x)
+        elif matrix in sizes:
+            parts = x.unflatten(1, (-1, sizes[matrix])).transpose(0, 1)
             _add(inputs, matrix.name, parts.mT @ parts)
         elif not matrix.transposed and matrix.of(model).ndim == 2:
             _add(squares, matrix.name, x.square().sum(0))
-        if matrix.name in values and matrix.name not in norms:
-            _add(squares, matrix.name, x.square().sum(0))
 
-    watched = [*structure.writers, *(x for site in structure.sites for x in site.readers)]
-    watched += [x for heads in structure.heads for x in (heads.value, heads.output)]
-    with ExitStack() as stack:
-        stack.enter_context(observing(model, list(dict.fromkeys(watched)), on_product))
+    watched = dict.fromkeys([*first, *structure.writers, *values, *sizes])
+    with observing(model, list(watched), on_product):
         for window in windows:
             model(input_ids=window.unsqueeze(0), use_cache=False, logits_to_keep=1)
     return Statistics(stream, inputs, squares)

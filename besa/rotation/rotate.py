@@ -1,7 +1,7 @@
 """Writes a rotated copy of a model, which gives the same logits: `besa prune --rotate`.
 
 >>> windows = torch.randint(257, (2, 16))
->>> rotate(Path("path/to/model"), windows, Path("rotated"), steps=2)
+>>> rotate(Checkpoint.open("path/to/model"), windows, Path("rotated"), steps=2)
 'the residual stream and the values of each head were rotated'
 >>> sorted(path.name for path in Path("rotated").glob("*.json"))[0]
 'config.json'
@@ -44,7 +44,7 @@ _TOKENS = 64  # that the logits are compared on
 
 
 def rotate(
-    directory: Path,
+    checkpoint: Checkpoint,
     windows: Tensor,
     out: Path,
     *,
@@ -59,7 +59,7 @@ def rotate(
     The model is in memory as a whole, in float32.
 
     Args:
-        directory: the model.
+        checkpoint: the model.
         windows: token ids int64 [windows, tokens].
         out: the directory to write; not there yet.
         untie: rotate the stream of a model whose head is its embedding, too.
@@ -72,8 +72,7 @@ def rotate(
     Raises:
         BesaError: the model cannot be loaded, or does not fit.
     """
-    checkpoint = Checkpoint.open(directory)
-    model = _loaded(directory, device)
+    model = _loaded(checkpoint, device)
     windows = windows.to(model.device)
     probe = windows[:1, :_TOKENS]
     before = _logits(model, probe)
@@ -82,7 +81,7 @@ def rotate(
         _untie(model)
         fold_gains(model, structure.sites)
         if not _stream_holds(model, structure, probe, before):
-            model = _loaded(directory, device)
+            model = _loaded(checkpoint, device)
             structure = replace(structure, sites=(), writers=())
     else:
         structure = replace(structure, sites=(), writers=())
@@ -120,9 +119,9 @@ def rotate(
     return words
 
 
-def _loaded(directory: Path, device: torch.device | str) -> Any:
+def _loaded(checkpoint: Checkpoint, device: torch.device | str) -> Any:
     """The model in float32, its experts by products that can be seen."""
-    model = load_model(directory, "float32", device).requires_grad_(False)
+    model = load_model(checkpoint.directory, "float32", device).requires_grad_(False)
     model.set_experts_implementation("eager")
     return model
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from besa.model.checkpoint import Checkpoint
 from besa.model.prune_record import PruneRecord
 from besa.model.record import read_record
 from besa.rotation.apply import fold_gains, random_rotation
@@ -70,7 +71,7 @@ def test_what_can_be_rotated_is_and_gives_the_same_logits(
     family: str, tiny_model: Path, tmp_path: Path, windows: torch.Tensor
 ):
     dense = saved(family, tmp_path / "dense", tiny_model)
-    words = rotate(dense, windows, tmp_path / "out", untie=True, steps=5)
+    words = rotate(Checkpoint.open(dense), windows, tmp_path / "out", untie=True, steps=5)
     assert words == POSSIBLE[family]
     if words is None:
         assert not (tmp_path / "out").exists()
@@ -93,7 +94,9 @@ def test_a_tied_head_stays_tied_unless_asked(
     tied: bool, tiny_model: Path, tmp_path: Path, windows: torch.Tensor
 ):
     dense = saved("llama", tmp_path / "dense", tiny_model, tie_word_embeddings=tied)
-    assert rotate(dense, windows, tmp_path / "out", steps=2) == (VALUES if tied else BOTH)
+    assert rotate(Checkpoint.open(dense), windows, tmp_path / "out", steps=2) == (
+        VALUES if tied else BOTH
+    )
     model = load_strictly(tmp_path / "out")
     assert model.config.tie_word_embeddings == tied
     size = (tmp_path / "out/model.safetensors").stat().st_size
