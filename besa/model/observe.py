@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,26 +27,24 @@ from besa.model.blocks import Linear
 
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm)
 
+T = TypeVar("T")
 
-class observe(TorchFunctionMode):
-    """While it is entered, reports the input of every linear whose weight is used.
 
-    Calls `on_input(linear, group, inputs)` with inputs [tokens, cols], group by group; `group` is
-    the expert's index, 0 for an ordinary linear.
+class products(TorchFunctionMode, Generic[T]):
+    """While it is entered, reports each product in which a weight is used.
+
+    Args:
+        weights: what is watched, by what it is reported as. Views of them count as well.
+        report: is given that, the product's inputs, the weight as it stands there, and whether the
+            product turns it, as `functional.linear` does.
     """
 
     def __init__(
-        self,
-        block: nn.Module,
-        linears: Sequence[Linear],
-        on_input: Callable[[Linear, int, Tensor], None],
+        self, weights: Mapping[T, Tensor], report: Callable[[T, Tensor, Tensor, bool], None]
     ) -> None:
         super().__init__()
-        self.on_input = on_input
-        self.linears = {
-            block.get_parameter(linear.parameter).untyped_storage().data_ptr(): linear
-            for linear in linears
-        }
+        self.report = report
+        self.known = {weight.untyped_storage().data_ptr(): key for key, weight in weights.items()}
 
     def __torch_function__(
         self,
@@ -63,18 +61,36 @@ class observe(TorchFunctionMode):
             operands = args[1:3]
         if operands is not None:
             inputs, weight = operands
-            linear = self.linears.get(weight.untyped_storage().data_ptr())
-            if linear is not None:
-                inputs_first = (func is nn.functional.linear) != (weight.stride(-1) == 1)
-                if inputs_first != linear.transposed:
-                    raise BesaError(
-                        f"besa does not know how {linear.name} is laid out; leave it dense with "
-                        f"--exclude '{re.escape(linear.name)}'"
-                    )
-                self._report(linear, inputs, weight)
+            place = weight.untyped_storage().data_ptr()
+            if place in self.known:
+                self.report(self.known[place], inputs, weight, func is nn.functional.linear)
         return func(*args, **kwargs)
 
-    def _report(self, linear: Linear, inputs: Tensor, weight: Tensor) -> None:
+
+class observe(products[Linear]):
+    """While it is entered, reports the input of every linear whose weight is used.
+
+    Calls `on_input(linear, group, inputs)` with inputs [tokens, cols], group by group; `group` is
+    the expert's index, 0 for an ordinary linear.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        linears: Sequence[Linear],
+        on_input: Callable[[Linear, int, Tensor], None],
+    ) -> None:
+        weights = {linear: block.get_parameter(linear.parameter) for linear in linears}
+        super().__init__(weights, self._on_product)
+        self.on_input = on_input
+
+    def _on_product(self, linear: Linear, inputs: Tensor, weight: Tensor, turned: bool) -> None:
+        inputs_first = turned != (weight.stride(-1) == 1)
+        if inputs_first != linear.transposed:
+            raise BesaError(
+                f"besa does not know how {linear.name} is laid out; leave it dense with "
+                f"--exclude '{re.escape(linear.name)}'"
+            )
         if weight.ndim == 3:  # all experts at once: inputs [groups, tokens, cols]
             for group, group_inputs in enumerate(inputs):
                 self.on_input(linear, group, group_inputs)

@@ -18,18 +18,17 @@ guess holds, `besa.rotation.rotate` sees from the logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from besa.model.blocks import expert_count, find_blocks, find_linears
+from besa.model.observe import products
 
-_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm)
 _TOKENS = 8  # of the run that shows the structure
 
 
@@ -225,30 +224,9 @@ def _heads(model: Any, readers: list[Matrix], writers: list[Matrix]) -> tuple[He
     return tuple(found)
 
 
-class observing(TorchFunctionMode):
+def observing(
+    model: nn.Module, matrices: Sequence[Matrix], report: Callable[[Matrix, Tensor], None]
+) -> products[Matrix]:
     """While it is entered, reports each product of a model's weights, with its inputs."""
-
-    def __init__(
-        self, model: nn.Module, matrices: list[Matrix], report: Callable[[Matrix, Tensor], None]
-    ) -> None:
-        super().__init__()
-        self.report = report
-        self.known = {
-            model.get_parameter(matrix.name).untyped_storage().data_ptr(): matrix
-            for matrix in matrices
-        }
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.linear or func in _PRODUCTS:
-            inputs, weight = (*args, *kwargs.values())[:2]
-            matrix = self.known.get(weight.untyped_storage().data_ptr())
-            if matrix is not None:
-                self.report(matrix, inputs)
-        return func(*args, **kwargs)
+    weights = {matrix: model.get_parameter(matrix.name) for matrix in matrices}
+    return products(weights, lambda matrix, inputs, weight, turned: report(matrix, inputs))
