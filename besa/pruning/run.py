@@ -24,7 +24,7 @@ from besa.progress import Tell
 from besa.pruning.config import PruneConfig
 from besa.pruning.pipeline import PruneResult, prune_blocks
 from besa.pruning.rotated import Rotated, rotated_copy
-from besa.recovery.config import RecoverConfig
+from besa.recovery.config import RecoverConfig, check_accelerate
 from besa.report.pages import write_pages
 
 # Of the training with high effort.
@@ -44,8 +44,11 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
             and the same call goes on from there.
     """
     check_free(Path(config.out), config.overwrite)
+    trains = config.effort == "high" and config.quantize is None  # which would undo the rounding
+    if trains:
+        check_accelerate()
     rotated = None if config.rotate == "off" else rotated_copy(model, config, tell)
-    if config.effort == "high" and config.quantize is None:
+    if trains:
         result = _pruned_and_recovered(model, config, rotated, tell)
     else:
         result = prune_blocks(model, config, tell, rotated=rotated)
@@ -59,9 +62,8 @@ def _pruned_and_recovered(
 ) -> PruneResult:
     """Prunes beside the output, and trains what that gives towards the dense model."""
     # The Trainer takes seconds to import, which other runs are to be spared.
-    from besa.recovery.recover import NothingBetterError, check_accelerate, recover
+    from besa.recovery.recover import NothingBetterError, recover
 
-    check_accelerate()
     out = Path(config.out)
     first = out.with_name(out.name + ".pruned")
     result = prune_blocks(

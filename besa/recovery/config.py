@@ -85,3 +85,13 @@ class RecoverConfig:
     def held_out(self) -> int:
         """How many of the samples nothing is learned from."""
         return self.samples // HELD_OUT
+
+
+def check_accelerate() -> None:
+    """Raises a BesaError if what transformers' Trainer needs is not there."""
+    from transformers.utils import is_accelerate_available
+
+    if not is_accelerate_available():
+        raise BesaError(
+            "training needs accelerate, as transformers' Trainer does: pip install 'besa[recover]'"
+        )

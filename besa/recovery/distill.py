@@ -4,7 +4,8 @@
 >>> student, teacher = (AutoModelForCausalLM.from_pretrained("path/to/pruned") for _ in range(2))
 >>> rows = torch.randint(257, (4, 16))
 >>> arguments = TrainingArguments("trained", use_cpu=True, report_to="none", save_strategy="no")
->>> distiller = Distiller(student, teacher, arguments, rows, rows[:1], optimizer_of([], 0.001))
+>>> optimizer = optimizer_of(list(student.parameters()), step=0.001)
+>>> distiller = Distiller(student, teacher, arguments, rows, rows[:1], optimizer)
 >>> distiller.evaluate()["eval_loss"]
 0.0
 """
@@ -104,7 +105,7 @@ class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def optimizer_of(parameters: Sequence[nn.Parameter], step: float) -> torch.optim.Optimizer:
     """Adam, each parameter's step a share of its own root mean square; 8 bytes a weight."""
-    groups = [{"params": [p], "lr": step * _rms(p)} for p in parameters] or [{"params": []}]
+    groups = [{"params": [p], "lr": step * _rms(p)} for p in parameters]
     return torch.optim.AdamW(groups, lr=step, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import is_accelerate_available
 
 from besa.data.samples import draw_samples
 from besa.errors import BesaError
@@ -36,7 +35,7 @@ from besa.model.prune_record import PruneRecord, Recovery
 from besa.model.record import read_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Tell
-from besa.recovery.config import RecoverConfig
+from besa.recovery.config import RecoverConfig, check_accelerate
 from besa.recovery.training import train
 from besa.report.names import short_name
 from besa.report.pages import write_pages
@@ -115,14 +114,6 @@ def recover(pruned: str | Path, config: RecoverConfig, tell: Tell = lambda event
         shutil.rmtree(_training(workspace.path), ignore_errors=True)
         workspace.publish()
     return recovery
-
-
-def check_accelerate() -> None:
-    """Raises a BesaError if what the Trainer needs is not there."""
-    if not is_accelerate_available():
-        raise BesaError(
-            "training needs accelerate, as transformers' Trainer does: pip install 'besa[recover]'"
-        )
 
 
 def _in_words(recovery: Recovery) -> str:

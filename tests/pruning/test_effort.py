@@ -93,6 +93,16 @@ def test_high_trains_what_it_pruned_and_goes_on_where_it_was(
     assert not list(tmp_path.glob("out.*"))
 
 
+def test_what_training_needs_is_looked_for_first(
+    tiny_model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("transformers.utils.is_accelerate_available", lambda: False)
+    config = PruneConfig(out=tmp_path / "out", effort="high", calibration=str(calibration))
+    with pytest.raises(BesaError, match="training needs accelerate"):
+        prune(tiny_model, config)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_in_the_way_is_left_alone(tiny_model: Path, calibration: Path, tmp_path: Path):
     mine = tmp_path / "out.pruned/mine.txt"
     mine.parent.mkdir()

@@ -313,7 +313,7 @@ def test_wrong_models_are_named(
 
 def test_without_accelerate(pruned_model: Pruned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dense, pruned = pruned_model("tiny")
-    monkeypatch.setattr("besa.recovery.recover.is_accelerate_available", lambda: False)
+    monkeypatch.setattr("transformers.utils.is_accelerate_available", lambda: False)
     with pytest.raises(BesaError, match=r"pip install 'besa\[recover\]'"):
         recover(pruned, RecoverConfig(out=tmp_path / "out", teacher=dense))
     assert not list(tmp_path.iterdir())
