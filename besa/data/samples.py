@@ -8,6 +8,7 @@ torch.Size([4, 32])
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Protocol
 
@@ -68,3 +69,8 @@ def draw_samples(directory: Path, text: str, settings: Drawing) -> Tensor:
     documents = documents_from(text, "calibration")
     stream = token_stream(tokenizer, documents, limit=limit, special=token is None)
     return calibration_windows(stream, samples, seqlen, settings.seed, token)
+
+
+def samples_digest(samples: Tensor) -> str:
+    """The SHA-256 of samples, by which a run that goes on knows its text again."""
+    return hashlib.sha256(samples.numpy().tobytes()).hexdigest()

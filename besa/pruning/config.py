@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from besa.data.beginning import CHOICES
+from besa.data.held_out import HELD_OUT
 from besa.errors import BesaError
 from besa.methods import METHODS, UPDATES
 from besa.pruning.grid import Grid
@@ -25,9 +26,6 @@ ROTATIONS = ("off", "auto", "on")
 
 # Calibration samples where the user does not say how many; three times as many with high effort.
 SAMPLES = 128
-
-# One sample in so many is held out to choose updates by; with fewer there are none to choose by.
-HELD_OUT = 8
 
 
 @dataclass(frozen=True)

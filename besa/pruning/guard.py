@@ -30,10 +30,11 @@ from dataclasses import replace
 
 import torch
 
+from besa.data.held_out import HELD_OUT
 from besa.errors import BesaError
 from besa.model.prune_record import BlockUpdate, TriedUpdate
 from besa.pruning.block_run import BlockRun, Pruned
-from besa.pruning.config import HELD_OUT, PruneConfig
+from besa.pruning.config import PruneConfig
 from besa.pruning.kept_weights import WeightLearner, rms
 from besa.pruning.learn import balanced_error
 from besa.pruning.updates import admm, updated

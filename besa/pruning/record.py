@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from besa.data.held_out import HELD_OUT
+from besa.data.samples import samples_digest
 from besa.machine import peak_memory
 from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
+from besa.model.conditions import conditions
 from besa.model.prune_record import (
     BlockRecord,
     BlockUpdate,
@@ -25,7 +27,7 @@ from besa.model.prune_record import (
     Sparsity,
 )
 from besa.pruning.block_run import BlockRun, Tensors
-from besa.pruning.config import HELD_OUT, PruneConfig
+from besa.pruning.config import PruneConfig
 from besa.typed_json import from_json
 from besa.version import __version__, versions
 
@@ -52,14 +54,8 @@ def settings_of(
         "quantize": config.quantize and str(config.quantize),
         "sparsity": config.rate,
         "seqlen": windows.shape[1],
-        "calibration_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "model": str(model),
-        "model_fingerprint": checkpoint.fingerprint(),
-        "besa": __version__,
-        "torch": torch.__version__,
+        "calibration_sha256": samples_digest(windows),
+        **conditions(model, checkpoint, device, dtype),
     }
 
 

@@ -9,14 +9,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from besa.data.samples import draw_samples
+from besa.data.samples import draw_samples, samples_digest
 from besa.errors import BesaError
 from besa.model.checkpoint import Checkpoint
 from besa.model.loading import fitting_in_memory, pick_device
@@ -59,7 +58,7 @@ def rotated_copy(
     windows = draw_samples(checkpoint.directory, config.calibration, config)
     made_of = {
         "model": checkpoint.fingerprint(),
-        "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "text": samples_digest(windows),
         "rotate": config.rotate,
         "besa": __version__,
     }

@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from besa.data.beginning import CHOICES
+from besa.data.held_out import HELD_OUT
 from besa.errors import BesaError
 from besa.settings import DTYPES, check_choices, described, setting
-
-# One sample in so many is held out: what is kept is what is best there.
-HELD_OUT = 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ nothing is where none is better than the pruned model.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 import time
 from pathlib import Path
@@ -26,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from besa.data.samples import draw_samples
+from besa.data.samples import draw_samples, samples_digest
 from besa.errors import BesaError
 from besa.model.checkpoint import Checkpoint
+from besa.model.conditions import conditions
 from besa.model.files import resolve
 from besa.model.loading import fitting_in_memory, pick_device
 from besa.model.prune_record import PruneRecord, Recovery
@@ -39,7 +39,6 @@ from besa.recovery.config import RecoverConfig, check_accelerate
 from besa.recovery.training import train
 from besa.report.names import short_name
 from besa.report.pages import write_pages
-from besa.version import __version__
 
 # Of the Trainer's at once: the best, the last and the one that is written. In each a weight has 12
 # bytes, two of Adam's moments among them.
@@ -164,14 +163,8 @@ def _settings(
         **settings,
         "teacher": str(config.teacher),
         "seqlen": windows.shape[1],
-        "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "model": str(pruned),
-        "model_fingerprint": checkpoint.fingerprint(),
-        "besa": __version__,
-        "torch": torch.__version__,
+        "text_sha256": samples_digest(windows),
+        **conditions(pruned, checkpoint, device, dtype),
     }
 
 
