@@ -28,7 +28,7 @@ from serving_report import engine_name, speed, tables
 
 from besa.bench.results import read_results
 from besa.bench.statistics import coverage
-from besa.report.comparison import Comparison, read_comparison
+from besa.report.comparison import ComparedRun, Comparison, read_comparison
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -83,17 +83,8 @@ def methods(comparison: Comparison, recipes: Iterable[str] = NAMES) -> str:
         f"| Dense | {' | '.join([f'{dense:.2f}'] * len(settings))} |",
     ]
     for recipe in recipes:
-        cells = []
-        for setting in settings if recipe in made else ():
-            row = rows.get((recipe, setting))
-            if row is None:
-                cells.append("–")
-                continue
-            cell = f"{row.perplexity:.2f}"
-            if row.recovered is not None and row.method != "magnitude":
-                cell += f" (closed {row.recovered:.0%})"
-            cells.append(cell)
-        if cells:
+        if recipe in made:
+            cells = [_closed(rows.get((recipe, setting))) for setting in settings]
             lines.append(f"| {NAMES[recipe]} | {' | '.join(cells)} |")
     margins = ", ".join(
         f"{rows[DEFAULT, s].margin:.3f} ± {rows[DEFAULT, s].margin_se:.3f} at {s}" for s in settings
@@ -113,19 +104,14 @@ def methods(comparison: Comparison, recipes: Iterable[str] = NAMES) -> str:
     return "\n".join(lines)
 
 
-def samples(record: dict[str, Any]) -> str:
-    """What models write, from benchmarks/samples.py."""
-    lines = [
-        f"{record['model']}, {record['tokens']} tokens, greedily; every prompt that was tried:"
-    ]
-    for index, prompt in enumerate(record["prompts"]):
-        lines += ["", f"> {prompt} …", "", "| | |", "| --- | --- |"]
-        for name, texts in record["texts"].items():
-            text = " ".join(texts[index].split())
-            for letter in "|<*_`":
-                text = text.replace(letter, f"\\{letter}")
-            lines.append(f"| {name} | {text} |")
-    return "\n".join(lines)
+def _closed(row: ComparedRun | None) -> str:
+    """A perplexity, and the share of Wanda's loss that is won back."""
+    if row is None:
+        return "–"
+    cell = f"{row.perplexity:.2f}"
+    if row.recovered is not None and row.method != "magnitude":
+        cell += f" (closed {row.recovered:.0%})"
+    return cell
 
 
 def cost(wallclock: dict[str, Any], memory: dict[str, Any], allocation: dict[str, Any]) -> str:
