@@ -72,6 +72,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of some 6,000 letters."""
+    path = tmp_path_factory.mktemp("calibration") / "text.txt"
+    sentences = (f"The {n}th of {n * n} sentences, of {n % 7} kinds.\n" for n in range(150))
+    path.write_text("".join(sentences))
+    return path
+
+
 @pytest.fixture
 def besa(tmp_path: Path) -> Besa:
     """Runs `besa` in a new interpreter, in the test's directory; its output as text.

@@ -13,15 +13,6 @@ MakeModel = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of some 6,000 letters."""
-    path = tmp_path_factory.mktemp("calibration") / "text.txt"
-    sentences = (f"The {n}th of {n * n} sentences, of {n % 7} kinds.\n" for n in range(150))
-    path.write_text("".join(sentences))
-    return path
-
-
-@pytest.fixture(scope="session")
 def family_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """Makes a family's tiny model on disk, once. Do not write into it."""
     made: dict[str, Path] = {}

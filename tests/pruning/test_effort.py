@@ -23,6 +23,14 @@ def arguments(model: Path, calibration: Path, *more: object) -> list[object]:
     ]  # fmt: skip
 
 
+def high(directory: Path, calibration: Path) -> PruneConfig:
+    """Little to prune, with high effort."""
+    return PruneConfig(
+        out=directory / "out", method="magnitude", effort="high", calibration=str(calibration),
+        samples=8, seqlen=32, device="cpu",
+    )  # fmt: skip
+
+
 def pruning_record(directory: Path) -> PruneRecord:
     record = read_record(directory)
     assert isinstance(record, PruneRecord)
@@ -127,11 +135,7 @@ def test_where_training_helps_nothing_the_pruned_model_stays(
         raise NothingBetterError("nothing better")
 
     monkeypatch.setattr("besa.recovery.recover.recover", fails)
-    config = PruneConfig(
-        out=tmp_path / "out", method="magnitude", effort="high", calibration=str(calibration),
-        samples=8, seqlen=32, device="cpu",
-    )  # fmt: skip
-    result = prune(tiny_model, config)
+    result = prune(tiny_model, high(tmp_path, calibration))
     assert result.record.recovery is None
     assert "made nothing better" in result.record.notes[-1]
     assert "made nothing better" in (tmp_path / "out/report.html").read_text()
@@ -145,10 +149,6 @@ def test_a_teacher_that_does_not_fit_leaves_the_pruned_model(
         raise BesaError("the model, its dense teacher and all else does not fit")
 
     monkeypatch.setattr("besa.recovery.recover.recover", fails)
-    config = PruneConfig(
-        out=tmp_path / "out", method="magnitude", effort="high", calibration=str(calibration),
-        samples=8, seqlen=32, device="cpu",
-    )  # fmt: skip
     with pytest.raises(BesaError, match=r"the pruned model is in .*out\.pruned"):
-        prune(tiny_model, config)
+        prune(tiny_model, high(tmp_path, calibration))
     assert pruning_record(tmp_path / "out.pruned").sparsity.achieved == 0.5

@@ -38,14 +38,9 @@ Recovered = Callable[[str], tuple[Path, Process]]
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"The {n}th of {n * n} sentences.\n" for n in range(150)))
-    return path
-
-
-@pytest.fixture(scope="session")
-def pruned_model(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+def pruned_model(
+    tiny_model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Pruned:
     """A family's tiny model and what Wanda leaves of it, made once. Do not write into them."""
     made: dict[str, tuple[Path, Path]] = {}
 
@@ -56,8 +51,8 @@ def pruned_model(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPath
             if family != "tiny":
                 dense = save_with_tokenizer(random_model(family), directory / "dense", tiny_model)
             process = run(
-                "prune", dense, "--out", "pruned", "--method", "wanda", "--calibration", text,
-                "--samples", 8, "--seqlen", 32, "--device", "cpu", cwd=directory,
+                "prune", dense, "--out", "pruned", "--method", "wanda",
+                "--calibration", calibration, "--samples", 8, "--seqlen", 32, "--device", "cpu", cwd=directory,
             )  # fmt: skip
             assert process.returncode == 0, process.errors
             made[family] = dense, directory / "pruned"
@@ -66,9 +61,9 @@ def pruned_model(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPath
     return make
 
 
-def arguments(dense: Path, pruned: Path, text: Path, *more: object) -> list[object]:
+def arguments(dense: Path, pruned: Path, calibration: Path, *more: object) -> list[object]:
     return [
-        "recover", pruned, "--teacher", dense, "--out", "out", "--text", text,
+        "recover", pruned, "--teacher", dense, "--out", "out", "--text", calibration,
         "--samples", 40, "--seqlen", 32, "--device", "cpu", "--step", 0.005, *more,
     ]  # fmt: skip
 
@@ -76,7 +71,7 @@ def arguments(dense: Path, pruned: Path, text: Path, *more: object) -> list[obje
 @pytest.fixture(scope="session")
 def recovered(
     pruned_model: Pruned,
-    text: Path,
+    calibration: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Recovered:
     """A family's pruned model recovered, made once; and the process that did it."""
@@ -85,7 +80,7 @@ def recovered(
     def make(family: str) -> tuple[Path, Process]:
         if family not in made:
             directory = tmp_path_factory.mktemp(f"recovered-{family}")
-            process = run(*arguments(*pruned_model(family), text), cwd=directory)
+            process = run(*arguments(*pruned_model(family), calibration), cwd=directory)
             assert process.returncode == 0, process.errors
             made[family] = directory / "out", process
         return made[family]
@@ -117,7 +112,7 @@ def divergence_of(model: Path, dense: Path, rows: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("family", ["tiny", "gpt2", "mixtral", "gemma3_text"])
 def test_zeros_stay_and_the_output_comes_nearer(
-    family: str, pruned_model: Pruned, recovered: Recovered, text: Path
+    family: str, pruned_model: Pruned, recovered: Recovered, calibration: Path
 ):
     dense, pruned = pruned_model(family)
     out, process = recovered(family)
@@ -139,7 +134,10 @@ def test_zeros_stay_and_the_output_comes_nearer(
         assert linears <= changed
 
     rows = calibration_windows(
-        token_stream(AutoTokenizer.from_pretrained(pruned), [text.read_text()]), 40, 32, seed=0
+        token_stream(AutoTokenizer.from_pretrained(pruned), [calibration.read_text()]),
+        40,
+        32,
+        seed=0,
     )[-5:]
     recovery = pruning_record(out).recovery
     assert recovery is not None
@@ -152,7 +150,7 @@ def test_zeros_stay_and_the_output_comes_nearer(
 
 
 def test_what_is_left_says_how_it_came_about(
-    pruned_model: Pruned, recovered: Recovered, text: Path, tmp_path: Path
+    pruned_model: Pruned, recovered: Recovered, calibration: Path, tmp_path: Path
 ):
     dense, pruned = pruned_model("tiny")
     out, _ = recovered("tiny")
@@ -171,16 +169,16 @@ def test_what_is_left_says_how_it_came_about(
     # What comes after takes it as it takes any pruned model.
     process = run("export", out, "--out", "packed", cwd=tmp_path)
     assert process.returncode == 0, process.errors
-    again = run(*arguments(dense, out, text), "--out", "again", cwd=tmp_path)
+    again = run(*arguments(dense, out, calibration), "--out", "again", cwd=tmp_path)
     assert again.returncode == 0, again.errors
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [["--gradient-checkpointing"], ["--dtype", "bfloat16"]], ids=str)
 def test_cheaper_ways(
-    more: list[str], pruned_model: Pruned, recovered: Recovered, text: Path, tmp_path: Path
+    more: list[str], pruned_model: Pruned, recovered: Recovered, calibration: Path, tmp_path: Path
 ):
-    process = run(*arguments(*pruned_model("tiny"), text, *more), cwd=tmp_path)
+    process = run(*arguments(*pruned_model("tiny"), calibration, *more), cwd=tmp_path)
     assert process.returncode == 0, process.errors
     plain, _ = recovered("tiny")
     expected, found = (pruning_record(path).recovery for path in (plain, tmp_path / "out"))
@@ -195,9 +193,9 @@ def test_cheaper_ways(
 
 @pytest.mark.slow
 def test_killed_and_gone_on_with(
-    pruned_model: Pruned, recovered: Recovered, text: Path, tmp_path: Path
+    pruned_model: Pruned, recovered: Recovered, calibration: Path, tmp_path: Path
 ):
-    command = arguments(*pruned_model("tiny"), text)
+    command = arguments(*pruned_model("tiny"), calibration)
     training = tmp_path / "out.partial/training/0.005"
     for steps in (4, 16, 28):
         process = start(*command, cwd=tmp_path)
@@ -216,9 +214,9 @@ def test_killed_and_gone_on_with(
 
 
 @pytest.mark.slow
-def test_interrupted(pruned_model: Pruned, text: Path, tmp_path: Path):
+def test_interrupted(pruned_model: Pruned, calibration: Path, tmp_path: Path):
     dense, pruned = pruned_model("tiny")
-    process = start(*arguments(dense, pruned, text), "--epochs", 50, cwd=tmp_path)
+    process = start(*arguments(dense, pruned, calibration), "--epochs", 50, cwd=tmp_path)
     assert process.wait_for((tmp_path / "out.partial/training").exists), process.errors
     process.send(signal.SIGINT)
     assert process.wait() == 130
@@ -228,10 +226,10 @@ def test_interrupted(pruned_model: Pruned, text: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up(
-    pruned_model: Pruned, recovered: Recovered, text: Path, tmp_path: Path
+    pruned_model: Pruned, recovered: Recovered, calibration: Path, tmp_path: Path
 ):
     with small_disk(tmp_path / "disk", "24M") as disk:
-        command = [*arguments(*pruned_model("tiny"), text), "--out", disk / "out"]
+        command = [*arguments(*pruned_model("tiny"), calibration), "--out", disk / "out"]
         process = start(*command, cwd=tmp_path)
         assert process.wait_for((disk / "out.partial/training/0.005/checkpoint-4/whole").exists)
         ballast = fill(disk)
@@ -259,10 +257,10 @@ def refusal(process: Process, out: Path) -> str:
 
 
 def test_training_that_helps_nothing_leaves_nothing(
-    pruned_model: Pruned, text: Path, tmp_path: Path
+    pruned_model: Pruned, calibration: Path, tmp_path: Path
 ):
     dense, pruned = pruned_model("tiny")
-    process = run(*arguments(dense, pruned, text), "--step", 50, cwd=tmp_path)
+    process = run(*arguments(dense, pruned, calibration), "--step", 50, cwd=tmp_path)
     line = refusal(process, tmp_path / "out")
     assert "made nothing better" in line
     assert "smaller --step" in line
@@ -270,12 +268,17 @@ def test_training_that_helps_nothing_leaves_nothing(
 
 
 def test_a_step_that_does_harm_is_made_smaller(
-    pruned_model: Pruned, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pruned_model: Pruned, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("besa.recovery.training.STEPS", (50.0, 0.005, 0.001))
     dense, pruned = pruned_model("tiny")
     config = RecoverConfig(
-        out=tmp_path / "out", teacher=dense, text=str(text), samples=40, seqlen=32, device="cpu"
+        out=tmp_path / "out",
+        teacher=dense,
+        text=str(calibration),
+        samples=40,
+        seqlen=32,
+        device="cpu",
     )
     told: list[float | None] = []
     found = recover(pruned, config, lambda event: told.append(event.done))
@@ -288,7 +291,7 @@ def test_a_step_that_does_harm_is_made_smaller(
 def test_wrong_models_are_named(
     pruned_model: Pruned,
     tiny_model: Path,
-    text: Path,
+    calibration: Path,
     tmp_path: Path,
 ):
     dense, pruned = pruned_model("tiny")
@@ -306,7 +309,7 @@ def test_wrong_models_are_named(
     }
     before = everything(pruned)
     for expected, (teacher, student) in words.items():
-        process = run(*arguments(teacher, student, text), cwd=tmp_path)
+        process = run(*arguments(teacher, student, calibration), cwd=tmp_path)
         assert expected in refusal(process, tmp_path / "out")
     assert everything(pruned) == before
 
@@ -335,10 +338,10 @@ def test_settings_that_cannot_be(setting: dict[str, object], words: str):
         RecoverConfig(out="out", teacher="dense", **setting)
 
 
-def test_the_record_is_json(pruned_model: Pruned, text: Path, tmp_path: Path):
+def test_the_record_is_json(pruned_model: Pruned, calibration: Path, tmp_path: Path):
     dense, pruned = pruned_model("tiny")
     assert "recovery" not in json.loads((pruned / "besa.json").read_text())
-    assert run(*arguments(dense, pruned, text), "--samples", 8, cwd=tmp_path).returncode == 0
+    assert run(*arguments(dense, pruned, calibration), "--samples", 8, cwd=tmp_path).returncode == 0
     found = json.loads((tmp_path / "out/besa.json").read_text())["recovery"]
     assert found["teacher"] == str(dense)
     assert found["settings"]["samples"] == 8

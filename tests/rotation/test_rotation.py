@@ -150,17 +150,10 @@ def test_random_rotations_are_rotations():
 # ----------------------------------------------------------------------- in `besa prune`
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"The {n}th of {n * n} sentences.\n" for n in range(150)))
-    return path
-
-
-def arguments(model: Path, text: Path, *more: object) -> list[object]:
+def arguments(model: Path, calibration: Path, *more: object) -> list[object]:
     return [
-        "prune", model, "--out", "out", "--calibration", text, "--samples", 8, "--seqlen", 32,
-        "--device", "cpu", "--method", "wanda", *more,
+        "prune", model, "--out", "out", "--calibration", calibration,
+        "--samples", 8, "--seqlen", 32, "--device", "cpu", "--method", "wanda", *more,
     ]  # fmt: skip
 
 
@@ -170,8 +163,8 @@ def pruning_record(directory: Path) -> PruneRecord:
     return record
 
 
-def test_a_rotated_model_is_pruned(tiny_model: Path, text: Path, tmp_path: Path):
-    process = run(*arguments(tiny_model, text, "--rotate", "auto"), cwd=tmp_path)
+def test_a_rotated_model_is_pruned(tiny_model: Path, calibration: Path, tmp_path: Path):
+    process = run(*arguments(tiny_model, calibration, "--rotate", "auto"), cwd=tmp_path)
     assert process.returncode == 0, process.errors
     out = tmp_path / "out"
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
@@ -188,14 +181,14 @@ def test_a_rotated_model_is_pruned(tiny_model: Path, text: Path, tmp_path: Path)
     assert torch.equal(norm, torch.ones_like(norm))
     assert {path.name for path in out.iterdir()} >= {"tokenizer.json", "config.json"}
     assert not list(out.glob("besa-rotation*"))
-    plain = run(*arguments(tiny_model, text, "--out", "plain"), cwd=tmp_path)
+    plain = run(*arguments(tiny_model, calibration, "--out", "plain"), cwd=tmp_path)
     assert plain.returncode == 0
     assert pruning_record(tmp_path / "plain").rotation is None
 
 
 @pytest.mark.slow
-def test_killed_and_gone_on_with(tiny_model: Path, text: Path, tmp_path: Path):
-    command = arguments(tiny_model, text, "--rotate", "auto")
+def test_killed_and_gone_on_with(tiny_model: Path, calibration: Path, tmp_path: Path):
+    command = arguments(tiny_model, calibration, "--rotate", "auto")
     assert run(*command, "--out", "whole", cwd=tmp_path).returncode == 0
     for place in ("out.rotated", "out.partial/block-00000.finished.json"):
         process = start(*command, cwd=tmp_path)
@@ -210,13 +203,13 @@ def test_killed_and_gone_on_with(tiny_model: Path, text: Path, tmp_path: Path):
 
 
 def test_a_model_that_cannot_be_rotated_is_pruned_as_it_is(
-    tiny_model: Path, text: Path, tmp_path: Path
+    tiny_model: Path, calibration: Path, tmp_path: Path
 ):
     dense = saved("gpt2", tmp_path / "dense", tiny_model)
-    process = run(*arguments(dense, text, "--rotate", "on"), cwd=tmp_path)
+    process = run(*arguments(dense, calibration, "--rotate", "on"), cwd=tmp_path)
     assert process.returncode == 0, process.errors
     assert pruning_record(tmp_path / "out").rotation is None
-    assert run(*arguments(dense, text, "--out", "plain"), cwd=tmp_path).returncode == 0
+    assert run(*arguments(dense, calibration, "--out", "plain"), cwd=tmp_path).returncode == 0
     tensors = [
         {
             k: v
@@ -229,19 +222,19 @@ def test_a_model_that_cannot_be_rotated_is_pruned_as_it_is(
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
 
 
-def test_what_is_in_the_way_is_left_alone(tiny_model: Path, text: Path, tmp_path: Path):
+def test_what_is_in_the_way_is_left_alone(tiny_model: Path, calibration: Path, tmp_path: Path):
     mine = tmp_path / "out.rotated/mine.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    process = run(*arguments(tiny_model, text, "--rotate", "auto"), cwd=tmp_path)
+    process = run(*arguments(tiny_model, calibration, "--rotate", "auto"), cwd=tmp_path)
     assert process.returncode == 2
     assert "out.rotated is in the way" in process.errors
     assert mine.read_text() == "mine"
 
 
-def test_a_disk_that_is_too_small(tiny_model: Path, text: Path, tmp_path: Path):
+def test_a_disk_that_is_too_small(tiny_model: Path, calibration: Path, tmp_path: Path):
     with small_disk(tmp_path / "disk", "256k") as disk:
-        command = arguments(tiny_model, text, "--rotate", "auto", "--out", disk / "out")
+        command = arguments(tiny_model, calibration, "--rotate", "auto", "--out", disk / "out")
         process = run(*command, cwd=tmp_path)
         assert process.returncode == 2, process.errors
         assert "the disk is full" in process.errors.splitlines()[-1]
