@@ -52,7 +52,8 @@ def pruned_model(
                 dense = save_with_tokenizer(random_model(family), directory / "dense", tiny_model)
             process = run(
                 "prune", dense, "--out", "pruned", "--method", "wanda",
-                "--calibration", calibration, "--samples", 8, "--seqlen", 32, "--device", "cpu", cwd=directory,
+                "--calibration", calibration, "--samples", 8, "--seqlen", 32, "--device", "cpu",
+                cwd=directory,
             )  # fmt: skip
             assert process.returncode == 0, process.errors
             made[family] = dense, directory / "pruned"
