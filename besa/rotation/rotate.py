@@ -101,7 +101,8 @@ def rotate(
         "the residual stream": structure.sites,
         "the values of each head": structure.heads,
     }
-    words = f"{' and '.join(name for name, there in parts.items() if there)} were rotated"
+    named = " and ".join(name for name, there in parts.items() if there)
+    words = f"{named} {'were' if structure.heads else 'was'} rotated"
     partial = out.with_name(out.name + ".writing")
     shutil.rmtree(partial, ignore_errors=True)
     try:

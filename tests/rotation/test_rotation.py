@@ -41,7 +41,7 @@ POSSIBLE = {
     "qwen3": BOTH,
     "gemma2": VALUES,
     "gemma3_text": VALUES,
-    "phi3": "the residual stream were rotated",
+    "phi3": "the residual stream was rotated",
     "opt": None,
     "gpt2": None,
     "gpt_neox": None,
