@@ -10,13 +10,13 @@
 namespace besa {
 
 // Counts up with every change of an exported function or of what it means.
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 enum Dtype : int { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3 };
 
 enum Status : int { kOk = 0, kCorrupt = 1, kUnsupported = 2, kNoMemory = 3 };
 
-// Instruction sets, from the least to the most. A CPU that has one has those before it.
+// Instruction sets, of each family from the least to the most. isa.h says which a CPU has.
 enum Isa : int { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAvx512Dpbf16, kIsas };
 
 constexpr const char* kIsaNames[kIsas] = {"portable", "avx2", "avx512", "avx512_bf16",

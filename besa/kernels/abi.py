@@ -16,7 +16,7 @@ from ctypes import c_char_p, c_int, c_int64, c_void_p
 from typing import Any, ClassVar
 
 # Counts up with every change of an exported function or of what it means.
-VERSION = 1
+VERSION = 2
 
 # The number of each type of values and activations, by its name in torch, which is not needed here.
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "int8": 3}
@@ -28,7 +28,7 @@ PROBLEMS = {
     3: "out of memory",
 }
 
-# Instruction sets, from the least to the most. A CPU that has one has those before it.
+# Instruction sets, of each family from the least to the most. isa.h says which a CPU has.
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_dpbf16")
 
 # How many columns may share a scale, other than a whole row.
@@ -67,7 +67,7 @@ class Job(ctypes.Structure):
 # What each function takes and returns.
 FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "besa_abi": ([], c_char_p),
-    "besa_last_isa": ([], c_int),
+    "besa_isas": ([], c_int),  # bit i: this CPU has ISAS[i]
     "besa_best_isa": ([], c_int),
     # gives a status, see PROBLEMS
     "besa_sparse_linear": ([ctypes.POINTER(Job)], c_int),

@@ -4,8 +4,8 @@
 
 namespace besa {
 
-// This CPU has the instruction sets up to this one.
-int last_isa();
+// Whether this CPU has an instruction set.
+bool has_isa(int isa);
 
 // The one that this CPU is fastest with.
 int best_isa();

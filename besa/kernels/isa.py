@@ -25,7 +25,10 @@ __all__ = ["ISAS", "available", "best_isa", "chosen_isa", "isa_number"]
 def available() -> tuple[str, ...]:
     """Those of `ISAS` that this CPU has; none without the native library."""
     library = native.library()
-    return () if library is None else ISAS[: library.besa_last_isa() + 1]
+    if library is None:
+        return ()
+    there = library.besa_isas()
+    return tuple(name for number, name in enumerate(ISAS) if there >> number & 1)
 
 
 def best_isa() -> str | None:

@@ -32,7 +32,12 @@ BESA_API const char* besa_abi() {
     return text.c_str();
 }
 
-BESA_API int besa_last_isa() { return besa::last_isa(); }
+// Bit i says whether this CPU has instruction set i.
+BESA_API int besa_isas() {
+    int bits = 0;
+    for (int isa = 0; isa < besa::kIsas; ++isa) bits |= besa::has_isa(isa) << isa;
+    return bits;
+}
 
 BESA_API int besa_best_isa() { return besa::best_isa(); }
 

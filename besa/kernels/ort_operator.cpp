@@ -49,8 +49,8 @@ int cpus() {
 int chosen_isa() {
     const char* wanted = std::getenv("BESA_ISA");
     if (!wanted || !*wanted) return besa::best_isa();
-    for (int isa = 0; isa <= besa::last_isa(); ++isa)
-        if (std::strcmp(wanted, besa::kIsaNames[isa]) == 0) return isa;
+    for (int isa = 0; isa < besa::kIsas; ++isa)
+        if (std::strcmp(wanted, besa::kIsaNames[isa]) == 0 && besa::has_isa(isa)) return isa;
     refuse("BESA_ISA names no instruction set that this CPU has");
 }
 

@@ -22,6 +22,10 @@
 
 namespace {
 
+bool isa_has_avx512(int isa) {
+    return isa == besa::kAvx512 || isa == besa::kAvx512Bf16 || isa == besa::kAvx512Dpbf16;
+}
+
 // Calls body(loops, element): the loops for an instruction set and the element's type, as objects.
 template <class Body>
 void choose(int64_t size, int isa, Body body) {
@@ -34,7 +38,7 @@ void choose(int64_t size, int isa, Body body) {
             body(loops, uint32_t());
     };
 #ifdef __x86_64__
-    if (isa >= besa::kAvx512 && has_avx512_packing()) return with(Avx512Packing());
+    if (isa_has_avx512(isa) && has_avx512_packing()) return with(Avx512Packing());
 #endif
     (void)isa;
     with(PortablePacking());
@@ -65,7 +69,7 @@ bool every_row(const int64_t* row_ptr, int64_t rows, int64_t n_values, int threa
 
 // Common to the functions below: row-major [rows, cols] weight or dense, elements of `size` bytes
 // (1, 2 or 4); bitmask [rows, ceil(cols / 8)], little-endian bits; row_ptr [rows + 1]; values
-// [n_values]. `isa` is a besa::Isa: from kAvx512 on, AVX-512 is used where the processor has VBMI2.
+// [n_values]. `isa` is a besa::Isa: with one of AVX-512, that is used where the processor has VBMI2.
 
 // Writes the bitmask, zeros past the last column included, and row_ptr.
 BESA_API void besa_pack_mask(const void* weight, uint8_t* bitmask, int64_t* row_ptr,

@@ -7,7 +7,7 @@
 namespace besa {
 
 int sparse_linear(const Job& job) {
-    if (job.isa > last_isa()) return kUnsupported;
+    if (!has_isa(job.isa)) return kUnsupported;
     switch (job.isa) {
 #ifdef __x86_64__
         case kAvx512Dpbf16: return sparse_linear_avx512_dpbf16(job);

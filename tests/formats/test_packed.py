@@ -254,7 +254,7 @@ def test_the_environment_can_forbid_avx512(monkeypatch, last, best, wanted, used
     """On CPUs that have the instruction sets up to `last` and are fastest with `best`."""
     calls = []
     library = SimpleNamespace(
-        besa_last_isa=lambda: ISAS.index(last),
+        besa_isas=lambda: (2 << ISAS.index(last)) - 1,
         besa_best_isa=lambda: ISAS.index(best),
         besa_row_pointers=lambda *arguments: calls.append(arguments),
     )

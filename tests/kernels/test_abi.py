@@ -62,8 +62,8 @@ def test_the_library_says_of_itself_what_python_expects():
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ('extern "C" int besa_last_isa() { return 0; }', "without besa_abi"),
-        (SOURCE.format(description=abi.DESCRIPTION, functions=""), "without besa_last_isa"),
+        ('extern "C" int besa_isas() { return 0; }', "without besa_abi"),
+        (SOURCE.format(description=abi.DESCRIPTION, functions=""), "without besa_isas"),
         (with_functions("version 0"), r"\(version 0; needed: version \d+, job of"),
         (with_functions(abi.DESCRIPTION.replace("job of", "job of 1")), "needed: version"),
     ],
