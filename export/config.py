@@ -4,7 +4,7 @@
 'vllm'
 >>> ExportConfig(out="sparse", group_size=128)
 Traceback (most recent call last):
-besa.errors.BesaError: --group-size is for --quantize int8: give both, or neither
+besa.errors.BesaError: --group-size is for --quantize int8 or int4: give both, or neither
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from besa.errors import BesaError
-from besa.kernels.abi import GROUP_SIZES
+from besa.kernels.abi import GROUP_SIZES, WHOLE
 from besa.model.export_record import ExportRecord
 from besa.settings import check_choices, described, either, setting
 
 FORMATS = ("vllm", "dense", "onnx")
 GRAPHS = ("genai", "standard")
 DENSE_PRECISIONS = ("fp32", "fp16", "int8", "int4")
-SPARSE_PRECISIONS = ("bf16", "fp16", "fp32", "int8")
+SPARSE_PRECISIONS = ("bf16", "fp16", "fp32", "int8", "int4")
+# Columns that share a step of int4 values, unless it is said.
+INT4_GROUP = 64
 # Of graphs for NVIDIA GPUs, the default first.
 CUDA_PRECISIONS = ("fp16", "int4")
 CUDA_SPARSE_PRECISIONS = ("fp16", "bf16", "int8")
@@ -42,13 +44,13 @@ class ExportConfig:
     )
     quantize: str | None = setting(
         None,
-        "int8: round what is kept to 8 bits; none: do not (default: as it was pruned)",
+        "int8, int4: round what is kept to 8 or 4 bits; none: do not (default: as it was pruned)",
         metavar="TYPE",
     )
     group_size: int | None = setting(
         None,
-        f"for int8: {either([*map(str, GROUP_SIZES)])} columns share a scale (default: a whole "
-        "row)",
+        f"for int8, int4: {either([*map(str, GROUP_SIZES)])} columns share a scale (default: a "
+        "whole row for int8, 64 for int4)",
         metavar="N",
     )
     device: str = setting(
@@ -73,8 +75,8 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.quantize not in (None, "none", "int8"):
-            raise BesaError(f"quantize {self.quantize!r}: only int8 and none are there")
+        if self.quantize not in (None, "none", *WHOLE):
+            raise BesaError(f"quantize {self.quantize!r}: choose int8, int4 or none")
         if self.format == "dense" and self.quantize:
             raise BesaError("--quantize is for packing: leave it out with --format dense")
         if self.format == "onnx":
@@ -83,8 +85,10 @@ class ExportConfig:
             raise BesaError(
                 "--sparse, --precision, --onnx-graph and --device are for --format onnx"
             )
-        elif self.group_size is not None and self.quantize != "int8":
-            raise BesaError("--group-size is for --quantize int8: give both, or neither")
+        elif self.group_size is not None and self.quantize not in WHOLE:
+            raise BesaError("--group-size is for --quantize int8 or int4: give both, or neither")
+        if self.group_size is None and "int4" in (self.quantize, self.sparse and self.precision):
+            object.__setattr__(self, "group_size", INT4_GROUP)
         if self.group_size not in (None, *GROUP_SIZES):
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise BesaError(f"group_size {self.group_size}: choose one of {sizes}, or leave it out")
@@ -103,8 +107,8 @@ class ExportConfig:
             raise BesaError(
                 f"precision {self.precision!r}: a {kind} graph has one of {', '.join(known)}"
             )
-        if self.group_size is not None and not (self.sparse and self.precision == "int8"):
-            raise BesaError("--group-size is for --sparse --precision int8")
+        if self.group_size is not None and not (self.sparse and self.precision in WHOLE):
+            raise BesaError("--group-size is for --sparse --precision int8 or int4")
         dense = None if self.sparse else self.precision
         if self.onnx_graph == "standard" and dense not in (None, "fp32"):
             raise BesaError(f"--onnx-graph standard is fp32 or --sparse, not {dense}")

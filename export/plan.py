@@ -69,11 +69,15 @@ class PackedLinear:
         return self.rows * self.cols * self.dtype.itemsize
 
     def packed_bytes(self, quantize: str | None, group_size: int | None) -> int:
-        """Of all its parts in a file; for int8 at most, as some weights round to zero."""
-        size = self.nonzeros * (1 if quantize else self.dtype.itemsize)
+        """Of all its parts in a file; about, if whole numbers: some weights round to zero."""
+        bits = {None: 8 * self.dtype.itemsize, "int8": 8, "int4": 4}[quantize]
+        size = self.nonzeros * bits // 8
         size += self.rows * (-(-self.cols // 8) + 4)
-        if quantize:
-            size += 4 * self.rows * (-(-self.cols // group_size) if group_size else 1)
+        groups = -(-self.cols // group_size) if group_size else 1
+        if quantize == "int8":
+            size += 4 * self.rows * groups
+        elif quantize == "int4":
+            size += self.rows * (4 + groups)
         return size
 
     def matrix(self, stored: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from besa.export.config import ExportConfig
+from besa.kernels.nibbles import MOST, MOST_STEP
 from besa.model.files import resolve
 from besa.model.prune_record import PruneRecord
 from besa.model.record import read_record
@@ -17,20 +18,18 @@ from besa.pruning.grid import Grid
 
 
 def as_pruned(source: str | Path, config: ExportConfig) -> ExportConfig:
-    """The settings of an export, with how the model's weights were rounded where none say it.
-
-    Values of four bits are packed as eight, which hold them exactly.
-    """
+    """The settings of an export, with how the model's weights were rounded where none say it."""
     if config.quantize == "none":
         return replace(config, quantize=None)
     grid = rounding_of(source)
     if grid is None:
         return config
+    values = f"int{grid.bits}"
     if config.format == "onnx":
         if config.sparse and config.precision is None and config.device == "cpu":
-            return replace(config, precision="int8", group_size=grid.group_size)
+            return replace(config, precision=values, group_size=grid.group_size)
     elif config.quantize is None:
-        return replace(config, quantize="int8", group_size=grid.group_size)
+        return replace(config, quantize=values, group_size=grid.group_size)
     return config
 
 
@@ -44,6 +43,10 @@ def rounding_of(source: str | Path) -> Grid | None:
 
 
 def peak_of(source: Path, group_size: int | None) -> int:
-    """What the largest weight of a group becomes in eight bits: 18 times what it was in four."""
+    """What the largest weight of a group becomes in eight bits.
+
+    Rows of four bits are kept exactly if their largest weight becomes what number times step is.
+    """
     grid = rounding_of(source)
-    return 18 * grid.levels if grid == Grid(4, group_size) else 127
+    four = grid is not None and grid.bits == 4 and group_size is None
+    return MOST * MOST_STEP if four else 127

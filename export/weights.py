@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from besa.formats import Packed, pack, quantize_int8
+from besa.formats import Packed, pack, quantize_int4, quantize_int8
+from besa.kernels.abi import WHOLE
 from besa.kernels.packing import bits_of_fours, pack_mask
 
 # Packed bytes over dense bytes from which on a linear stays dense (0.84 of bfloat16 weights kept).
@@ -41,11 +42,25 @@ def pack_weight(
     """A weight [out, in] without its zeros.
 
     Args:
-        values: the type to store what is left as, "bfloat16" or "int8"; int8 is rounded.
-        group_size: for int8, how many columns share a scale; None if the whole row does.
+        values: the type to store what is left as, "bfloat16", "int8" or "int4"; the last two round.
+        group_size: for these, how many columns share a scale; None if the whole row does.
         peak: for int8, what the largest weight of a group becomes.
     """
-    if values == "int8":
-        return pack(*quantize_int8(weight, group_size, peak), group_size=group_size)
+    if values in WHOLE:
+        whole, scale, steps = quantize(weight, values, group_size, peak)
+        return pack(whole, scale, group_size, steps)
     dtype: torch.dtype = getattr(torch, values)
     return pack(weight.to(dtype))
+
+
+def quantize(
+    weight: Tensor, values: str, group_size: int | None, peak: int = 127
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A weight [out, in] as whole numbers, int8 [out, in], their scale, and for int4 their steps.
+
+    Args:
+        values: "int8" or "int4".
+    """
+    if values == "int4":
+        return quantize_int4(weight, group_size)
+    return *quantize_int8(weight, group_size, peak), None

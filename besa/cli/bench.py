@@ -25,6 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from besa.bench.settings import BenchConfig, parse_contender, parse_loads, parse_url
+from besa.kernels.abi import WHOLE
 from besa.settings import add_flags, given
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="unstructured",
         help="of --shape: unstructured, 2:4, … (default: %(default)s)",
     )
-    add("--quantize", choices=("int8",), help="of --shape: how the packed values are stored")
+    add("--quantize", choices=WHOLE, help="of --shape: how the packed values are stored")
     add(
         "--cache",
         type=Path,

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from besa.export.packed.card import left_dense, pattern_in_words
+from besa.kernels.abi import WHOLE
 from besa.model.export_record import (
     ExportRecord,
     OnnxRecord,
@@ -41,7 +42,7 @@ def print_export(out: Path, record: ExportRecord, verbose: bool) -> None:
 def _print_packed(out: Path, record: PackedRecord, verbose: bool) -> None:
     sizes, read, linears = record.sizes, record.read_per_token, record.linears
     values = record.values
-    if values == "int8":
+    if values in WHOLE:
         group = record.group_size
         values += f" with a scale per {f'{group} columns' if group else 'row'}"
     pattern = pattern_in_words(record.pattern)

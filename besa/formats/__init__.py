@@ -17,6 +17,7 @@ from besa.formats.checkpoint import (
     packed_weights,
     tensors_of,
 )
+from besa.formats.int4 import quantize_int4
 from besa.formats.packed import FormatError, Packed, pack, quantize_int8
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "pack",
     "packed_of",
     "packed_weights",
+    "quantize_int4",
     "quantize_int8",
     "tensors_of",
 ]

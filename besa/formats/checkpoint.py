@@ -1,4 +1,4 @@
-"""Packed weights in a Hugging Face directory, format version 1: what writers and readers agree on.
+"""Packed weights in a Hugging Face directory: what writers and readers agree on.
 
 `config.json` has a `quantization_config` (`PackedConfig`). In the safetensors shards each packed
 linear has, in place of `NAME.weight`,
@@ -6,12 +6,15 @@ linear has, in place of `NAME.weight`,
     NAME.weight_values     [nonzeros]              the nonzeros, row by row
     NAME.weight_bitmask    uint8 [out, ceil(in/8)] where they are, little-endian bits
     NAME.weight_rows       int32 [out]             0, 1, …, out - 1
-    NAME.weight_scale      float32 [out, groups]   with int8 values only
+    NAME.weight_scale      float32 [out, groups]   with int8 values; [out, 1] with int4
+    NAME.weight_steps      uint8 [out, groups]     with int4 values only
 
 in one file, and always [out, in], also where the model stores the weight as [in, out]. Other
-tensors are as they were. Row pointers are rebuilt at load. `weight_rows` costs 4 bytes a row and
-lets an engine slice, fuse and reorder rows by its own rules, as it does with any tensor of one
-number per row, and say afterwards which rows it took.
+tensors are as they were. int4 values are two a byte, uint8 [bytes], as besa.kernels.nibbles says;
+they came with version 2 of the format, and a checkpoint without them is of version 1. Row pointers
+are rebuilt at load. `weight_rows` costs 4 bytes a row and lets an engine slice, fuse and reorder
+rows by its own rules, as it does with any tensor of one number per row, and say afterwards which
+rows it took.
 """
 
 from __future__ import annotations
@@ -25,14 +28,14 @@ from torch import Tensor
 
 from besa.errors import BesaError
 from besa.formats.packed import FormatError, Packed
-from besa.kernels.abi import GROUP_SIZES
+from besa.kernels.abi import GROUP_SIZES, WHOLE
 
 QUANT_METHOD = "besa"
-FORMAT_VERSION = 1
-VALUES = ("bfloat16", "float16", "float32", "int8")
+FORMAT_VERSION = 2
+VALUES = ("bfloat16", "float16", "float32", "int8", "int4")
 
 # What is appended to the name of a weight.
-SUFFIXES = ("_values", "_bitmask", "_rows", "_scale")
+SUFFIXES = ("_values", "_bitmask", "_rows", "_scale", "_steps")
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class PackedConfig:
         values: what the values are stored as, one of `VALUES`.
         ignore: the linears that are stored dense, by name: as the files spell it, and as the
             model does where that differs. Of fused experts, the module that holds them.
-        group_size: for int8, how many columns share a scale; None if the whole row does.
-        int8_input: for int8, whether activations are quantized to int8 too, per token.
+        group_size: for int8 and int4, how many columns share a scale, or for int4 a
+            step; None if the whole row does.
+        int8_input: for int8 and int4, whether activations are quantized to int8 too, per token.
         pattern: "unstructured", or the N:M that all packed linears keep to.
     """
 
@@ -59,8 +63,18 @@ class PackedConfig:
             raise BesaError(f"values {self.values!r} is none of {', '.join(VALUES)}")
         if self.group_size not in (None, *GROUP_SIZES):
             raise BesaError(f"group_size {self.group_size!r} is none of {GROUP_SIZES}")
-        if self.group_size is not None and self.values != "int8":
-            raise BesaError(f"group_size is for int8 values, not {self.values}")
+        if self.group_size is not None and self.values not in WHOLE:
+            raise BesaError(f"group_size is for int8 and int4 values, not {self.values}")
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether values are whole numbers times a scale."""
+        return self.values in WHOLE
+
+    @property
+    def format_version(self) -> int:
+        """The least version of the format that knows such values."""
+        return 2 if self.values == "int4" else 1
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> PackedConfig:
@@ -72,12 +86,12 @@ class PackedConfig:
         if config.get("quant_method") != QUANT_METHOD:
             raise BesaError(f"quantized by {config.get('quant_method')!r}, not {QUANT_METHOD!r}")
         version = config.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in range(1, FORMAT_VERSION + 1):
             newer = isinstance(version, int) and version > FORMAT_VERSION
             todo = "upgrade besa" if newer else "export the model again"
             raise BesaError(
-                f"the packed format is version {version!r}, and this besa reads version "
-                f"{FORMAT_VERSION}: {todo}"
+                f"the packed format is version {version!r}, and this besa reads versions "
+                f"1 to {FORMAT_VERSION}: {todo}"
             )
         try:
             return cls(
@@ -96,7 +110,7 @@ class PackedConfig:
         fields["ignore"] = list(self.ignore)
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "format": "bitmask",
             **fields,
         }
@@ -111,8 +125,9 @@ def tensors_of(packed: Packed, weight: str) -> dict[str, Tensor]:
             len(packed.bitmask), dtype=torch.int32, device=packed.values.device
         ),
     }
-    if packed.scale is not None:
-        tensors[weight + "_scale"] = packed.scale
+    for name, part in (("_scale", packed.scale), ("_steps", packed.steps)):
+        if part is not None:
+            tensors[weight + name] = part
     return tensors
 
 
@@ -135,7 +150,12 @@ def packed_of(
     assert bitmask is not None
     try:
         return Packed.from_tensors(
-            values, bitmask, in_features, read(weight + "_scale"), config.group_size
+            values,
+            bitmask,
+            in_features,
+            read(weight + "_scale"),
+            config.group_size,
+            read(weight + "_steps"),
         )
     except FormatError as error:
         raise FormatError(f"{weight}: {error}") from None

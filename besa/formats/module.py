@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import besa.kernels.linear  # noqa: F401 - the operator
 from besa.errors import BesaError
 from besa.formats import Packed, tensors_of
+from besa.formats.int4 import in_eight_bits, in_four_bits
 from besa.kernels.cuda import linear as gpu
 from besa.kernels.cuda.records import Records, fitting, to_packed
 
@@ -42,12 +42,12 @@ class SparseLinear(nn.Module):
 
     Attributes:
         in_features, out_features, bias: as in `nn.Linear`.
-        weight_values, weight_bitmask, weight_rows, weight_scale: as a file holds them; casts of
-            the module, `.to(torch.float16)` and the like, leave their types as they are.
+        weight_values, weight_bitmask, weight_rows, weight_scale, weight_steps: as a file holds
+            them; casts of the module, `.to(torch.float16)` and the like, leave their types alone.
         row_ptr: int64 [out + 1], in no file; None until a module made on the meta device is
             loaded (see `finish_loading`).
         records: the weight on a GPU that besa's kernels run on, where the buffers above but
-            `weight_scale` are None; else None.
+            `weight_scale` and `weight_steps` are None; else None.
         dtype: what the weight becomes when it is unpacked.
         transposed: whether it then is [in, out], as in GPT-2's `Conv1D`.
     """
@@ -57,6 +57,7 @@ class SparseLinear(nn.Module):
     weight_bitmask: Tensor | None
     weight_rows: Tensor | None
     weight_scale: Tensor | None
+    weight_steps: Tensor | None
     row_ptr: Tensor | None
     records: Records | None
 
@@ -76,7 +77,7 @@ class SparseLinear(nn.Module):
         self.dtype = dtype or (kept if kept.is_floating_point else torch.float32)
         self.transposed = transposed
         self.register_parameter("bias", bias)
-        for name in (*_CANONICAL, "weight_scale"):
+        for name in (*_CANONICAL, "weight_scale", "weight_steps"):
             self.register_buffer(name, None)
         self.register_buffer("row_ptr", None, persistent=False)
         self.records = None
@@ -105,6 +106,7 @@ class SparseLinear(nn.Module):
             self.weight_scale,
             self.bias,
             self.int8_input,
+            self.weight_steps,
         )
         return result
 
@@ -113,12 +115,17 @@ class SparseLinear(nn.Module):
         """The weight; shares its tensors, where they are there."""
         if self.records is not None:
             canonical = to_packed(self.records)
+            if self.weight_steps is not None:
+                eight = Packed(*canonical, self.weight_scale, self.in_features)
+                return in_four_bits(eight, self.weight_steps, self.group_size)
         else:
             assert self.weight_values is not None
             assert self.weight_bitmask is not None
             assert self.row_ptr is not None
             canonical = self.weight_values, self.weight_bitmask, self.row_ptr
-        return Packed(*canonical, self.weight_scale, self.in_features, self.group_size)
+        return Packed(
+            *canonical, self.weight_scale, self.in_features, self.group_size, self.weight_steps
+        )
 
     def _hold(self, packed: Packed) -> None:
         """Takes a weight, as records if it is on a GPU whose kernels take them.
@@ -127,12 +134,15 @@ class SparseLinear(nn.Module):
             BesaError: the GPU has no room for the records.
         """
         device, ready = packed.values.device, not packed.row_ptr.is_meta
-        self.nonzeros = packed.values.numel()
+        # Of int4 values that are yet to be loaded nobody can tell.
+        self.nonzeros = packed.nonzeros if ready or packed.steps is None else None
         self.values_dtype = packed.values.dtype
         self._hold_canonical(packed)
         if not ready:
             self.row_ptr = None
         elif gpu.usable(device, packed.values.dtype):
+            if packed.steps is not None:  # a GPU's kernels have eight bits
+                packed = in_eight_bits(packed)
             with fitting(packed, packed.in_features, device):
                 self.records = gpu.records_of(
                     packed, packed.in_features, self.dtype, self.int8_input
@@ -186,6 +196,7 @@ class SparseLinear(nn.Module):
                 self.in_features,
                 self.weight_scale,
                 self.group_size,
+                self.weight_steps,
             )
         )
 

@@ -39,9 +39,11 @@ def take_rows(packed: Packed, rows: Tensor) -> Packed:
             bitmask=packed.bitmask[first : first + count],
             row_ptr=packed.row_ptr[first : first + count + 1] - begin,
             scale=None if packed.scale is None else packed.scale[first : first + count],
+            steps=None if packed.steps is None else packed.steps[first : first + count],
         )
     scale = None if packed.scale is None else packed.scale[rows]
-    return pack(packed.unpack_values()[rows], scale, packed.group_size)
+    steps = None if packed.steps is None else packed.steps[rows]
+    return pack(packed.unpack_numbers()[rows], scale, packed.group_size, steps)
 
 
 def take_columns(packed: Packed, start: int, stop: int) -> Packed:
@@ -52,15 +54,19 @@ def take_columns(packed: Packed, start: int, stop: int) -> Packed:
     """
     if (start, stop) == (0, packed.in_features):
         return packed
-    scale, size = packed.scale, packed.group_size
+    scale, size, steps = packed.scale, packed.group_size, packed.steps
     if scale is not None and size is not None:
         if start % size or (stop % size and stop != packed.in_features):
             raise FormatError(
                 f"columns {start} to {stop} cut a group of {size} that shares a scale: quantize "
                 "with one scale a row, or split the model otherwise"
             )
-        scale = scale[:, start // size : -(-stop // size)]
-    return pack(packed.unpack_values()[:, start:stop], scale, size)
+        groups = slice(start // size, -(-stop // size))
+        if steps is None:
+            scale = scale[:, groups]
+        else:
+            steps = steps[:, groups]
+    return pack(packed.unpack_numbers()[:, start:stop], scale, size, steps)
 
 
 def stack_rows(parts: Sequence[Packed]) -> Packed:
@@ -82,6 +88,7 @@ def stack_rows(parts: Sequence[Packed]) -> Packed:
     for part, end in zip(parts, ends, strict=True):
         pointers.append(part.row_ptr[1:] + (end - part.values.numel()))
     scales = [part.scale for part in parts if part.scale is not None]
+    steps = [part.steps for part in parts if part.steps is not None]
     return Packed(
         torch.cat([part.values for part in parts]),
         torch.cat([part.bitmask for part in parts]),
@@ -89,4 +96,5 @@ def stack_rows(parts: Sequence[Packed]) -> Packed:
         torch.cat(scales) if scales else None,
         first.in_features,
         first.group_size,
+        torch.cat(steps) if steps else None,
     )

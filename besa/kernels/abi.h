@@ -12,7 +12,7 @@ namespace besa {
 // Counts up with every change of an exported function or of what it means.
 constexpr int kAbiVersion = 2;
 
-enum Dtype : int { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3 };
+enum Dtype : int { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3, kInt4 = 4 };
 
 enum Status : int { kOk = 0, kCorrupt = 1, kUnsupported = 2, kNoMemory = 3 };
 
@@ -27,19 +27,21 @@ constexpr std::int64_t kGroupSizes[] = {32, 64, 128};
 
 // One product: output = input W^T + bias. Arrays are row-major, and all memory is the caller's.
 struct Job {
-    const void* values;           // [n_values] of values_dtype: the nonzeros of W, or all of it
+    const void* values;           // [n_values] of values_dtype: the nonzeros of W, or all of it;
+                                  // for int4 n_values is the number of bytes, see nibbles.h
     const std::uint8_t* bitmask;  // [rows, ceil(cols / 8)]; null: W is dense
-    const std::int64_t* row_ptr;  // [rows + 1]; null with the bitmask
-    const float* scale;           // [rows] or [rows, groups] for int8 values; else null
+    const std::int64_t* row_ptr;  // [rows + 1], into values; null with the bitmask
+    const float* scale;           // [rows] for int4, [rows] or [rows, groups] for int8, else null
+    const std::uint8_t* steps;    // [rows, groups] for int4 values, see nibbles.h; else null
     const void* bias;             // [rows] of input_dtype, or null
     const void* input;            // [tokens, cols] of input_dtype
     void* output;                 // [tokens, rows] of input_dtype
     std::int64_t n_values;
     std::int64_t tokens, rows, cols;
-    std::int64_t group_size;      // columns that share a scale; 0: the whole row does
+    std::int64_t group_size;      // columns that share a scale, or a step; 0: the whole row does
     int values_dtype;             // a Dtype
-    int input_dtype;              // a Dtype, but not kInt8
-    int int8_input;               // for int8 values: 1 quantizes the activations to int8 too
+    int input_dtype;              // a Dtype, of floats
+    int int8_input;               // for int8 and int4 values: 1 quantizes the activations to int8 too
     int isa;                      // an Isa that this CPU has
     int threads;                  // at most so many
 

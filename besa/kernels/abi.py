@@ -19,7 +19,10 @@ from typing import Any, ClassVar
 VERSION = 2
 
 # The number of each type of values and activations, by its name in torch, which is not needed here.
-DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "int8": 3}
+DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "int8": 3, "int4": 4}
+
+# Those of whole numbers, which have scales.
+WHOLE = ("int8", "int4")
 
 # What a product returns when it was not made.
 PROBLEMS = {
@@ -46,6 +49,7 @@ class Job(ctypes.Structure):
         ("bitmask", c_void_p),
         ("row_ptr", c_void_p),
         ("scale", c_void_p),
+        ("steps", c_void_p),
         ("bias", c_void_p),
         ("input", c_void_p),
         ("output", c_void_p),

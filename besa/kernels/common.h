@@ -42,6 +42,11 @@ BESA_INLINE inline void each(const F& f) {
     each_of(f, std::make_integer_sequence<int, N>{});
 }
 
+// How many scales a row has, for values that have any.
+inline std::int64_t groups_of(const Job& job) {
+    return job.group_size ? (job.cols + job.group_size - 1) / job.group_size : 1;
+}
+
 // How many threads are worth waking: each gets some 4 µs of work, and waking one takes 2.
 inline int worthwhile_threads(const Job& job, std::int64_t weights_times_tokens) {
     constexpr std::int64_t kWorkPerThread = 1 << 16;

@@ -56,7 +56,7 @@ class Direct {
     using Rows = PackedRows<Traits, kDense>;
     using Acc = typename Traits::Acc;
     static constexpr int kStep = Traits::kStep;
-    static constexpr int kStreams = 4;  // rows that are read at a time
+    static constexpr int kStreams = Traits::kStreams;  // rows that are read at a time
 
     // R rows, `apart` from each other, times T tokens. U steps in turn have sums of their own, so
     // that none waits for the one before it.

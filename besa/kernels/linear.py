@@ -21,13 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from besa.errors import BesaError
-from besa.kernels import native
+from besa.kernels import native, nibbles
 from besa.kernels.abi import DTYPES, GROUP_SIZES, PROBLEMS, Job
 from besa.kernels.describe import describe
 from besa.kernels.isa import isa_number
 from besa.kernels.packing import expand, expand_reference
 
-_DTYPES = {getattr(torch, name): number for name, number in DTYPES.items()}
+# Bytes hold int4 values, see `nibbles`: torch can do nothing with its own type of that name.
+INT4 = torch.uint8
+
+_DTYPES = {getattr(torch, name): number for name, number in DTYPES.items() if name != "int4"}
+_DTYPES[INT4] = DTYPES["int4"]
 _INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -42,6 +46,8 @@ class PackedWeight(Protocol):
     def row_ptr(self) -> Tensor: ...
     @property
     def scale(self) -> Tensor | None: ...
+    @property
+    def steps(self) -> Tensor | None: ...
 
 
 def sparse_linear(
@@ -49,8 +55,8 @@ def sparse_linear(
 ) -> Tensor:
     """x W^T + bias.
 
-    Sums are float32, of a fixed order for a given shape. int8 values multiply activations that
-    are quantized to int8 too, one scale per token, with int32 sums; with `int8_input=False` they
+    Sums are float32, of a fixed order for a given shape. int8 and int4 values multiply activations
+    that are quantized to int8, one scale per token, with int32 sums; with `int8_input=False` they
     multiply the activations as they are.
 
     Args:
@@ -66,7 +72,14 @@ def sparse_linear(
         BesaError: if the packed weight is corrupt.
     """
     result: Tensor = torch.ops.besa.sparse_linear(
-        x, packed.values, packed.bitmask, packed.row_ptr, packed.scale, bias, int8_input
+        x,
+        packed.values,
+        packed.bitmask,
+        packed.row_ptr,
+        packed.scale,
+        bias,
+        int8_input,
+        packed.steps,
     )
     return result
 
@@ -101,10 +114,14 @@ def sparse_linear_reference(
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     int8_input: bool = True,
+    steps: Tensor | None = None,
 ) -> Tensor:
     """`besa::sparse_linear` in plain torch: the kernels' oracle, float32 throughout."""
-    _check(x, values, bitmask, row_ptr, scale, bias)
-    weight = expand_reference(values, bitmask, row_ptr, x.shape[-1]).float()
+    _check(x, values, bitmask, row_ptr, scale, bias, steps)
+    if steps is None:
+        weight = expand_reference(values, bitmask, row_ptr, x.shape[-1]).float()
+    else:
+        weight = nibbles.expand(values, bitmask, row_ptr, steps, x.shape[-1]).float()
     return product(x, weight, scale, bias, int8_input, torch.float32)
 
 
@@ -116,10 +133,14 @@ def _expanded(
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     int8_input: bool = True,
+    steps: Tensor | None = None,
 ) -> Tensor:
     """The weight expanded on its device, then torch's product in x's own type."""
-    _check(x, values, bitmask, row_ptr, scale, bias)
-    weight = expand(values, bitmask, row_ptr, x.shape[-1])
+    _check(x, values, bitmask, row_ptr, scale, bias, steps)
+    if steps is None:
+        weight = expand(values, bitmask, row_ptr, x.shape[-1])
+    else:
+        weight = nibbles.expand(values, bitmask, row_ptr, steps, x.shape[-1])
     return product(x, weight, scale, bias, int8_input, x.dtype)
 
 
@@ -179,11 +200,12 @@ def _sparse_linear_cpu(
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     int8_input: bool = True,
+    steps: Tensor | None = None,
 ) -> Tensor:
     if native.library() is None:
-        return _expanded(x, values, bitmask, row_ptr, scale, bias, int8_input)
-    _check(x, values, bitmask, row_ptr, scale, bias)
-    return _native(x, values, bitmask, row_ptr, scale, bias, len(bitmask), int8_input)
+        return _expanded(x, values, bitmask, row_ptr, scale, bias, int8_input, steps)
+    _check(x, values, bitmask, row_ptr, scale, bias, steps)
+    return _native(x, values, bitmask, row_ptr, scale, bias, len(bitmask), int8_input, steps)
 
 
 def _native(
@@ -195,6 +217,7 @@ def _native(
     bias: Tensor | None,
     rows: int,
     int8_input: bool,
+    steps: Tensor | None = None,
 ) -> Tensor:
     library = native.library()
     assert library is not None
@@ -206,12 +229,15 @@ def _native(
         bias = bias.to(x.dtype).contiguous()
     if scale is not None:
         scale = scale.contiguous()
+    if steps is not None:
+        steps = steps.contiguous()
     values = values.contiguous()
     job = Job(
         values=values.data_ptr(),
         bitmask=None if bitmask is None else bitmask.data_ptr(),
         row_ptr=None if row_ptr is None else row_ptr.data_ptr(),
         scale=None if scale is None else scale.data_ptr(),
+        steps=None if steps is None else steps.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
         input=x.data_ptr(),
         output=out.data_ptr(),
@@ -219,10 +245,10 @@ def _native(
         tokens=tokens,
         rows=rows,
         cols=cols,
-        group_size=group_size(cols, scale),
+        group_size=group_size(cols, scale if steps is None else steps),
         values_dtype=_DTYPES[values.dtype],
         input_dtype=_DTYPES[x.dtype],
-        int8_input=int8_input and values.dtype == torch.int8,
+        int8_input=int8_input and values.dtype in (torch.int8, INT4),
         isa=isa_number(),
         threads=torch.get_num_threads(),
     )
@@ -238,7 +264,7 @@ def group_size(cols: int, scale: Tensor | None) -> int:
     No two of the sizes give the same number of several groups.
 
     Args:
-        scale: [out, groups], of a weight of `cols` columns.
+        scale: [out, groups], of a weight of `cols` columns; or its steps.
 
     Raises:
         ValueError: if no size gives so many groups.
@@ -258,13 +284,15 @@ def _check(
     row_ptr: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
+    steps: Tensor | None,
 ) -> None:
     """Shapes and types, before a raw pointer leaves Python."""
     if x.dtype not in _INPUTS or x.ndim == 0:
         raise ValueError(f"x must be bfloat16, float16 or float32 [..., in], not {describe(x)}")
     if values.dtype not in _DTYPES or values.ndim != 1:
         raise ValueError(
-            f"values must be 1-D bfloat16, float16, float32 or int8: {describe(values)}"
+            "values must be 1-D bfloat16, float16, float32, int8, or int4 as uint8: "
+            f"{describe(values)}"
         )
     if bitmask.dtype != torch.uint8 or bitmask.ndim != 2 or not bitmask.is_contiguous():
         raise ValueError(f"bitmask must be a contiguous uint8 matrix, not {describe(bitmask)}")
@@ -273,15 +301,23 @@ def _check(
         raise ValueError(f"x has {x.shape[-1]} columns, but bitmask is {describe(bitmask)}")
     if row_ptr.dtype != torch.int64 or row_ptr.shape != (rows + 1,) or not row_ptr.is_contiguous():
         raise ValueError(f"row_ptr must be int64 [{rows + 1}], not {describe(row_ptr)}")
-    if (values.dtype == torch.int8) != (scale is not None):
-        raise ValueError("scale goes with int8 values, and with them only")
+    if (values.dtype in (torch.int8, INT4)) != (scale is not None):
+        raise ValueError("scale goes with int8 and int4 values, and with them only")
+    if (values.dtype == INT4) != (steps is not None):
+        raise ValueError("steps go with int4 values, and with them only")
     if scale is not None:
         if scale.dtype != torch.float32 or scale.ndim != 2 or len(scale) != rows:
             raise ValueError(f"scale must be float32 [{rows}, groups], not {describe(scale)}")
         group_size(x.shape[-1], scale)
+    if steps is not None:
+        if steps.dtype != torch.uint8 or steps.ndim != 2 or len(steps) != rows:
+            raise ValueError(f"steps must be uint8 [{rows}, groups], not {describe(steps)}")
+        if scale is not None and scale.shape[1] != 1:
+            raise ValueError(f"int4 values have a scale a row, not {describe(scale)}")
+        group_size(x.shape[-1], steps)
     if bias is not None and (bias.shape != (rows,) or not bias.is_floating_point()):
         raise ValueError(f"bias must be floating point [{rows}], not {describe(bias)}")
-    for tensor in (values, bitmask, row_ptr, scale, bias):
+    for tensor in (values, bitmask, row_ptr, scale, bias, steps):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"x is on {x.device}, but a part of the weight on {tensor.device}")
 
@@ -293,7 +329,7 @@ def _fake(x: Tensor, _values: Tensor, bitmask: Tensor, *_rest: object, **_more: 
 _LIBRARY = torch.library.Library("besa", "FRAGMENT")
 _LIBRARY.define(
     "sparse_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_ptr, Tensor? scale=None, "
-    "Tensor? bias=None, bool int8_input=True) -> Tensor",
+    "Tensor? bias=None, bool int8_input=True, Tensor? steps=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _LIBRARY.impl("sparse_linear", _sparse_linear_cpu, "CPU")

@@ -1,15 +1,18 @@
 // The packed product as an operator of ONNX Runtime, `ai.besa::SparseMatMul`: a library of its own,
 // libbesa_ort.so, which sessions load by its path.
 //
-//     Y [..., out] = SparseMatMul <in_features, group_size> (X [..., in], values, bitmask, scale)
+//     Y [..., out] = SparseMatMul <in_features, group_size> (X [..., in], values, bitmask, scale, steps)
 //
 //     X        float, float16 or bfloat16; Y is of its type
-//     values   the nonzeros of W [out, in], row by row: float, float16, bfloat16 or int8
+//     values   the nonzeros of W [out, in], row by row: float, float16, bfloat16, int8, or int4, two
+//              in a byte of uint8 (nibbles.h)
 //     bitmask  uint8 [out, ceil(in / 8)], little-endian bits
-//     scale    float [out, groups] for int8 values, which multiply X quantized to int8 per token
-//     group_size  columns that share a scale; 0 for a whole row
+//     scale    float [out, groups] for int8 values, [out, 1] for int4; both multiply X quantized to int8
+//              per token
+//     steps    uint8 [out, groups] for int4 values (nibbles.h)
+//     group_size  columns that share a scale, or for int4 a step; 0 for a whole row
 //
-// A fifth input is for GPUs (ort_cuda.cpp), and left out.
+// On GPUs the fifth input is another one (ort_cuda.cpp).
 //
 // values, bitmask and scale are initializers: ONNX Runtime maps them from their file, and they are
 // read where they lie. All that is made of them at load is the index of each row's first value. The
@@ -22,6 +25,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -32,13 +36,14 @@
 #include "abi.h"
 #include "api.h"
 #include "isa.h"
+#include "nibbles.h"
 #include "ort_cuda.h"
 #include "packing.h"
 #include "sparse_linear.h"
 
 namespace {
 
-constexpr int kX = 0, kValues = 1, kBitmask = 2, kScale = 3;
+constexpr int kX = 0, kValues = 1, kBitmask = 2, kScale = 3, kSteps = 4;
 
 int cpus() {
     cpu_set_t set;
@@ -65,8 +70,13 @@ int dtype_of(ONNXTensorElementDataType type) {
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return besa::kBf16;
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return besa::kFp16;
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return besa::kFp32;
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8: return besa::kInt4;
         default: return besa::kInt8;
     }
+}
+
+bool is_whole(ONNXTensorElementDataType type) {
+    return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 || type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
 }
 
 // One node of a session.
@@ -79,7 +89,7 @@ class Kernel {
           cpus_(cpus()) {
         const Tensor values = constant(info, kValues);
         const Tensor bitmask = constant(info, kBitmask);
-        const Tensor scale = constant(info, kScale);
+        const Tensor scale = constant(info, kScale), steps = constant(info, kSteps);
         if (!values.data || !bitmask.data)
             refuse("SparseMatMul: values and bitmask have to be initializers");
         const std::int64_t width = (in_features_ + 7) / 8;
@@ -88,20 +98,26 @@ class Kernel {
             refuse("SparseMatMul: bitmask does not fit in_features");
         out_features_ = bitmask.shape[0];
         index(values, bitmask, width);
-        if ((values.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) != (scale.data != nullptr))
-            refuse("SparseMatMul: scale goes with int8 values, and with them only");
+        if (is_whole(values.type) != (scale.data != nullptr))
+            refuse("SparseMatMul: scale goes with int8 and int4 values, and with them only");
         if (!is_group_size(group_size_))
             refuse("SparseMatMul: group_size is neither 0 nor one that the kernels know");
         const std::int64_t groups =
             group_size_ ? (in_features_ + group_size_ - 1) / group_size_ : 1;
-        if (scale.data && scale.shape != std::vector<std::int64_t>{out_features_, groups})
-            refuse("SparseMatMul: scale does not fit out_features and group_size");
+        const bool int4 = dtype_of(values.type) == besa::kInt4;
+        if (int4 != (steps.data != nullptr))
+            refuse("SparseMatMul: steps go with int4 values, and with them only");
+        const std::vector<std::int64_t> grouped{out_features_, groups}, by_row{out_features_, 1};
+        if ((scale.data && scale.shape != (int4 ? by_row : grouped)) ||
+            (int4 && steps.shape != grouped))
+            refuse("SparseMatMul: scale or steps do not fit out_features and group_size");
         if (groups == 1) group_size_ = 0;
     }
 
     void compute(OrtKernelContext* context) const {
         const Tensor x = input(context, kX), values = input(context, kValues);
         const Tensor bitmask = input(context, kBitmask), scale = input(context, kScale);
+        const Tensor steps = input(context, kSteps);
         if (x.shape.empty() || x.shape.back() != in_features_)
             refuse("SparseMatMul: X does not have in_features columns");
         void* y = output(context, x.shape, out_features_);
@@ -111,6 +127,7 @@ class Kernel {
         job.bitmask = static_cast<const std::uint8_t*>(bitmask.data);
         job.row_ptr = row_ptr_.data();
         job.scale = static_cast<const float*>(scale.data);
+        job.steps = static_cast<const std::uint8_t*>(steps.data);
         job.input = x.data;
         job.output = y;
         job.n_values = values.count;
@@ -120,7 +137,7 @@ class Kernel {
         job.group_size = group_size_;
         job.values_dtype = dtype_of(values.type);
         job.input_dtype = dtype_of(x.type);
-        job.int8_input = job.values_dtype == besa::kInt8;
+        job.int8_input = is_whole(values.type);
         job.isa = isa_;
         job.threads = cpus_;
         job.parallel = in_session;
@@ -136,13 +153,27 @@ class Kernel {
     void index(const Tensor& values, const Tensor& bitmask, std::int64_t width) {
         const auto* bits = static_cast<const std::uint8_t*>(bitmask.data);
         row_ptr_.resize(out_features_ + 1);
-        besa_row_pointers(bits, row_ptr_.data(), out_features_, width, 1, isa_);
+        if (dtype_of(values.type) == besa::kInt4)
+            point_to_nibbles(bits, width);
+        else
+            besa_row_pointers(bits, row_ptr_.data(), out_features_, width, 1, isa_);
         bool stray = false;
         if (in_features_ % 8)
             for (std::int64_t r = 0; r < out_features_; ++r)
                 stray |= (bits[(r + 1) * width - 1] >> in_features_ % 8) != 0;
         if (stray || row_ptr_.back() != values.count)
             refuse("SparseMatMul: values and bitmask disagree: the file is damaged");
+    }
+
+    // Rows of int4 values: as many bytes as the more numerous kind of nibbles has values.
+    void point_to_nibbles(const std::uint8_t* bits, std::int64_t width) {
+        constexpr std::int64_t step = besa::kNibbleColumns / 8;
+        for (std::int64_t r = 0; r < out_features_; ++r, bits += width) {
+            std::int64_t count[2] = {0, 0};
+            for (std::int64_t i = 0; i < width; ++i)
+                count[i / step % 2] += __builtin_popcount(bits[i]);
+            row_ptr_[r + 1] = row_ptr_[r] + std::max(count[0], count[1]);
+        }
     }
 
     // Has the session's threads, the calling one among them, run the lanes.
@@ -195,7 +226,8 @@ const std::vector<Operator>& operators() {
                              ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16})
             for (const auto values :
                  {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
-                  ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8})
+                  ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8,
+                  ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8})
                 made.emplace_back(x, values);
         return made;
     }();

@@ -11,13 +11,11 @@
 #include <cstring>
 
 #include "common.h"
+#include "nibbles.h"
 #include "traits.h"
 
 namespace besa {
 namespace {
-
-// How many bytes of values are fetched ahead in each row that is read.
-constexpr int kPrefetchBytes = 2048;
 
 // One thread's view of a weight, packed or dense.
 template <class Traits, bool kDense>
@@ -27,6 +25,7 @@ class PackedRows {
     using Mask = typename Traits::Mask;
     using W = typename Traits::W;
     static constexpr int kStep = Traits::kStep;
+    static constexpr int kPrefetchBytes = Traits::kPrefetchBytes;
 
     // A row, and how far it is read.
     struct Row {
@@ -35,6 +34,7 @@ class PackedRows {
         const std::uint8_t* mask;
         std::int64_t count;    // of its values
         std::uintptr_t ahead;  // bytes from what is read to what is fetched for later
+        const Value* high;     // of int4, how far the high nibbles are read; p is of the low ones
         Groups groups;
     };
 
@@ -44,6 +44,7 @@ class PackedRows {
           mask_bytes_((job.cols + 7) / 8),
           copies_(buffer<Value>(slots * (job.cols + kStep))) {
         for (std::int64_t size = job.group_size; size > 1; size /= 2) ++shift_;
+        if (Traits::kNibbles && !job.group_size) shift_ = 62;  // all columns are one group
     }
 
     bool has_memory() const { return copies_ != nullptr; }
@@ -53,10 +54,9 @@ class PackedRows {
     // Row r from its start, with the use of a slot for a copy.
     Row open(std::int64_t r, int slot) {
         const Value* values = static_cast<const Value*>(job_.values);
-        const std::int64_t begin = kDense ? r * job_.cols : job_.row_ptr[r];
-        const std::int64_t end = kDense ? begin + job_.cols : job_.row_ptr[r + 1];
+        const std::int64_t begin = begin_of(r), end = begin_of(r + 1);
         Row row{values, values, kDense ? nullptr : job_.bitmask + r * mask_bytes_, 0,
-                kPrefetchBytes, {}};
+                kPrefetchBytes, nullptr, {}};
         if (begin < 0 || end < begin || end > job_.n_values || end - begin > job_.cols) {
             status_ = kCorrupt;
         } else {
@@ -69,10 +69,14 @@ class PackedRows {
             std::memset(copy + row.count, 0, (job_.cols + kStep - row.count) * sizeof(Value));
             row.p = copy;
         }
-        row.begin = row.p;
-        if (job_.group_size) {
-            const std::int64_t groups = (job_.cols + job_.group_size - 1) / job_.group_size;
-            row.groups = {job_.scale + r * groups, groups - 1, shift_};
+        row.begin = row.high = row.p;
+        if (Traits::kNibbles || job_.group_size) {
+            const std::int64_t groups = groups_of(job_);
+            row.groups = {nullptr, nullptr, groups - 1, shift_};
+            if constexpr (Traits::kNibbles)
+                row.groups.steps = job_.steps + r * groups;
+            else
+                row.groups.scale = job_.scale + r * groups;
         }
         return row;
     }
@@ -81,7 +85,13 @@ class PackedRows {
     template <bool kWhole>
     BESA_INLINE W next(Row& row, std::int64_t col) const {
         __builtin_prefetch(reinterpret_cast<const void*>(address(row.p) + row.ahead));
-        if constexpr (kDense && kWhole) {
+        if constexpr (Traits::kNibbles) {
+            const NibblesMask mask = nibbles_mask<kWhole>(row, col);
+            const W w = Traits::expand(row.p, row.high, mask, row.groups, col);
+            row.p += __builtin_popcountll(mask.low);
+            row.high += __builtin_popcountll(mask.high);
+            return w;
+        } else if constexpr (kDense && kWhole) {
             const W w = Traits::load(row.p, row.groups, col);
             row.p += kStep;
             return w;
@@ -100,7 +110,8 @@ class PackedRows {
 
     // After the last step: whether the row had as many values as its mask has bits.
     void close(const Row& row) {
-        if (row.p - row.begin != row.count) status_ = kCorrupt;
+        const Value* end = Traits::kNibbles ? std::max(row.p, row.high) : row.p;
+        if (end - row.begin != row.count) status_ = kCorrupt;
     }
 
     // The bytes from where an open row is read to where row r ought to start. For prefetching only.
@@ -111,10 +122,16 @@ class PackedRows {
     static std::uintptr_t address(const Value* p) { return reinterpret_cast<std::uintptr_t>(p); }
 
    private:
+    // Where row r begins among the values.
+    std::int64_t begin_of(std::int64_t r) const {
+        if constexpr (!kDense) return job_.row_ptr[r];
+        return r * (Traits::kNibbles ? nibble_bytes(job_.cols) : job_.cols);
+    }
+
     const Value* start(std::int64_t r) const {
         const Value* values = static_cast<const Value*>(job_.values);
         if (r >= job_.rows) return values;
-        const std::int64_t begin = kDense ? r * job_.cols : job_.row_ptr[r];
+        const std::int64_t begin = begin_of(r);
         return begin < 0 || begin > job_.n_values ? values : values + begin;
     }
 
@@ -134,6 +151,31 @@ class PackedRows {
                 mask = static_cast<Mask>(mask << 8 | row.mask[i]);
         }
         return static_cast<Mask>(mask & ((Mask{1} << (job_.cols - col)) - 1));
+    }
+
+    // The bits of 128 columns of int4 values, or of fewer at a row's end.
+    template <bool kWhole>
+    BESA_INLINE NibblesMask nibbles_mask(const Row& row, std::int64_t col) const {
+        NibblesMask mask{~std::uint64_t{0}, ~std::uint64_t{0}};
+        if constexpr (kWhole) {
+            if constexpr (!kDense) {
+                __builtin_prefetch(row.mask + col / 8 + kPrefetchBytes / 2);
+                std::memcpy(&mask, row.mask + col / 8, sizeof(mask));
+            }
+            return mask;
+        }
+        if constexpr (!kDense) {
+            mask = {0, 0};
+            for (std::int64_t i = mask_bytes_; i-- > col / 8;) {
+                std::uint64_t& part = i - col / 8 < 8 ? mask.low : mask.high;
+                part = part << 8 | row.mask[i];
+            }
+        }
+        const std::int64_t left = job_.cols - col;
+        const std::int64_t low = least(left, kNibbleColumns), high = left - low;
+        if (low < kNibbleColumns) mask.low &= (std::uint64_t{1} << low) - 1;
+        mask.high &= (std::uint64_t{1} << high) - 1;
+        return mask;
     }
 
     const Job& job_;

@@ -8,6 +8,9 @@ namespace besa {
 
 int sparse_linear(const Job& job) {
     if (!has_isa(job.isa)) return kUnsupported;
+    // int4 values multiply activations that are not quantized in plain C++ only.
+    if (job.values_dtype == kInt4 && !(job.int8_input && job.isa >= kAvx512Bf16))
+        return sparse_linear_portable(job);
     switch (job.isa) {
 #ifdef __x86_64__
         case kAvx512Dpbf16: return sparse_linear_avx512_dpbf16(job);

@@ -117,10 +117,72 @@ struct Int8GroupDot : FloatSums {
     }
 };
 
+// int4 values: 64 low nibbles and 64 high ones a step, expanded and then made int8 by a table of 16
+// for the step of their group. The rest is as in Int8Dot. kGroup is the columns of a group; 0 is a
+// whole row.
+template <int kGroup>
+struct Int4Dot : Int32Sums {
+    using Value = std::uint8_t;
+    using X = std::uint8_t;
+    using Mask = std::uint64_t;
+    struct W {
+        __m512i low, high;
+    };
+    static constexpr int kStep = 128, kUnroll = 2, kAccumulators = 20;
+    static constexpr int kTileRows = 6, kTileTokens = 4, kTileFrom = 8;
+    static constexpr int kOffset = 128;
+    static constexpr int kPrefetchBytes = 512;  // a row of 4096 columns has a thousand
+    static constexpr bool kInt8Input = true, kOffsetAtRowEnd = true, kNibbles = true;
+
+    static W expand(const Value* p, const Value* high, NibblesMask mask, const Groups& g,
+                    std::int64_t col) {
+        const __m512i all = _mm512_set1_epi8(15);
+        const __m512i lows = _mm512_and_si512(_mm512_loadu_si512(p), all);
+        const __m512i highs =
+            _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(high), 4), all);
+        const __m512i first = table(g, col);
+        const __m512i second = kGroup == 32 || kGroup == 64 ? table(g, col + 64) : first;
+        return {_mm512_shuffle_epi8(first,
+                                    _mm512_mask_expand_epi8(fresh_zero(), mask.low, lows)),
+                _mm512_shuffle_epi8(second,
+                                    _mm512_mask_expand_epi8(fresh_zero(), mask.high, highs))};
+    }
+    // For 64 columns from `col` on, or as many as a group has: the table once for each 16 of them.
+    static __m512i table(const Groups& g, std::int64_t col) {
+        if constexpr (kGroup == 0) return steps(g, 0);
+        if constexpr (kGroup == 128) return steps(g, col / kStep);
+        const std::int64_t group = least(col / (kGroup ? kGroup : 1), g.last);
+        if constexpr (kGroup == 64) return steps(g, group);
+        return _mm512_mask_mov_epi64(steps(g, group), 0xF0, steps(g, least(group + 1, g.last)));
+    }
+    static __m512i steps(const Groups& g, std::int64_t group) {
+        return _mm512_broadcast_i32x4(
+            _mm_load_si128(reinterpret_cast<const __m128i*>(kNibbleSteps.of[g.steps[group]])));
+    }
+    static Acc dot(Acc acc, const W& w, const X* x) {
+        return both(acc, w, _mm512_load_si512(x), _mm512_load_si512(x + 64));
+    }
+    static Acc add_offset(Acc acc, const W& w) {
+        const __m512i offset = _mm512_set1_epi8(static_cast<char>(kOffset));
+        return both(acc, w, offset, offset);
+    }
+    static Acc both(Acc acc, const W& w, __m512i low, __m512i high) {
+        const __m512i sums = _mm512_dpbusd_epi32((__m512i)acc, low, w.low);
+        return (Acc)_mm512_dpbusd_epi32(sums, high, w.high);
+    }
+};
+
 }  // namespace
 
 int sparse_linear_avx512_bf16(const Job& job) {
     if (job.values_dtype == kBf16) return run<Bf16Halves>(job);
+    if (job.values_dtype == kInt4 && job.int8_input)
+        switch (job.group_size) {
+            case 32: return run<Int4Dot<32>>(job);
+            case 64: return run<Int4Dot<64>>(job);
+            case 128: return run<Int4Dot<128>>(job);
+            default: return run<Int4Dot<0>>(job);
+        }
     if (job.values_dtype == kInt8 && job.int8_input)
         return job.group_size ? run<Int8GroupDot>(job) : run<Int8Dot>(job);
     return run_float(job);

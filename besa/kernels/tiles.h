@@ -133,6 +133,7 @@ class Tiles {
             to[i] = w;
         }
         row_in_memory.p = one.p;
+        row_in_memory.high = one.high;
         offset_in_memory = offset;
     }
 

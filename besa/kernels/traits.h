@@ -16,6 +16,7 @@
 //                      bits, with zeros between; may read kStep values; `groups` scales them if the
 //                      scales are per group of columns
 //     load(p, groups, col)          the same for kStep values without zeros between: a dense weight
+//                      (kNibbles: two pointers, to low and to high nibbles; see nibbles.h)
 //     dot(acc, w, x)   acc + w * x                   zero()     an Acc of zeros
 //     add(a, b)        a + b                         sum(acc)   the Sum of all lanes
 //     add_sums(acc, to)      adds the sums of 8 accumulators to `to`, if kSumsOf8
@@ -30,17 +31,21 @@ namespace {
 
 // The scales of a row whose groups of columns have one each.
 struct Groups {
-    const float* scale;  // the row's
-    std::int64_t last;   // its last group
-    int shift;           // log2 of the group's columns
+    const float* scale;         // the row's
+    const std::uint8_t* steps;  // of a row of int4 values
+    std::int64_t last;          // its last group
+    int shift;                  // log2 of the group's columns
 };
 
 struct DefaultTraits {
     static constexpr bool kInt8Input = false;  // activations are quantized, one scale per token
     static constexpr bool kRawInput = false;   // activations are taken as they are: X is their type
+    static constexpr bool kNibbles = false;    // values are int4, two a byte
     static constexpr int kOffset = 0;  // is added to int8 activations, to make them unsigned
     static constexpr bool kOffsetAtRowEnd = false;  // what it adds is taken off a row's sums
     static constexpr bool kSumsOf8 = false;
+    static constexpr int kPrefetchBytes = 2048;  // of values, ahead in each row that is read
+    static constexpr int kStreams = 4;    // rows that few tokens are multiplied with at a time
     static constexpr int kUnroll = 4;     // independent sums of a single row and token
     static constexpr int kTileFrom = 17;  // tokens from which on tiles were measured to be faster
 

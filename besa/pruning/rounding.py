@@ -4,6 +4,8 @@ A group of columns shares a step, and a weight becomes a whole number of steps. 
 of a group becomes the largest whole number, always: from its values alone anybody finds the step
 again, as `besa export` does, and packs these very values.
 
+Of four bits, the steps of a row are whole numbers times a scale (see besa.formats.int4).
+
 `fit` clips: a smaller step is finer for most weights and cuts the largest, and that with the least
 error stays. `compensated` is GPTQ (Frantar et al., arXiv 2210.17323): from left to right, the error
 of a rounded weight is spread over the columns still to come, in the way of `compensate`.
@@ -29,11 +31,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from besa.formats.int4 import clipped_steps, whole_steps
+from besa.formats.packed import groups_of
 from besa.pruning.compensate import inverse_factor
 from besa.pruning.grid import Grid
-
-# How much of a group's largest weight may be the largest value; the first that is best stays.
-_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 # Columns that are visited before the rest of the matrix is told of their errors.
 _BLOCK = 128
@@ -69,41 +70,26 @@ def fit(weight: Tensor, importance: Tensor, grid: Grid, dtype: torch.dtype) -> S
         grid: bits and groups.
         dtype: that the weights are stored in; it holds the largest value of a group as it is.
     """
-    size = torch.empty_like(weight)
     peaks = torch.zeros_like(weight, dtype=torch.int8)
-    width = grid.group_size or weight.shape[1]
-    full = weight.shape[1] // width * width
-    matrices = (weight, size, peaks)
-    for start, stop, group in ((0, full, width), (full, weight.shape[1], weight.shape[1] - full)):
-        if stop > start:
-            own, steps, tops = (x[:, start:stop].unflatten(1, (-1, group)) for x in matrices)
-            counts = importance[start:stop].view(-1, group)
-            _fit_groups(own, steps, tops, counts, grid.levels, dtype)
-    return Steps(size, peaks, grid.levels)
-
-
-def _fit_groups(
-    weight: Tensor,
-    size: Tensor,
-    peaks: Tensor,
-    importance: Tensor,
-    levels: int,
-    dtype: torch.dtype,
-) -> None:
-    """Fills in the steps of groups, [rows, groups, columns]; importance is [groups, columns]."""
-    most, place = weight.abs().max(2, keepdim=True)
-    best = torch.full_like(most, torch.inf)
-    step = torch.ones_like(most)
-    for clip in _CLIPS:
-        tried = (clip * most).to(dtype).float() / levels
-        tried = torch.where(tried > 0, tried, 1.0)
-        whole = (weight / tried).round_().clamp_(-levels, levels)
-        error = ((whole * tried - weight).square_() * importance).sum(2, keepdim=True)
-        better = error < best
-        best, step = torch.where(better, error, best), torch.where(better, tried, step)
-    size.copy_(step.expand_as(size))
-    signs = levels * weight.gather(2, place).sign()
-    peaks.scatter_(2, place, signs.to(peaks.dtype))
+    parts = groups_of(weight, grid.group_size)
+    counts = [part[0] for part in groups_of(importance.expand(1, -1), grid.group_size)]
+    sizes = [
+        clipped_steps(part, count, grid.levels, dtype)
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    if grid.bits == 4:
+        scale, steps = whole_steps(parts, counts, sizes, dtype)
+        sizes = list((steps * scale).split([size.shape[1] for size in sizes], 1))
+    for part, tops in zip(parts, groups_of(peaks, grid.group_size), strict=True):
+        if part.numel():
+            place = part.abs().argmax(2, keepdim=True)
+            tops.scatter_(2, place, (grid.levels * part.gather(2, place).sign()).to(tops.dtype))
+    spread = [
+        size.unsqueeze(2).expand(part.shape).flatten(1)
+        for size, part in zip(sizes, parts, strict=True)
+    ]
+    size = torch.cat(spread, 1)
+    return Steps(torch.where(size > 0, size, 1.0), peaks, grid.levels)
 
 
 def rounded(weight: Tensor, importance: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:

@@ -57,7 +57,7 @@ from besa.progress import Event, Tell
 from besa.version import __version__, versions
 from besa.writing import sha256, write_text
 
-_VALUES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "int8"}
+_VALUES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "int8", "int4": "int4"}
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 # Bytes of a weight on the disk, about.

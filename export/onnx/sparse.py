@@ -9,8 +9,8 @@
 A MatMul or Gemm whose weight has zeros enough becomes `ai.besa::SparseMatMul` on the values that
 are left and a bitmask (see besa/kernels/ort_operator.cpp). What has too few, the head above all, is
 not left in float32 either: with values of 16 bits it is packed as well, for a bit a weight; with
-int8 values it becomes ONNX Runtime's MatMulNBits of 8 bits. Embeddings are kept in 16 bits, and
-widened row by row.
+int8 or int4 values it becomes ONNX Runtime's MatMulNBits of 8 bits. Embeddings are kept in 16 bits,
+and widened row by row.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from besa.errors import BesaError
 from besa.export.onnx.function import DOMAIN, NAME, sparse_matmul
 from besa.export.weights import WORTH, nonzeros_and_patterns, pack_weight
 from besa.formats import Packed, quantize_int8
+from besa.kernels.abi import WHOLE
 from besa.model.export_record import PackedProduct
 
 # Weights that a function of standard operators may be left to expand while the model loads.
@@ -43,8 +44,8 @@ class OnnxPacking:
     """How weights are packed.
 
     Attributes:
-        values: "bfloat16", "float16", "float32" or "int8".
-        group_size: for int8, how many columns share a scale; None if the whole row does.
+        values: "bfloat16", "float16", "float32", "int8" or "int4".
+        group_size: for int8 and int4, how many columns share a scale; None if the whole row does.
         peak: for int8, what the largest weight of a group becomes.
     """
 
@@ -54,8 +55,8 @@ class OnnxPacking:
 
     @property
     def float_type(self) -> torch.dtype:
-        """Of what stays floating point: the values' own type, bfloat16 beside int8."""
-        return torch.bfloat16 if self.values == "int8" else getattr(torch, self.values)
+        """Of what stays floating point: the values' own type, bfloat16 beside whole numbers."""
+        return torch.bfloat16 if self.values in WHOLE else getattr(torch, self.values)
 
 
 def pack_graph(model: ir.Model, packing: OnnxPacking) -> list[PackedProduct]:
@@ -72,7 +73,7 @@ def pack_graph(model: ir.Model, packing: OnnxPacking) -> list[PackedProduct]:
             continue
         nonzeros, _ = nonzeros_and_patterns(weight)
         sparse = gains(weight, nonzeros, packing)
-        if packing.values == "int8" and not sparse:
+        if packing.values in WHOLE and not sparse:
             _put_int8_product(model, node, weight)
             continue
         if packing.values == "float32" and not sparse:
@@ -84,7 +85,7 @@ def pack_graph(model: ir.Model, packing: OnnxPacking) -> list[PackedProduct]:
             PackedProduct(
                 name=str(node.name),
                 shape=tuple(packed.shape),
-                nonzeros=packed.values.numel(),
+                nonzeros=packed.nonzeros,
                 density=packed.density,
                 bytes=packed.nbytes,
                 sparse=sparse,
@@ -97,7 +98,7 @@ def pack_graph(model: ir.Model, packing: OnnxPacking) -> list[PackedProduct]:
     if packing.values != "float32":
         _shrink_embedding(model, packing.float_type)
     model.opset_imports[DOMAIN] = 1
-    if weights <= SMALL:
+    if weights <= SMALL and packing.values != "int4":
         function = sparse_matmul(packing.values, model.opset_imports[""])
         model.functions[function.identifier()] = function
     return products
@@ -133,7 +134,7 @@ def _matrix(value: ir.Value) -> Tensor | None:
 
 def gains(weight: Tensor, nonzeros: int, packing: OnnxPacking) -> bool:
     """Whether the packed weight takes clearly fewer bytes than a dense one of the same type."""
-    size = 1 if packing.values == "int8" else packing.float_type.itemsize
+    size = {"int8": 1.0, "int4": 0.5}.get(packing.values, packing.float_type.itemsize)
     return nonzeros * size + weight.numel() / 8 < WORTH * weight.numel() * size
 
 
@@ -148,6 +149,8 @@ def _put_packed_product(
     inputs.append(initializer(model, f"{name}.weight_bitmask", packed.bitmask))
     if packed.scale is not None:
         inputs.append(initializer(model, f"{name}.weight_scale", packed.scale))
+    if packed.steps is not None:
+        inputs.append(initializer(model, f"{name}.weight_steps", packed.steps))
     attributes = {"in_features": packed.in_features, "group_size": packing.group_size or 0}
     replace_operator(model, node, DOMAIN, NAME, inputs, attributes)
 

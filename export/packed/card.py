@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from besa.kernels.abi import WHOLE
 from besa.model.export_record import DenseLinear, PackedRecord
 from besa.model.prune_record import PruneRecord
 from besa.model.record import pruning_of
@@ -50,7 +51,7 @@ def packed_card(record: PackedRecord) -> str:
             read_packed=size(read.packed_bytes),
             speedup=f"{read.speedup:.2f}×",
             left=[escape_markdown(line) for line in left_dense(record.dense)],
-            exactly="" if record.values == "int8" else ", bit for bit",
+            exactly="" if record.values in WHOLE else ", bit for bit",
             versions=versions_line(record.versions),
             version=escape_markdown(record.besa_version),
         )

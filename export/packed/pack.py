@@ -26,8 +26,8 @@ from besa.export.packed.record import packed_record
 from besa.export.plan import PackedLinear, PackingPlan, plan_packing
 from besa.export.rounded import peak_of
 from besa.export.source import open_plain
-from besa.export.weights import pack_weight
-from besa.formats import PackedConfig, packed_of, quantize_int8, tensors_of
+from besa.export.weights import pack_weight, quantize
+from besa.formats import PackedConfig, packed_of, tensors_of
 from besa.machine import give_memory_back
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import PackedLinearRecord
@@ -151,7 +151,7 @@ def _packed_block(
                 kind=linear.kind,
                 block=index,
                 shape=(linear.rows, linear.cols),
-                nonzeros=packed.values.numel(),
+                nonzeros=packed.nonzeros,
                 density=packed.density,
                 dense_bytes=linear.dense_bytes,
                 bytes=sum(part.nbytes for part in parts.values()),
@@ -186,15 +186,16 @@ def verify(
 
         for linear in linears:
             weight = linear.matrix(slices[linear.key][...])
-            scale = None
-            if config.values == "int8":
-                weight, scale = quantize_int8(weight, config.group_size, peak)
+            scale = steps = None
+            if config.has_scale:
+                weight, scale, steps = quantize(weight, config.values, config.group_size, peak)
             try:
                 packed = packed_of(read, linear.key, linear.cols, config)
                 # -0.0, which comes back as +0.0, is equal to it.
-                equal = torch.equal(packed.unpack_values(), weight)
-                if equal and scale is not None and packed.scale is not None:
-                    equal = torch.equal(packed.scale, scale)
+                equal = torch.equal(packed.unpack_numbers(), weight)
+                for found, expected in ((packed.scale, scale), (packed.steps, steps)):
+                    if expected is not None:
+                        equal = equal and found is not None and torch.equal(found, expected)
             except BesaError:
                 equal = False
             if not equal:

@@ -15,7 +15,6 @@ from typing import Any
 from besa.export.packed.sizes import read_per_token
 from besa.export.plan import PackingPlan
 from besa.formats import PackedConfig
-from besa.formats.checkpoint import FORMAT_VERSION
 from besa.machine import peak_memory
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import PackedLinearRecord, PackedRecord, PackedSizes
@@ -59,7 +58,7 @@ def packed_record(
         digests={shard["file"]: shard["sha256"] for shard in shards},
         format=settings["format"],
         source=read_raw_record(checkpoint.directory),
-        format_version=FORMAT_VERSION,
+        format_version=config.format_version,
         values=config.values,
         group_size=config.group_size,
         pattern=config.pattern,

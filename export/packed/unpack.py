@@ -4,8 +4,8 @@
 >>> unpack_checkpoint("path/to/sparse", config, tell=lambda event: None).out
 PosixPath('dense')
 
-Names, shapes, layouts and floats come back as they were, bit for bit (-0.0 as +0.0). int8 values
-come back as value × scale, rounded once to the model's dtype.
+Names, shapes, layouts and floats come back as they were, bit for bit (-0.0 as +0.0). int8 and int4
+values come back as value × scale, rounded once to the model's dtype.
 """
 
 from __future__ import annotations
@@ -225,6 +225,6 @@ def _dense_bytes(source: PackedCheckpoint) -> int:
     bytes_of = stored_bytes(source.files)
     size = sum(count for name, count in bytes_of.items() if _packed_weight(name) is None)
     values = source.config.values
-    dtype = source.dtype if values == "int8" else getattr(torch, values)
+    dtype = source.dtype if source.config.has_scale else getattr(torch, values)
     shapes = (source.layout(weight)[0] for weight in source.weights)
     return size + sum(rows * cols for rows, cols in shapes) * dtype.itemsize

@@ -32,17 +32,20 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.model_executor.utils import set_weight_attrs
 
-import besa.kernels.linear  # noqa: F401 - the operator
 from besa.errors import BesaError
 from besa.formats import QUANT_METHOD, FormatError, Packed, PackedConfig, pack, packed_of
+from besa.formats.checkpoint import SUFFIXES
+from besa.formats.int4 import in_eight_bits
 from besa.formats.slicing import stack_rows, take_columns, take_rows
 from besa.kernels.cuda import linear as gpu
 from besa.kernels.cuda.records import Records, fitting
 from besa.kernels.isa import chosen_isa
+from besa.kernels.linear import INT4
 
 logger = init_logger("vllm.besa")
 
 _DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int8")}
+_DTYPES["int4"] = INT4
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -130,8 +133,10 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             "weight_rows": torch.empty(self.rows, dtype=torch.int32),
             "weight": torch.empty(0, dtype=params_dtype),
         }
-        if self.config.values == "int8":
+        if self.config.has_scale:
             placeholders["weight_scale"] = torch.empty(0)
+        if self.config.values == "int4":
+            placeholders["weight_steps"] = torch.empty(0, dtype=torch.uint8)
         for name, tensor in placeholders.items():
             parameter = Parameter(tensor, requires_grad=False)
             layer.register_parameter(name, parameter)
@@ -146,8 +151,10 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if name == "weight":  # stored dense, beside others of the layer that are packed
             source.parts["weight_rows"] = torch.arange(len(loaded), dtype=torch.int32)
         wanted = {"weight_values", "weight_bitmask", "weight_rows"}
-        if self.config.values == "int8":
+        if self.config.has_scale:
             wanted.add("weight_scale")
+        if self.config.values == "int4":
+            wanted.add("weight_steps")
         if "weight" not in source.parts and not wanted <= set(source.parts):
             return
         rows = self._on_this_rank(0, source.parts["weight_rows"], self.rows, *shard, **more)
@@ -161,10 +168,10 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """The source as the checkpoint has it, checked."""
         in_features = self.columns[1]
         if "weight" in parts:
-            if self.config.values == "int8":
+            if self.config.has_scale:
                 raise BesaError(
-                    f"{self.prefix} is fused of int8 and of dense weights: export the model with "
-                    "all of its parts packed, or all dense"
+                    f"{self.prefix} is fused of {self.config.values} and of dense weights: export "
+                    "the model with all of its parts packed, or all dense"
                 )
             return pack(parts["weight"].to(_DTYPES[self.config.values]))
         try:
@@ -198,10 +205,12 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             if packed.values.is_floating_point():  # the type that the engine runs the model in
                 packed = replace(packed, values=packed.values.to(self.dtype))
             if gpu.usable(device, packed.values.dtype):
+                if packed.steps is not None:  # a GPU's kernels have eight bits
+                    packed = in_eight_bits(packed)
                 self.records = gpu.records_of(
                     packed, packed.in_features, self.dtype, self.config.int8_input
                 )
-        for name in ("weight_values", "weight_bitmask", "weight_rows", "weight", "weight_scale"):
+        for name in (*(f"weight{suffix}" for suffix in SUFFIXES), "weight"):
             if hasattr(layer, name):
                 delattr(layer, name)
         # LoRA looks for a weight of the first one's name to learn the device.
@@ -214,7 +223,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 "weight_bitmask": packed.bitmask,
                 "weight_row_ptr": packed.row_ptr,
             }
-        tensors["weight_scale"] = packed.scale
+        tensors |= {"weight_scale": packed.scale, "weight_steps": packed.steps}
         for name, tensor in tensors.items():
             kept = None if tensor is None else Parameter(tensor, requires_grad=False)
             layer.register_parameter(name, kept)
@@ -248,5 +257,6 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             layer.weight_scale,
             bias,
             self.config.int8_input,
+            layer.weight_steps,
         )
         return result

@@ -121,7 +121,7 @@ def test_dense_again(pruned: Path, whole: tuple[Path, Process], tmp_path: Path):
 
 OPTIONS = {
     "format": (["--format", "gguf"], "format 'gguf': choose one of vllm, dense, onnx"),
-    "quantize": (["--quantize", "int4"], "quantize 'int4'"),
+    "quantize": (["--quantize", "int3"], "quantize 'int3'"),
     "group size": (["--quantize", "int8", "--group-size", 48], "group_size 48"),
     "group size word": (["--group-size", "big"], "--group-size: invalid int value: 'big'"),
     "flag": (["--frobnicate"], "unrecognized arguments: --frobnicate"),

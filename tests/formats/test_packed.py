@@ -494,7 +494,15 @@ def test_scales_that_do_not_belong():
 
 def test_fields_in_their_order():
     names = [field.name for field in dataclasses.fields(Packed)]
-    assert names == ["values", "bitmask", "row_ptr", "scale", "in_features", "group_size"]
+    assert names == [
+        "values",
+        "bitmask",
+        "row_ptr",
+        "scale",
+        "in_features",
+        "group_size",
+        "steps",
+    ]
 
 
 def test_frozen_and_apart_from_the_weight():

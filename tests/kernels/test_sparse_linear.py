@@ -100,6 +100,27 @@ def test_int8_products_are_exact(group_size: int | None, inputs: torch.dtype, in
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("group_size", [None, 32, 64, 128])
+@pytest.mark.parametrize("inputs", FLOATS)
+@pytest.mark.parametrize("int8_input", [True, False])
+def test_int4_products_are_exact(group_size: int | None, inputs: torch.dtype, int8_input: bool):
+    for rows, cols in SHAPES:
+        numbers = uneven(rows, cols, seed=cols, most=7).to(torch.int8)
+        groups = 1 if group_size is None else -(-cols // group_size)
+        generator = torch.Generator().manual_seed(cols)
+        steps = torch.randint(1, 19, (rows, groups), generator=generator).to(torch.uint8)
+        scale = 2.0 ** whole(rows, 1, most=1, seed=5) / 64
+        packed = pack(numbers, scale, group_size, steps)
+        dense = packed.unpack()
+        for tokens in (1, 2, 6, 7, 17, 23):
+            x = whole(tokens, cols, most=2, seed=tokens).to(inputs)
+            if int8_input:
+                x[:, 0] = 127  # a token's scale is 1
+            result = sparse_linear(x, packed, None, int8_input)
+            assert torch.equal(result, exact(x, dense)), tokens
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("values", [*FLOATS, torch.int8])
 @pytest.mark.parametrize("inputs", FLOATS)
 @pytest.mark.parametrize("tokens", [1, 7, 40])

@@ -38,7 +38,7 @@ HEAD = 16
 
 # What a precision costs: of the logits, relative.
 DENSE = {"fp32": 1e-5, "fp16": 5e-3, "int8": 0.05, "int4": 0.5}
-SPARSE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3, "int8": 0.05}
+SPARSE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3, "int8": 0.05, "int4": 0.5}
 VARIANTS = [
     *((False, name) for name in DENSE),
     *((True, name) for name in SPARSE),
@@ -153,6 +153,14 @@ def test_packed_int8_is_what_transformers_makes_of_the_packed_checkpoint(
     found = compare(decoder(graphs[True, "int8"]), theirs)
     assert found.error < 0.04
     assert found.error < 0.8 * compare(decoder(graphs[False, "int8"]), theirs).error
+
+
+def test_packed_int4_is_what_transformers_makes_of_the_packed_checkpoint(
+    graphs: dict[tuple[bool, str], Path], pruned: Path, tmp_path: Path
+):
+    packed = export(pruned, ExportConfig(out=tmp_path / "packed", quantize="int4")).out
+    theirs = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).eval()
+    assert compare(decoder(graphs[True, "int4"]), theirs).error < 0.04
 
 
 def test_int8_with_a_scale_for_each_group_of_columns(pruned: Path, reference: Any, tmp_path: Path):

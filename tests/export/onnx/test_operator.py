@@ -17,7 +17,7 @@ from torch import Tensor
 from besa.errors import BesaError
 from besa.export.onnx.function import sparse_matmul
 from besa.export.onnx.runtime import open_session, ort_library
-from besa.formats import Packed, pack, quantize_int8
+from besa.formats import Packed, pack, quantize_int4, quantize_int8
 from besa.kernels.isa import available
 from besa.kernels.linear import sparse_linear_reference
 
@@ -48,6 +48,8 @@ def model(
     parts = {"values": packed.values, "bitmask": packed.bitmask}
     if packed.scale is not None:
         parts["scale"] = packed.scale
+    if packed.steps is not None:
+        parts["steps"] = packed.steps
     parts |= changes
     nodes = [
         onnx.helper.make_node("Cast", ["x"], ["narrow"], to=TYPES[dtype]),
@@ -99,7 +101,7 @@ def tokens(count: int, cols: int) -> Tensor:
 
 def expected(packed: Packed, x: Tensor) -> Tensor:
     parts = (packed.values, packed.bitmask, packed.row_ptr, packed.scale)
-    return sparse_linear_reference(x, *parts).float()
+    return sparse_linear_reference(x, *parts, steps=packed.steps).float()
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
@@ -117,6 +119,17 @@ def test_float_values(tmp_path: Path, dtype: torch.dtype, cols: int, count: int)
 @pytest.mark.parametrize("cols", [32, 100, 256])
 def test_int8_values(tmp_path: Path, cols: int, group: int | None, count: int):
     packed = pack(*quantize_int8(weight(50, cols), group), group_size=group)
+    x = tokens(count, cols)
+    found = run(tmp_path / "model.onnx", model(packed), x)
+    torch.testing.assert_close(found, expected(packed, x), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("group", [None, 32, 64])
+@pytest.mark.parametrize("cols", [32, 100, 256])
+def test_int4_values(tmp_path: Path, cols: int, group: int | None, count: int):
+    numbers, scale, steps = quantize_int4(weight(50, cols), group)
+    packed = pack(numbers, scale, group, steps)
     x = tokens(count, cols)
     found = run(tmp_path / "model.onnx", model(packed), x)
     torch.testing.assert_close(found, expected(packed, x), rtol=1e-4, atol=1e-3)
@@ -193,6 +206,9 @@ def test_the_kernel_serves_where_the_function_is_there_too(tmp_path: Path):
 def damages() -> dict[str, dict[str, Tensor]]:
     packed = pack(weight(20, 77))
     quantized = pack(*quantize_int8(weight(20, 77)))
+    numbers, scale, steps = quantize_int4(weight(20, 77))
+    four = pack(numbers, scale, steps=steps)
+    whole = {"values": four.values, "bitmask": four.bitmask, "scale": scale}
     stray = packed.bitmask.clone()
     stray[3, -1] |= 0x80  # column 79 of 77
     return {
@@ -202,6 +218,9 @@ def damages() -> dict[str, dict[str, Tensor]]:
         "a bitmask of another width": {"bitmask": packed.bitmask[:, :-1]},
         "scales for floats": {"scale": torch.ones(20, 1)},
         "int8 without scales": {"values": quantized.values, "bitmask": quantized.bitmask},
+        "int4 without steps": whole,
+        "int4 with steps of groups": {**whole, "steps": steps.repeat(1, 2)},
+        "int4 with a byte too few": {**whole, "values": four.values[:-1], "steps": steps},
     }
 
 

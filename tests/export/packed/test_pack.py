@@ -88,7 +88,7 @@ def test_tied_embeddings(tiny_model: Path, tmp_path: Path):
     assert read.dense_bytes == sum(t.nbytes for t in weights.values()) + norms
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_inputs_that_eight_does_not_divide(quantize: str | None, tiny_model: Path, tmp_path: Path):
     pruned = pruned_model("llama", tmp_path / "pruned", tiny_model, intermediate_size=45)
     sparse = export(pruned, ExportConfig(out=tmp_path / "sparse", quantize=quantize)).out
@@ -210,7 +210,7 @@ def wide(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_with_tokenizer(model, tmp_path_factory.mktemp("wide") / "pruned", tiny_model)
 
 
-@pytest.mark.parametrize(("quantize", "most"), [(None, 0.57), ("int8", 0.33)])
+@pytest.mark.parametrize(("quantize", "most"), [(None, 0.57), ("int8", 0.33), ("int4", 0.21)])
 def test_sizes(wide: Path, quantize: str | None, most: float, tmp_path: Path):
     result = export(wide, ExportConfig(out=tmp_path / "sparse", quantize=quantize))
     before, after = stored(wide), stored(result.out)
@@ -339,7 +339,7 @@ def refused(source: Path, out: Path, **options: Any) -> str:
     return line
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_a_model_that_is_not_pruned(quantize: str | None, tiny_model: Path, tmp_path: Path):
     line = refused(tiny_model, tmp_path / "out", quantize=quantize)
     assert "is not pruned" in line
@@ -376,10 +376,10 @@ def test_weights_that_are_not_right(pruned: Path, tmp_path: Path):
 def test_a_format_of_the_future(pruned: Path, tmp_path: Path):
     sparse = export(pruned, ExportConfig(out=tmp_path / "sparse")).out
     config = json.loads((sparse / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     (sparse / "config.json").write_text(json.dumps(config))
     line = refused(sparse, tmp_path / "out", format="dense")
-    assert "version 2" in line
+    assert "version 3" in line
     assert "upgrade besa" in line
 
 
@@ -387,7 +387,7 @@ def test_a_format_of_the_future(pruned: Path, tmp_path: Path):
     ("options", "words"),
     [
         ({"format": "gguf"}, "format 'gguf'"),
-        ({"quantize": "int4"}, "quantize 'int4'"),
+        ({"quantize": "int3"}, "quantize 'int3'"),
         ({"quantize": "int8", "group_size": 48}, "group_size 48"),
         ({"group_size": 64}, "--group-size is for"),
         ({"format": "dense", "quantize": "int8"}, "--quantize is for packing"),
@@ -462,7 +462,7 @@ def test_a_file_that_is_cut_off(sparse: Path, tmp_path: Path):
     assert "cut off" in line
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_what_the_disk_got_wrong_is_noticed(
     quantize: str | None, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -32,7 +32,8 @@ import besa.registration
 import besa.serve.transformers.model
 from besa import BesaConfig, BesaError
 from besa.errors import BesaWarning
-from besa.formats import PackedConfig, pack, quantize_int8, tensors_of
+from besa.export.weights import pack_weight
+from besa.formats import PackedConfig, pack, tensors_of
 from besa.formats.module import SparseLinear
 from besa.model.blocks import expert_count, find_blocks, find_linears
 from tests.helpers import FAMILIES, PATIENCE, load_strictly, random_model, same_bytes, stored
@@ -75,7 +76,8 @@ def make_pair(
     """A random model of a family, each linear of its blocks pruned to a random half.
 
     Args:
-        values: of the packed weights; the dense twin of int8 has them times their scales.
+        values: of the packed weights; the dense twin of whole numbers has them times their
+            scales.
         settings: more of `PackedConfig`.
     """
     torch.manual_seed(1)
@@ -103,8 +105,8 @@ def make_pair(
         matrix = weight.T if transposed else weight
         pruned = torch.rand(matrix.shape) < torch.rand(len(matrix), 1)  # rows of any density
         matrix = matrix.masked_fill(pruned, 0)
-        if values == "int8":
-            whole = pack(*quantize_int8(matrix, config.group_size), config.group_size)
+        if values in ("int8", "int4"):
+            whole = pack_weight(matrix, values, config.group_size)
             matrix = whole.unpack()
         else:
             whole = pack(matrix)
@@ -215,6 +217,22 @@ def test_int8(pairs: Callable[..., Pair], group_size: int | None):
     assert distance(logits(sparse), logits(dense)) < EXACT
     half = load_strictly(pair.sparse, dtype=torch.bfloat16)
     assert {m.weight_scale.dtype for m in sparse_linears(half).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_int4(pairs: Callable[..., Pair], group_size: int | None, tmp_path: Path):
+    pair = pairs("llama", "int4", group_size=group_size, int8_input=False)
+    dense, sparse = load_strictly(pair.dense), load_strictly(pair.sparse)
+    assert {m.weight_values.dtype for m in sparse_linears(sparse).values()} == {torch.uint8}
+    assert distance(logits(sparse), logits(dense)) < EXACT
+    sparse.save_pretrained(tmp_path / "copy")
+    again = stored(tmp_path / "copy")
+    for name, tensor in stored(pair.sparse).items():
+        assert same_bytes(again[name], tensor), name
+    half = load_strictly(pair.sparse, dtype=torch.bfloat16)
+    assert {m.weight_steps.dtype for m in sparse_linears(half).values()} == {torch.uint8}
+    with_int8 = pairs("llama", "int4", group_size=group_size)
+    assert EXACT < distance(logits(load_strictly(with_int8.sparse)), logits(dense)) < 0.05
 
 
 def test_int8_activations(pairs: Callable[..., Pair]):
@@ -519,8 +537,8 @@ def test_a_file_is_cut_off(pair: Pair, bytes_left: int):
 
 def test_a_version_of_the_future(pair: Pair):
     config = json.loads((pair.sparse / "config.json").read_text())["quantization_config"]
-    pair.config(quantization_config={**config, "format_version": 2})
-    with pytest.raises(BesaError, match=r"version 2.*reads version 1: upgrade besa"):
+    pair.config(quantization_config={**config, "format_version": 3})
+    with pytest.raises(BesaError, match=r"version 3.*reads versions 1 to 2: upgrade besa"):
         AutoModelForCausalLM.from_pretrained(pair.sparse)
 
 

@@ -183,7 +183,7 @@ def without_a_part(_: dict[str, Any], tensors: dict[str, Any]) -> None:
 
 
 def of_the_future(config: dict[str, Any], _: dict[str, Any]) -> None:
-    config["format_version"] = 2
+    config["format_version"] = 3
 
 
 def exact_inputs(config: dict[str, Any], _: dict[str, Any]) -> None:
@@ -220,8 +220,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     cases["other mask"] = Case(other, packed(other))
     partly = masked("llama", root / "partly", dense="k_proj")
     cases["k_proj dense"] = Case(partly, packed(partly))
-    for name, group_size in (("int8", None), ("int8 in groups", 32)):
-        whole = packed(masked("llama", root / name), quantize="int8", group_size=group_size)
+    for name, group_size in (("int8", None), ("int8 in groups", 32), ("int4", 32)):
+        kind = name.split()[0]
+        whole = packed(masked("llama", root / name), quantize=kind, group_size=group_size)
         back = export(whole, ExportConfig(out=root / (name + " back"), format="dense")).out
         cases[name] = Case(Path(back), whole)
         cases[name + ", exact inputs"] = Case(Path(back), changed(whole, "exact", exact_inputs))
@@ -239,7 +240,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     packed_qwen = packed(qwen)
     for name, records in (("qwen2 bf16", False), ("qwen2 bf16 records", True)):
         cases[name] = Case(qwen, packed_qwen, flags={"dtype": "bfloat16"}, records=records)
-    for name in ("int8", "int8 in groups"):
+    for name in ("int8", "int8 in groups", "int4"):
         cases[name + " records"] = Case(
             cases[name].dense, Path(cases[name].job["model"]), records=True
         )
@@ -296,6 +297,7 @@ def test_bfloat16_as_the_dense_model_in_the_same_engine(cases: dict[str, Case], 
         ("qwen2 bf16", 0.05),
         ("int8", 1e-3),
         ("int8 in groups", 1e-3),
+        ("int4", 1e-3),
     ],
 )
 def test_records_as_on_a_gpu(cases: dict[str, Case], name: str, tolerance: float):
@@ -320,8 +322,8 @@ def test_a_dense_part_of_a_fused_linear(cases: dict[str, Case]):
     check(cases["k_proj dense"])
 
 
-@pytest.mark.parametrize("name", ["int8", "int8 in groups"])
-def test_int8(cases: dict[str, Case], name: str):
+@pytest.mark.parametrize("name", ["int8", "int8 in groups", "int4"])
+def test_whole_numbers(cases: dict[str, Case], name: str):
     check(cases[name + ", exact inputs"])
     rounded, exact = cases[name].result, cases[name + ", exact inputs"].result
     # Activations rounded to int8 change the figures a little, and they do change them.
@@ -329,12 +331,12 @@ def test_int8(cases: dict[str, Case], name: str):
     assert 1e-4 < largest(first, [answer[:1] for answer in exact["logprobs"]]) < 0.3
 
 
-@pytest.mark.parametrize("name", ["bf16", "qwen2", "int8 in groups"])
+@pytest.mark.parametrize("name", ["bf16", "qwen2", "int8 in groups", "int4"])
 def test_packed_in_memory(cases: dict[str, Case], name: str):
     """What the file has, and a row pointer for each row: no dense copy beside it."""
     [held] = cases[name].result["bytes"]
     tensors = stored(Path(cases[name].job["model"]))
-    kept = ("_values", "_bitmask", "_scale")
+    kept = ("_values", "_bitmask", "_scale", "_steps")
     packed = sum(
         tensors[k].nbytes for k in tensors if k.endswith(tuple(f".weight{x}" for x in kept))
     )
@@ -353,7 +355,7 @@ def test_lora(cases: dict[str, Case]):
     [
         ("cut_off", "layers.1.self_attn.qkv_proj: weight: values has 2480 elements"),
         ("without_a_part", "lacks weight_bitmask of model.layers.1.self_attn.qkv_proj"),
-        ("of_the_future", "the packed format is version 2, and this besa reads version 1"),
+        ("of_the_future", "the packed format is version 3, and this besa reads versions 1 to 2"),
     ],
 )
 def test_a_model_that_cannot_be_served(cases: dict[str, Case], name: str, words: str):
