@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_report.py      # benchmarks/results/kernels.json -> kernels.svg
 
-The table goes into docs/kernels.md: `python benchmarks/readme.py`.
+The tables go into docs/kernels.md: `python benchmarks/readme.py`.
 """
 
 from __future__ import annotations
@@ -132,6 +132,43 @@ def readme_table(record: dict[str, Any]) -> str:
         f"{conditions['cpu']}, {conditions['cores']} cores, read bandwidth up to "
         f"{best / 1e9:.0f} GB/s, torch {conditions['torch']}. All shapes, threads, sparsities and "
         "tokens: `benchmarks/results/kernels.json`, by `python benchmarks/kernels.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def isa_table(*records: dict[str, Any]) -> str:
+    """One CPU by instruction set: times of half of the weights, and against besa's dense kernel."""
+    names = [record["conditions"]["isa"] for record in records]
+    lines = [
+        f"| {SHAPE.replace('x', ' × ')}, {THREADS} threads, 50% | "
+        + " | ".join(f"`{name}`" for name in names)
+        + " |",
+        "| --- |" + " --- |" * len(names),
+    ]
+    for dtype in ("bfloat16", "int8", "int4"):
+        by_isa = [cells(record, SHAPE, dtype, THREADS) for record in records]
+        for rows in zip(*by_isa, strict=True):
+            tokens = rows[0]["tokens"]
+            parts = []
+            for row in rows:
+                half = row["contenders"]["50%"]
+                parts.append(
+                    f"{half['seconds']['median'] * 1e3:.2f} ms, {gain(half['over_dense'])}"
+                )
+                if tokens == 1:
+                    parts[-1] += f", {half['of_limit']:.0%} of the limit"
+            plural = "token" if tokens == 1 else "tokens"
+            lines.append(f"| {dtype}, {tokens} {plural} | {' | '.join(parts)} |")
+    first = records[0]
+    best = max(r["read_bandwidth"]["best"] for record in records for r in record["results"])
+    lines += [
+        "",
+        "Times, and times faster than besa's dense kernel of the same column (for int4 that "
+        f"of int8) in the same rounds: medians of {first['rounds']}, and the interval that holds "
+        f"the median with {coverage(first['rounds'], 1):.0%}. {first['conditions']['cpu']}, "
+        f"{first['conditions']['cores']} cores, read bandwidth up to {best / 1e9:.0f} GB/s, torch "
+        f"{first['conditions']['torch']}. `BESA_ISA=NAME python benchmarks/kernels.py --shapes "
+        f"{SHAPE} --threads {THREADS} --json FILE`.",
     ]
     return "\n".join(lines)
 

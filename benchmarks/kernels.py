@@ -9,8 +9,11 @@ and each goes through as many copies of its weight as make up far more than the 
 - `torch`: `torch.nn.functional.linear` in that type; for int8 `torch._int_mm`, the fastest int8
   product that torch has on a CPU (inputs quantized beforehand, result left as int32);
 - `dense`: besa's kernels on the dense weight;
-- 50%, 60%, 70%, 80% and 2:4: besa's kernels on the packed weight. int8 has activations quantized
-  within the timed call.
+- 50%, 60%, 70%, 80% and 2:4: besa's kernels on the packed weight. int8 and int4 have activations
+  quantized within the timed call.
+
+int4 weights, of groups of 64, are held against the dense ones of int8, and against the packed ones:
+`int8 50%`.
 
 The limit of a product is the bytes of its weight over the read bandwidth, which is measured in
 every round too, with the same threads; the best round counts, since other tenants of a machine
@@ -31,8 +34,9 @@ from common import RESULTS, conditions, spread, table, write_json
 from torch import Tensor
 
 from besa.doctor.speed import readers
-from besa.formats import pack
+from besa.formats import Packed, pack, quantize_int4
 from besa.kernels import dense_linear, linear, sparse_linear
+from besa.kernels.abi import WHOLE
 from besa.kernels.isa import chosen_isa
 from besa.machine import cache_size
 
@@ -43,7 +47,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
     "int8": torch.int8,
+    "int4": torch.int8,
 }
+GROUP = 64  # columns that share a step of int4
 
 Work = Callable[[Tensor, int], object]
 
@@ -92,7 +98,7 @@ def contenders(
     generator = torch.Generator().manual_seed(0)
     made: dict[str, Contender] = {}
     dense = torch.randn(rows, cols, generator=generator)
-    if dtype == "int8":
+    if dtype in WHOLE:
         whole = (dense * 40).round().clamp(-127, 127).to(torch.int8)
         scale = torch.full((rows, 1), 1 / 40)
         count = copies_of(whole.nbytes, working_set)
@@ -115,18 +121,33 @@ def contenders(
         made["dense"] = Contender(weight.nbytes, weights, lambda x, w: dense_linear(x["x"], w))
     for name in sparsities:
         weight = sparse_weight(rows, cols, name, generator)
-        if dtype == "int8":
-            whole = (weight * 40).round().clamp(-127, 127)
-            whole[(weight != 0) & (whole == 0)] = 1  # as dense as the others
-            packed = pack(whole.to(torch.int8), torch.full((rows, 1), 1 / 40))
+        if dtype == "int4":
+            made[name] = sparse(in_four_bits(weight), working_set)
+            if name == "50%":
+                made["int8 50%"] = sparse(in_eight_bits(weight), working_set)
+        elif dtype == "int8":
+            made[name] = sparse(in_eight_bits(weight), working_set)
         else:
-            packed = pack(weight.to(DTYPES[dtype]))
-        made[name] = Contender(
-            packed.nbytes,
-            [packed.clone() for _ in range(copies_of(packed.nbytes, working_set))],
-            lambda x, w: sparse_linear(x["x"], w),
-        )
+            made[name] = sparse(pack(weight.to(DTYPES[dtype])), working_set)
     return made
+
+
+def in_eight_bits(weight: Tensor) -> Packed:
+    """As dense as the others: what would round to zero becomes 1."""
+    whole = (weight * 40).round().clamp(-127, 127)
+    whole[(weight != 0) & (whole == 0)] = 1
+    return pack(whole.to(torch.int8), torch.full((len(weight), 1), 1 / 40))
+
+
+def in_four_bits(weight: Tensor) -> Packed:
+    numbers, scale, steps = quantize_int4(weight, GROUP)
+    numbers[(weight != 0) & (numbers == 0)] = 1
+    return pack(numbers, scale, GROUP, steps)
+
+
+def sparse(packed: Packed, working_set: int) -> Contender:
+    copies = [packed.clone() for _ in range(copies_of(packed.nbytes, working_set))]
+    return Contender(packed.nbytes, copies, lambda x, w: sparse_linear(x["x"], w))
 
 
 class Memory:
@@ -165,10 +186,10 @@ def measure(
 
 
 def inputs(tokens: int, cols: int, dtype: str) -> dict[str, Tensor]:
-    """Activations: bfloat16 for int8 weights too, and as int8 for torch's product."""
+    """Activations: bfloat16 for whole numbers too, and as int8 for torch's product."""
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, cols, generator=generator)
-    kind = torch.bfloat16 if dtype == "int8" else DTYPES[dtype]
+    kind = torch.bfloat16 if dtype in WHOLE else DTYPES[dtype]
     return {"x": x.to(kind), "int8": (x * 30).round().clamp(-127, 127).to(torch.int8)}
 
 

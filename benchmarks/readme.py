@@ -23,7 +23,7 @@ from typing import Any
 
 from common import gain, milliseconds
 from gpu_tables import gpu_sentence, gpu_tables
-from kernel_report import readme_table
+from kernel_report import isa_table, readme_table
 from serving_report import engine_name, speed, tables
 
 from besa.bench.results import read_results
@@ -286,6 +286,8 @@ def rounds_of(record: dict[str, Any]) -> str:
 
 
 MORE = ("vllm", "transformers", "demo")
+# Measured on one CPU.
+ISAS = ("avx512_bf16", "avx2_vnni", "avx2")
 
 SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "speed": (speed, ("serving/peers.json",)),
@@ -296,6 +298,7 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "methods": (methods, ("table.json",)),
     "cost": (cost, ("wallclock.json", "memory.json", "allocation-cpu.json")),
     "kernels": (readme_table, ("kernels.json",)),
+    "isas": (isa_table, tuple(f"kernels-{isa}.json" for isa in ISAS)),
     "engines": (engines, ("engines.json",)),
     "onnx": (onnx, ("onnx.json",)),
     "gpu": (gpu, ()),

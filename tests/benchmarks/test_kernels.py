@@ -15,9 +15,11 @@ pytestmark = pytest.mark.slow
 def test_tiny(benchmark, monkeypatch):
     record = benchmark("kernels")
     assert record["conditions"]["isa"]
-    assert len(record["results"]) == 3 * 2 * 2  # types, threads, tokens
+    assert len(record["results"]) == 4 * 2 * 2  # types, threads, tokens
     for row in record["results"]:
-        assert set(row["contenders"]) == {"torch", "dense", "50%", "60%", "70%", "80%", "2:4"}
+        more = {"int8 50%"} if row["dtype"] == "int4" else set()
+        expected = {"torch", "dense", "50%", "60%", "70%", "80%", "2:4"}
+        assert set(row["contenders"]) == expected | more
         assert row["read_bandwidth"]["best"] > 1e8
         fifty, dense = (row["contenders"][name] for name in ("50%", "dense"))
         assert fifty["seconds"]["median"] > 0
@@ -35,3 +37,6 @@ def test_tiny(benchmark, monkeypatch):
     assert len(circles) == 3 * 4 * 2  # types, lines, tokens
     table = kernel_report.readme_table(as_real)
     assert table.count("| bfloat16, 1 token |") == 1
+    by_isa = kernel_report.isa_table(as_real, as_real)
+    assert by_isa.count("| int4, 1 token |") == 1
+    assert by_isa.count(f"`{record['conditions']['isa']}`") == 2
