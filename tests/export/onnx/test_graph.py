@@ -339,7 +339,7 @@ def test_what_the_command_prints_and_writes(pruned: Path, tmp_path: Path):
     ("flags", "words"),
     [
         (["--precision", "int3"], "a dense graph has one of fp32, fp16, int8, int4"),
-        (["--sparse", "--precision", "int4"], "a sparse graph has one of bf16, fp16, fp32, int8"),
+        (["--sparse", "--precision", "int3"], "a sparse graph has one of bf16, fp16, fp32, int8"),
         (["--quantize", "int8"], "--format onnx takes --precision int8, not --quantize"),
         (["--group-size", "32"], "--group-size is for --sparse --precision int8"),
         (["--onnx-graph", "other"], "choose one of genai, standard"),
