@@ -48,7 +48,7 @@ NAMES = {
     "BESA + guarded updates, high effort": "`--effort high`",
     "BESA + guarded updates, high effort, rotation on": "`--effort high --rotate on`",
     "BESA + guarded updates, rounded to int8": "`--quantize int8`",
-    "BESA + guarded updates, rounded to int4:128": "`--quantize int4:128`",
+    "BESA + guarded updates, rounded to int4:64": "`--quantize int4:64`",
 }
 DEFAULT = "BESA + guarded updates"
 # What a reader of the front page does not look for.

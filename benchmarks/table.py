@@ -36,7 +36,7 @@ ALL = (
     Contender("besa", "none", "layer"),
     Contender("besa", "admm"),
     Contender("besa", quantize="int8"),
-    Contender("besa", quantize="int4:128"),
+    Contender("besa", quantize="int4:64"),
     Contender("besa", rotate="on"),
     Contender("besa", effort="high"),
     Contender("besa", effort="high", rotate="on"),

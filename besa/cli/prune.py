@@ -3,7 +3,7 @@
 besa prune MODEL --out PRUNED
 besa prune MODEL --out PRUNED --sparsity 0.6 --calibration my-texts.jsonl
 besa prune MODEL --out PRUNED --pattern 2:4 --effort high
-besa prune MODEL --out PRUNED --quantize int4:128
+besa prune MODEL --out PRUNED --quantize int4:64
 
 MODEL is a Hugging Face directory with safetensors, or a hub id when online. An interrupted run
 goes on when the same command is typed again.

@@ -70,7 +70,7 @@ class PruneConfig:
     """The settings of a run, checked when they are made.
 
     Attributes:
-        pattern, quantize: may be given as their text, too: "2:4", "int4:128".
+        pattern, quantize: may be given as their text, too: "2:4", "int4:64".
         dtype: weights are stored as they came, whatever they are computed in.
 
     Raises:
@@ -112,7 +112,7 @@ class PruneConfig:
     quantize: Grid | None = setting(
         None,
         "round what is kept, too: int8 or int4, with `:GROUP` columns that share a scale, as "
-        "int4:128 (default: a whole row)",
+        "int4:64 (default: a whole row)",
         metavar="TYPE",
         parse=Grid.parse,
     )

@@ -1,8 +1,8 @@
 """The few values that weights may have: `--quantize int8` or `int4`, with `:GROUP` columns a scale.
 
->>> Grid.parse("int4:128")
-Grid(bits=4, group_size=128)
->>> Grid.parse("int4:128").levels, str(Grid.parse("int8"))
+>>> Grid.parse("int4:64")
+Grid(bits=4, group_size=64)
+>>> Grid.parse("int4:64").levels, str(Grid.parse("int8"))
 (7, 'int8')
 """
 
@@ -32,7 +32,7 @@ class Grid:
 
     @classmethod
     def parse(cls, text: str) -> Grid:
-        """From "int8", "int4" or "int4:128".
+        """From "int8", "int4" or "int4:64".
 
         Raises:
             BesaError: it is none of these.
@@ -43,7 +43,7 @@ class Grid:
             sizes = either([*map(str, GROUP_SIZES)])
             raise BesaError(
                 f"quantize {text!r}: give int8 or int4, and perhaps the columns that share a "
-                f"scale, {sizes}: int4:128"
+                f"scale, {sizes}: int4:64"
             )
         return cls(bits, group)
 
