@@ -23,6 +23,8 @@ bool has_isa(int isa) {
             return avx512 && __builtin_cpu_supports("avx512vbmi2") &&
                    __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     }
+#elif defined(__aarch64__)
+    if (isa == kNeon) return true;  // a part of the architecture
 #endif
     return isa == kPortable;
 }
@@ -34,6 +36,8 @@ int best_isa() {
     if (has_isa(kAvx512Bf16)) return __builtin_cpu_is("amd") ? kAvx512Dpbf16 : kAvx512Bf16;
     if (has_isa(kAvx512)) return kAvx512;
     if (has_isa(kAvx2)) return kAvx2;
+#elif defined(__aarch64__)
+    return kNeon;
 #endif
     return kPortable;
 }

@@ -14,6 +14,8 @@ int sparse_linear(const Job& job) {
         case kAvx512Bf16: return sparse_linear_avx512_bf16(job);
         case kAvx512: return sparse_linear_avx512(job);
         case kAvx2: return sparse_linear_avx2(job);
+#elif defined(__aarch64__)
+        case kNeon: return sparse_linear_neon(job);
 #endif
         default: return sparse_linear_portable(job);
     }

@@ -63,6 +63,8 @@ int sparse_linear_avx2(const Job& job);
 int sparse_linear_avx512(const Job& job);
 int sparse_linear_avx512_bf16(const Job& job);
 int sparse_linear_avx512_dpbf16(const Job& job);
+#elif defined(__aarch64__)
+int sparse_linear_neon(const Job& job);
 #endif
 
 }  // namespace besa
