@@ -15,6 +15,8 @@ int sparse_linear(const Job& job) {
         case kAvx512: return sparse_linear_avx512(job);
         case kAvx2: return sparse_linear_avx2(job);
 #elif defined(__aarch64__)
+        case kNeonBf16: return sparse_linear_neon_bf16(job);
+        case kNeonDot: return sparse_linear_neon_dot(job);
         case kNeon: return sparse_linear_neon(job);
 #endif
         default: return sparse_linear_portable(job);

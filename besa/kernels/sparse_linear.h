@@ -65,6 +65,8 @@ int sparse_linear_avx512_bf16(const Job& job);
 int sparse_linear_avx512_dpbf16(const Job& job);
 #elif defined(__aarch64__)
 int sparse_linear_neon(const Job& job);
+int sparse_linear_neon_dot(const Job& job);
+int sparse_linear_neon_bf16(const Job& job);
 #endif
 
 }  // namespace besa

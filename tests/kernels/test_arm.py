@@ -13,7 +13,7 @@ import torch
 
 from besa.kernels import linear, packing
 from besa.kernels.abi import ISAS
-from tests.kernels import arm
+from tests.kernels import arm, test_sparse_linear
 from tests.kernels.test_sparse_linear import (  # noqa: F401
     test_any_shape,
     test_damage_is_an_error,
@@ -24,8 +24,11 @@ from tests.kernels.test_sparse_linear import (  # noqa: F401
     test_random_products_are_as_near_as_their_types_allow,
 )
 
-# Each instruction set, and one of QEMU's processors that has it and none of the later ones.
-CPUS = {"neon": "cortex-a53"}
+# Each instruction set, and one of QEMU's processors that has it and none after it.
+CPUS = {"neon": "cortex-a53", "neon_dot": "neoverse-n1", "neon_bf16": "max"}
+
+# Tokens around the borders of blocks, of the tile's, and between the two.
+TOKENS = [1, 2, 3, 5, 7, 16, 17, 19, 22]
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,6 +43,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "native", SimpleNamespace(library=lambda: library))
         patch.setattr(linear, "isa_number", lambda: ISAS.index(request.param))
+        patch.setattr(test_sparse_linear, "TOKENS", TOKENS)
         yield
 
 
