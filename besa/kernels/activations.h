@@ -55,8 +55,10 @@ struct Activations {
 
     template <int kFrom>
     void convert(const Job& job, std::int64_t t, X* to) {
-        const auto value = [&job, first = t * job.cols](std::int64_t j) {
-            return load_float(job.input, kFrom, first + j);
+        // Knows the array itself: what is written to int8 could change the job, for all that C++ says,
+        // and the loops would not be vectors.
+        const auto value = [input = job.input, first = t * job.cols](std::int64_t j) {
+            return load_float(input, kFrom, first + j);
         };
         if constexpr (Traits::kInt8Input) {
             scale[t] = quantize(value, job.cols, to);

@@ -58,6 +58,28 @@ def test_a_processor_takes_the_last_that_it_has(name: str):
         assert library.besa_sparse_linear(linear.Job(isa=number)) == 2  # lacks the instructions
 
 
+# (instruction set, type of values, tokens): instructions a weight, as in test_instructions.py.
+COUNTS = {
+    ("neon", "bfloat16", 1): 1.96,
+    ("neon", "bfloat16", 4): 3.55,
+    ("neon", "bfloat16", 64): 40.2,
+    ("neon", "int8", 1): 1.66,
+    ("neon_dot", "int8", 1): 1.42,
+    ("neon_dot", "int8", 64): 12.0,
+    ("neon_bf16", "bfloat16", 1): 1.56,
+    ("neon_bf16", "bfloat16", 4): 2.21,
+    ("neon_bf16", "bfloat16", 64): 15.8,
+}
+
+
+@pytest.mark.parametrize(("isa", "dtype", "tokens"), COUNTS)
+def test_no_more_instructions_than_it_took(isa: str, dtype: str, tokens: int):
+    if arm.counter() is None:
+        pytest.skip("QEMU takes no plugin of version 1")
+    count, expected = arm.instructions(isa, dtype, tokens), COUNTS[isa, dtype, tokens]
+    assert 0.7 * expected < count < 1.1 * expected, f"{count:.3f} instructions a weight"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
 def test_packing_and_back(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     weight = torch.randint(-9, 10, (23, 77)).relu().to(dtype)
