@@ -12,6 +12,8 @@ void besa::on_threads(void*, int lanes, void (*lane)(void*), void* task) {
 #else
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -26,25 +28,43 @@ namespace {
 class Pool {
    public:
     void run(int lanes, void (*lane)(void*), void* task) {
-        Call call{lane, task, lanes - 1, 0};
+        Call call{lane, task, lanes - 1, {0}};
         std::unique_lock<std::mutex> lock(mutex_);
         start(lanes - 1);
         calls_.push_back(&call);
+        ++waiting_;
         lock.unlock();
         wake_.notify_all();
         lane(task);
         lock.lock();
-        calls_.erase(std::remove(calls_.begin(), calls_.end(), &call), calls_.end());
-        done_.wait(lock, [&] { return call.running == 0; });
+        if (call.wanted > 0) close(&call);
+        lock.unlock();
+        const auto done = [&] { return call.running == 0; };
+        spin(done);
+        lock.lock();
+        done_.wait(lock, done);
     }
 
    private:
     struct Call {
         void (*lane)(void*);
         void* task;
-        int wanted;   // threads that may still begin on it
-        int running;  // threads that have
+        int wanted;                // threads that may still begin on it
+        std::atomic<int> running;  // threads that have
     };
+
+    // Looks for a while before it sleeps: waking a thread takes as long as a small product.
+    template <class Condition>
+    static void spin(const Condition& met) {
+        const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(1);
+        while (!met() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+    }
+
+    // No more threads are to begin on a call.
+    void close(Call* call) {
+        calls_.erase(std::find(calls_.begin(), calls_.end(), call));
+        --waiting_;
+    }
 
     // Has so many threads in all, or as many as the system grants.
     void start(int threads) {
@@ -55,12 +75,14 @@ class Pool {
     }
 
     void work() {
-        std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
-            wake_.wait(lock, [this] { return !calls_.empty(); });
+            const auto wanted = [this] { return waiting_ > 0; };
+            spin(wanted);
+            std::unique_lock<std::mutex> lock(mutex_);
+            wake_.wait(lock, wanted);
             Call& call = *calls_.front();
             ++call.running;
-            if (--call.wanted == 0) calls_.erase(calls_.begin());
+            if (--call.wanted == 0) close(&call);
             lock.unlock();
             call.lane(call.task);
             lock.lock();
@@ -70,7 +92,8 @@ class Pool {
 
     std::mutex mutex_;
     std::condition_variable wake_, done_;
-    std::vector<Call*> calls_;  // that want more threads, the oldest first
+    std::vector<Call*> calls_;     // that want more threads, the oldest first
+    std::atomic<int> waiting_{0};  // how many they are
     int started_ = 0;
 };
 
