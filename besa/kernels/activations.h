@@ -55,8 +55,8 @@ struct Activations {
 
     template <int kFrom>
     void convert(const Job& job, std::int64_t t, X* to) {
-        // Knows the array itself: what is written to int8 could change the job, for all that C++ says,
-        // and the loops would not be vectors.
+        // Has the array's address itself: to C++ a write of int8 may change anything, the job too, and
+        // the loops would not be vectors.
         const auto value = [input = job.input, first = t * job.cols](std::int64_t j) {
             return load_float(input, kFrom, first + j);
         };

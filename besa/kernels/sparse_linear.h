@@ -41,6 +41,7 @@
 //     sparse_linear_<isa>.cpp         the traits of one instruction set; compiled with its flags
 //     sparse_linear.cpp               calls the one that a job names
 //     linear.cpp, ort_operator.cpp    what Python and ONNX Runtime call
+//     threads.h        the threads of what Python calls
 //
 // Another instruction set is another such file, its flags in CMakeLists.txt, its name in abi.h and
 // abi.py, and how to tell that a CPU has it in isa.cpp.

@@ -1,4 +1,5 @@
-// NEON as every 64-bit Arm CPU has it: 8 weights a step, multiplied in float32; int8 by int8 in 16 bits.
+// NEON as every 64-bit Arm CPU has it: 8 weights a step, multiplied in float32; int8 by int8 in 16
+// bits.
 
 #include "sparse_linear_neon.h"
 

@@ -1,5 +1,5 @@
-// Traits for Arm's NEON of any kind: weights are put in their places by a shuffle of bytes (tbl), with
-// indices from a table that has an entry for each mask.
+// Traits for Arm's NEON of any kind: weights are put in their places by a shuffle of bytes (tbl), by
+// a table with an entry for each mask.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// NEON with products of bfloat16 and float16 (Arm since Neoverse V1 and N2, Apple since M2): activations
-// of the values' own type are multiplied without widening either.
+// NEON with products of bfloat16 and float16 (Arm since Neoverse V1 and N2, Apple since M2):
+// activations of the values' own type are multiplied without widening either.
 
 #include "sparse_linear_neon.h"
 

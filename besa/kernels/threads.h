@@ -7,8 +7,8 @@
 
 namespace besa {
 
-// Has at most `lanes` threads run lane(task), the calling one among them. Each takes from the work that
-// is left until there is none, so that one alone would do all of it. As Job::parallel.
+// Has at most `lanes` threads run lane(task), the calling one among them. Each takes from the work
+// that is left until there is none, so that one alone would do all of it. As Job::parallel.
 void on_threads(void* pool, int lanes, void (*lane)(void*), void* task);
 
 // Calls row(r) for all rows; threads get runs of consecutive ones.

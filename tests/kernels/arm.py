@@ -10,6 +10,7 @@ Debian has what it needs: g++-aarch64-linux-gnu, qemu-user.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import shutil
 import struct
@@ -111,6 +112,7 @@ class Emulated:
     def __init__(self, cpu: str) -> None:
         command = [*on(cpu), str(program("remote")), str(library())]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        atexit.register(self._process.communicate)  # it ends with its input
 
     def besa_isas(self) -> int:
         return self._call("besa_isas")
