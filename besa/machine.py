@@ -34,7 +34,7 @@ _FEATURES = {
         *("avx2", "avx512f", "avx512_vbmi2", "avx512_bf16", "avx512_vnni"),
         *("amx_tile", "amx_bf16", "amx_int8"),
     ),
-    "aarch64": ("asimd", "asimddp", "sve", "bf16", "i8mm"),
+    "aarch64": ("asimd", "asimddp", "asimdfhm", "sve", "bf16", "i8mm"),
 }
 
 _OPENMP = re.compile(r"/lib(gomp|iomp5|omp)\b[^/]*\.so[.\d]*$")

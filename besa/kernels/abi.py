@@ -32,7 +32,10 @@ PROBLEMS = {
 }
 
 # Instruction sets, of each family from the least to the most. isa.h says which a CPU has.
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_dpbf16")
+ISAS = (
+    *("portable", "avx2", "avx512", "avx512_bf16", "avx512_dpbf16"),
+    *("neon", "neon_dot", "neon_bf16"),
+)
 
 # How many columns may share a scale, other than a whole row.
 GROUP_SIZES = (32, 64, 128)

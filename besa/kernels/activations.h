@@ -55,8 +55,10 @@ struct Activations {
 
     template <int kFrom>
     void convert(const Job& job, std::int64_t t, X* to) {
-        const auto value = [&job, first = t * job.cols](std::int64_t j) {
-            return load_float(job.input, kFrom, first + j);
+        // Has the array's address itself: to C++ a write of int8 may change anything, the job too, and
+        // the loops would not be vectors.
+        const auto value = [input = job.input, first = t * job.cols](std::int64_t j) {
+            return load_float(input, kFrom, first + j);
         };
         if constexpr (Traits::kInt8Input) {
             scale[t] = quantize(value, job.cols, to);

@@ -33,16 +33,22 @@ inline std::uint16_t float_to_bf16(float value) {
     return static_cast<std::uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-#ifdef __FLT16_MANT_DIG__
+#if defined(__aarch64__) || defined(__FLT16_MANT_DIG__)
+
+#ifdef __aarch64__
+using Half = __fp16;  // to GCC 12 the other name is C's alone there
+#else
+using Half = _Float16;
+#endif
 
 inline float fp16_to_float(std::uint16_t half) {
-    _Float16 value;
+    Half value;
     std::memcpy(&value, &half, 2);
     return static_cast<float>(value);
 }
 
 inline std::uint16_t float_to_fp16(float value) {
-    const _Float16 half = static_cast<_Float16>(value);
+    const Half half = static_cast<Half>(value);
     std::uint16_t bits;
     std::memcpy(&bits, &half, 2);
     return bits;

@@ -2,16 +2,55 @@
 
 #include "isa.h"
 
+#include <cstddef>
+
 #include "abi.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace besa {
+
+#ifdef __aarch64__
+namespace {
+
+// Optional instructions: where Linux tells of them (the numbers are part of its interface, and older
+// headers lack their names), and the name that macOS gives them.
+struct Feature {
+    unsigned long word;
+    int bit;
+    const char* name;
+};
+
+constexpr unsigned long kHwcap = 16, kHwcap2 = 26;
+constexpr Feature kDotProducts{kHwcap, 20, "hw.optional.arm.FEAT_DotProd"};
+constexpr Feature kFp16Products{kHwcap, 23, "hw.optional.arm.FEAT_FHM"};
+constexpr Feature kBf16Products{kHwcap2, 14, "hw.optional.arm.FEAT_BF16"};
+
+bool has(const Feature& feature) {
+#ifdef __linux__
+    return getauxval(feature.word) >> feature.bit & 1;
+#elif defined(__APPLE__)
+    int there = 0;
+    std::size_t size = sizeof(there);
+    return sysctlbyname(feature.name, &there, &size, nullptr, 0) == 0 && there;
+#else
+    return false;
+#endif
+}
+
+}  // namespace
+#endif
 
 bool has_isa(int isa) {
 #ifdef __x86_64__
     __builtin_cpu_init();
+    // F16C is older than AVX2, and not each clang knows its name.
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") &&
-                      __builtin_cpu_supports("popcnt");
+                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq");
@@ -22,6 +61,14 @@ bool has_isa(int isa) {
         case kAvx512Dpbf16:
             return avx512 && __builtin_cpu_supports("avx512vbmi2") &&
                    __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    }
+#elif defined(__aarch64__)
+    static const bool dot = has(kDotProducts);
+    static const bool bf16 = dot && has(kFp16Products) && has(kBf16Products);
+    switch (isa) {
+        case kNeon: return true;  // a part of the architecture
+        case kNeonDot: return dot;
+        case kNeonBf16: return bf16;
     }
 #endif
     return isa == kPortable;
@@ -34,6 +81,9 @@ int best_isa() {
     if (has_isa(kAvx512Bf16)) return __builtin_cpu_is("amd") ? kAvx512Dpbf16 : kAvx512Bf16;
     if (has_isa(kAvx512)) return kAvx512;
     if (has_isa(kAvx2)) return kAvx2;
+#elif defined(__aarch64__)
+    if (has_isa(kNeonBf16)) return kNeonBf16;
+    return has_isa(kNeonDot) ? kNeonDot : kNeon;
 #endif
     return kPortable;
 }

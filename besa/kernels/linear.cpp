@@ -1,4 +1,4 @@
-// What Python calls: the sparse product on OpenMP's threads, and what this library was built with.
+// What Python calls: the sparse product on threads, and what this library was built with.
 
 #include <string>
 
@@ -6,14 +6,9 @@
 #include "api.h"
 #include "isa.h"
 #include "sparse_linear.h"
+#include "threads.h"
 
 namespace {
-
-void on_openmp(void*, int lanes, void (*lane)(void*), void* task) {
-    (void)lanes;  // a build without OpenMP has one
-#pragma omp parallel num_threads(lanes)
-    lane(task);
-}
 
 // All that both sides must agree on, in one line: abi.py makes the same.
 std::string describe_abi() {
@@ -45,6 +40,6 @@ BESA_API int besa_best_isa() { return besa::best_isa(); }
 BESA_API int besa_sparse_linear(const besa::Job* job) {
     if (job->parallel) return besa::sparse_linear(*job);
     besa::Job own = *job;
-    own.parallel = on_openmp;
+    own.parallel = besa::on_threads;
     return besa::sparse_linear(own);
 }

@@ -5,8 +5,9 @@
 True
 
 ctypes releases Python's lock during a call. The library knows nothing of torch, but uses OpenMP's
-`libgomp.so.1`. torch brings one of the same name, and a process must have only one, or two pools
-of threads fight for the cores: so torch is imported first, and the loader takes what is there.
+`libgomp.so.1` if GCC compiled it. torch brings one of the same name, and a process must have only
+one, or two pools of threads fight for the cores: so torch is imported first, and the loader takes
+what is there.
 """
 
 from __future__ import annotations

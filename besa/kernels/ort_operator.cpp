@@ -23,15 +23,18 @@
 
 #include "ort_api.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <thread>
 #include <vector>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 #include "abi.h"
 #include "api.h"
@@ -46,8 +49,12 @@ namespace {
 constexpr int kX = 0, kValues = 1, kBitmask = 2, kScale = 3, kSteps = 4;
 
 int cpus() {
-    cpu_set_t set;
-    return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
+#ifdef __linux__
+    cpu_set_t set;  // those that this process may run on
+    if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+    const unsigned all = std::thread::hardware_concurrency();
+    return all ? static_cast<int>(all) : 1;
 }
 
 // As besa.kernels.isa: the best, or what BESA_ISA names.

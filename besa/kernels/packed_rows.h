@@ -103,7 +103,7 @@ class PackedRows {
             } else
                 mask = tail_mask(row, col);
             const W w = Traits::expand(row.p, mask, row.groups, col);
-            row.p += popcount(mask);
+            row.p += Traits::count(mask);
             return w;
         }
     }
@@ -133,13 +133,6 @@ class PackedRows {
         if (r >= job_.rows) return values;
         const std::int64_t begin = begin_of(r);
         return begin < 0 || begin > job_.n_values ? values : values + begin;
-    }
-
-    static int popcount(Mask mask) {
-        if constexpr (sizeof(Mask) > 4)
-            return __builtin_popcountll(mask);
-        else
-            return __builtin_popcount(mask);
     }
 
     // The bits of a row's last columns, fewer than kStep.

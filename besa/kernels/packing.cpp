@@ -13,18 +13,21 @@
 
 #include "packing.h"
 
-#include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "abi.h"
 #include "packing_avx512.h"
 #include "packing_portable.h"
+#include "threads.h"
 
 namespace {
 
+#ifdef __x86_64__
 bool isa_has_avx512(int isa) {
     return isa == besa::kAvx512 || isa == besa::kAvx512Bf16 || isa == besa::kAvx512Dpbf16;
 }
+#endif
 
 // Calls body(loops, element): the loops for an instruction set and the element's type, as objects.
 template <class Body>
@@ -54,15 +57,14 @@ void sum_up(int64_t* row_ptr, int64_t rows) {
 // False if one of the calls says so, or without any call if the pointers are no such partition.
 template <class Row>
 bool every_row(const int64_t* row_ptr, int64_t rows, int64_t n_values, int threads, Row row) {
-    (void)threads;  // a build without OpenMP has one
     bool sound = row_ptr[0] == 0 && row_ptr[rows] == n_values;
     for (int64_t r = 0; r < rows; ++r) sound = sound && row_ptr[r] <= row_ptr[r + 1];
     if (!sound) return false;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) \
-    reduction(&& : sound)
-    for (int64_t r = 0; r < rows; ++r)
-        sound = row(r, row_ptr[r], row_ptr[r + 1] - row_ptr[r]) && sound;
-    return sound;
+    std::atomic<bool> all{true};
+    besa::over_rows(rows, threads, [&](int64_t r) {
+        if (!row(r, row_ptr[r], row_ptr[r + 1] - row_ptr[r])) all = false;
+    });
+    return all;
 }
 
 }  // namespace
@@ -74,13 +76,12 @@ bool every_row(const int64_t* row_ptr, int64_t rows, int64_t n_values, int threa
 // Writes the bitmask, zeros past the last column included, and row_ptr.
 BESA_API void besa_pack_mask(const void* weight, uint8_t* bitmask, int64_t* row_ptr,
                              int64_t rows, int64_t cols, int64_t size, int threads, int isa) {
-    (void)threads;
     const int64_t bytes = (cols + 7) / 8;
     choose(size, isa, [&](auto loops, auto element) {
         const auto* in = static_cast<const decltype(element)*>(weight);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-        for (int64_t r = 0; r < rows; ++r)
+        besa::over_rows(rows, threads, [&](int64_t r) {
             row_ptr[r + 1] = loops.mask(in + r * cols, bitmask + r * bytes, cols);
+        });
     });
     sum_up(row_ptr, rows);
 }
@@ -88,11 +89,10 @@ BESA_API void besa_pack_mask(const void* weight, uint8_t* bitmask, int64_t* row_
 // Writes row_ptr from all bits of a bitmask of `bytes` a row.
 BESA_API void besa_row_pointers(const uint8_t* bitmask, int64_t* row_ptr, int64_t rows,
                                 int64_t bytes, int threads, int isa) {
-    (void)threads;
     choose(1, isa, [&](auto loops, auto) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-        for (int64_t r = 0; r < rows; ++r)
+        besa::over_rows(rows, threads, [&](int64_t r) {
             row_ptr[r + 1] = loops.count(bitmask + r * bytes, 8 * bytes);
+        });
     });
     sum_up(row_ptr, rows);
 }

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "api.h"
+#include "threads.h"
 
 namespace {
 
@@ -37,9 +38,7 @@ void sum_row(const float* values, const float* weight, const std::uint8_t* bucke
 BESA_API void besa_segment_sum_f32(
     const float* values, const float* weight_or_null, const std::uint8_t* buckets, float* out,
     std::int64_t rows, std::int64_t cols, std::int64_t n_buckets, int threads) {
-    (void)threads;  // a build without OpenMP has one
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (std::int64_t r = 0; r < rows; ++r) {
+    besa::over_rows(rows, threads, [&](std::int64_t r) {
         const float* row = values + r * cols;
         const std::uint8_t* row_buckets = buckets + r * cols;
         float* row_out = out + r * n_buckets;
@@ -47,5 +46,5 @@ BESA_API void besa_segment_sum_f32(
             sum_row<true>(row, weight_or_null + r * cols, row_buckets, row_out, cols, n_buckets);
         else
             sum_row<false>(row, nullptr, row_buckets, row_out, cols, n_buckets);
-    }
+    });
 }

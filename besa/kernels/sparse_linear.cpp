@@ -6,17 +6,24 @@
 
 namespace besa {
 
+// Whether its instruction set has a product of int4 values of its own.
+static bool has_int4(const Job& job) {
+    return job.int8_input && (job.isa == kAvx512Bf16 || job.isa == kAvx512Dpbf16);
+}
+
 int sparse_linear(const Job& job) {
     if (!has_isa(job.isa)) return kUnsupported;
-    // int4 values multiply activations that are not quantized in plain C++ only.
-    if (job.values_dtype == kInt4 && !(job.int8_input && job.isa >= kAvx512Bf16))
-        return sparse_linear_portable(job);
+    if (job.values_dtype == kInt4 && !has_int4(job)) return sparse_linear_portable(job);
     switch (job.isa) {
 #ifdef __x86_64__
         case kAvx512Dpbf16: return sparse_linear_avx512_dpbf16(job);
         case kAvx512Bf16: return sparse_linear_avx512_bf16(job);
         case kAvx512: return sparse_linear_avx512(job);
         case kAvx2: return sparse_linear_avx2(job);
+#elif defined(__aarch64__)
+        case kNeonBf16: return sparse_linear_neon_bf16(job);
+        case kNeonDot: return sparse_linear_neon_dot(job);
+        case kNeon: return sparse_linear_neon(job);
 #endif
         default: return sparse_linear_portable(job);
     }

@@ -41,6 +41,7 @@
 //     sparse_linear_<isa>.cpp         the traits of one instruction set; compiled with its flags
 //     sparse_linear.cpp               calls the one that a job names
 //     linear.cpp, ort_operator.cpp    what Python and ONNX Runtime call
+//     threads.h        the threads of what Python calls
 //
 // Another instruction set is another such file, its flags in CMakeLists.txt, its name in abi.h and
 // abi.py, and how to tell that a CPU has it in isa.cpp.
@@ -63,6 +64,10 @@ int sparse_linear_avx2(const Job& job);
 int sparse_linear_avx512(const Job& job);
 int sparse_linear_avx512_bf16(const Job& job);
 int sparse_linear_avx512_dpbf16(const Job& job);
+#elif defined(__aarch64__)
+int sparse_linear_neon(const Job& job);
+int sparse_linear_neon_dot(const Job& job);
+int sparse_linear_neon_bf16(const Job& job);
 #endif
 
 }  // namespace besa

@@ -17,6 +17,7 @@
 //                      scales are per group of columns
 //     load(p, groups, col)          the same for kStep values without zeros between: a dense weight
 //                      (kNibbles: two pointers, to low and to high nibbles; see nibbles.h)
+//     count(mask)      its bits
 //     dot(acc, w, x)   acc + w * x                   zero()     an Acc of zeros
 //     add(a, b)        a + b                         sum(acc)   the Sum of all lanes
 //     add_sums(acc, to)      adds the sums of 8 accumulators to `to`, if kSumsOf8
@@ -48,6 +49,14 @@ struct DefaultTraits {
     static constexpr int kStreams = 4;    // rows that few tokens are multiplied with at a time
     static constexpr int kUnroll = 4;     // independent sums of a single row and token
     static constexpr int kTileFrom = 17;  // tokens from which on tiles were measured to be faster
+
+    template <class Mask>
+    static int count(Mask mask) {
+        if constexpr (sizeof(Mask) > 4)
+            return __builtin_popcountll(mask);
+        else
+            return __builtin_popcount(mask);
+    }
 
     // Where column j of a token lies in its row of X.
     static std::int64_t position(std::int64_t j) { return j; }

@@ -1,5 +1,6 @@
-// One packed product, for callgrind to count: count LIBRARY DTYPE TOKENS ISA. See
-// test_instructions.py.
+// A packed product some times over, for its instructions to be counted:
+//     count LIBRARY DTYPE TOKENS ISA TIMES
+// See test_instructions.py and test_arm.py.
 
 #include <dlfcn.h>
 
@@ -50,5 +51,7 @@ int main(int, char** argv) {
     job.int8_input = 1;
     job.isa = isa;
     job.threads = 1;
-    return product(&job);
+    int status = 0;
+    for (int times = std::atoi(argv[5]); times > 0; --times) status |= product(&job);
+    return status;
 }

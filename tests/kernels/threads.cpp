@@ -1,0 +1,56 @@
+// Uses the threads of a library without OpenMP from several callers at once. See test_threads.py.
+
+#include "threads.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace {
+
+template <class F>
+void run(int lanes, const F& lane) {
+    besa::on_threads(
+        nullptr, lanes, [](void* task) { (*static_cast<F*>(task))(); }, const_cast<F*>(&lane));
+}
+
+// Lanes that end when all have begun.
+void at_once(int lanes) {
+    std::atomic<int> begun{0};
+    run(lanes, [&] {
+        for (++begun; begun < lanes;) std::this_thread::yield();
+    });
+}
+
+// Whether each of some rows is seen once.
+bool each_once(std::int64_t rows, int threads) {
+    std::vector<int> seen(rows);
+    besa::over_rows(rows, threads, [&](std::int64_t r) { ++seen[r]; });
+    for (const int times : seen)
+        if (times != 1) return false;
+    return true;
+}
+
+}  // namespace
+
+int main() {
+    for (int lanes = 2; lanes < 6; ++lanes) at_once(lanes);
+    std::atomic<bool> right{true};
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < 4; ++caller)
+        callers.emplace_back([&] {
+            for (int i = 0; i < 500; ++i)
+                if (!each_once(i % 37, 1 + i % 5)) right = false;
+        });
+    for (std::thread& caller : callers) caller.join();
+    // The child of a fork has one thread, which does all of the work.
+    const pid_t child = fork();
+    if (child == 0) _exit(each_once(30, 4) ? 0 : 1);
+    int status = 1;
+    waitpid(child, &status, 0);
+    return right && status == 0 ? 0 : 1;
+}
