@@ -26,7 +26,7 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 SYSTEM = "/usr/aarch64-linux-gnu"  # its C library
 HERE = Path(__file__).parent
 
-BYTES = (2, 2, 4, 1)  # of each of abi.DTYPES
+BYTES = (2, 2, 4, 1, 1)  # of each of abi.DTYPES; int4 are counted in bytes
 
 
 def missing() -> str | None:
