@@ -73,7 +73,10 @@ def methods(comparison: Comparison, recipes: Iterable[str] = NAMES) -> str:
     Args:
         recipes: its lines, as far as they were measured.
     """
-    settings = list(dict.fromkeys(row.setting for row in comparison.rows))
+    # Rates by size, then patterns.
+    settings = sorted(
+        {row.setting for row in comparison.rows}, key=lambda name: (":" in name, name)
+    )
     rows = {(row.recipe, row.setting): row for row in comparison.rows}
     made = {row.recipe for row in comparison.rows}
     dense = comparison.dense.perplexity
