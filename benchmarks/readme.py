@@ -74,9 +74,8 @@ def methods(comparison: Comparison, recipes: Iterable[str] = NAMES) -> str:
         recipes: its lines, as far as they were measured.
     """
     # Rates by size, then patterns.
-    settings = sorted(
-        {row.setting for row in comparison.rows}, key=lambda name: (":" in name, name)
-    )
+    found = {row.setting for row in comparison.rows}
+    settings = sorted(found, key=lambda name: (":" in name, name))
     rows = {(row.recipe, row.setting): row for row in comparison.rows}
     made = {row.recipe for row in comparison.rows}
     dense = comparison.dense.perplexity
