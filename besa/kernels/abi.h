@@ -33,13 +33,14 @@ struct Job {
     const std::uint8_t* bitmask;  // [rows, ceil(cols / 8)]; null: W is dense
     const std::int64_t* row_ptr;  // [rows + 1], into values; null with the bitmask
     const float* scale;           // [rows] for int4, [rows] or [rows, groups] for int8, else null
-    const std::uint8_t* steps;    // [rows, groups] for int4 values, see nibbles.h; else null
+    const std::uint8_t* steps;    // [rows, groups of step_size] for int4, see nibbles.h; else null
     const void* bias;             // [rows] of input_dtype, or null
     const void* input;            // [tokens, cols] of input_dtype
     void* output;                 // [tokens, rows] of input_dtype
     std::int64_t n_values;
     std::int64_t tokens, rows, cols;
-    std::int64_t group_size;      // columns that share a scale, or a step; 0: the whole row does
+    std::int64_t group_size;      // columns that share a scale; 0: the whole row does
+    std::int64_t step_size;       // columns that share a step; 0: the whole row does
     int values_dtype;             // a Dtype
     int input_dtype;              // a Dtype, of floats
     int int8_input;               // for int8 and int4 values: 1 quantizes the activations to int8 too

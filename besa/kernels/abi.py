@@ -61,6 +61,7 @@ class Job(ctypes.Structure):
         ("rows", c_int64),
         ("cols", c_int64),
         ("group_size", c_int64),
+        ("step_size", c_int64),
         ("values_dtype", c_int),
         ("input_dtype", c_int),
         ("int8_input", c_int),

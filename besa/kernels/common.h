@@ -42,9 +42,9 @@ BESA_INLINE inline void each(const F& f) {
     each_of(f, std::make_integer_sequence<int, N>{});
 }
 
-// How many scales a row has, for values that have any.
-inline std::int64_t groups_of(const Job& job) {
-    return job.group_size ? (job.cols + job.group_size - 1) / job.group_size : 1;
+// How many groups a row has of so many columns; 0 stands for all of them.
+inline std::int64_t groups_of(const Job& job, std::int64_t size) {
+    return size ? (job.cols + size - 1) / size : 1;
 }
 
 // How many threads are worth waking: each gets some 4 µs of work, and waking one takes 2.

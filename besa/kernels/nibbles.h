@@ -15,6 +15,8 @@
 // A nibble holds a whole number from -7 to 7 in two's complement. A weight is that number times the
 // step of its group of columns, a whole number from 1 to 18, times the scale of its row. Number times
 // step fits a byte, so once expanded these are int8 weights with a scale a row, and sums are int32.
+// Instruction sets without a product of their own make int8 values of each row that they open
+// (packed_rows.h).
 
 #pragma once
 

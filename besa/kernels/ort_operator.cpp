@@ -141,7 +141,7 @@ class Kernel {
         job.tokens = x.count / in_features_;
         job.rows = out_features_;
         job.cols = in_features_;
-        job.group_size = group_size_;
+        (job.steps ? job.step_size : job.group_size) = group_size_;
         job.values_dtype = dtype_of(values.type);
         job.input_dtype = dtype_of(x.type);
         job.int8_input = is_whole(values.type);

@@ -22,7 +22,7 @@ BESA_INLINE inline void store_outputs_as(const Job& job, std::int64_t r, std::in
 template <class Traits>
 BESA_INLINE inline void store_outputs(const Job& job, const Activations<Traits>& in,
                                       std::int64_t r, std::int64_t t, int n, float* values) {
-    if (job.scale && (Traits::kNibbles || !job.group_size))
+    if (job.scale && !job.group_size)
         for (int i = 0; i < n; ++i) values[i] *= job.scale[r + i];
     if constexpr (Traits::kInt8Input)
         for (int i = 0; i < n; ++i) values[i] *= in.scale[t];

@@ -42,18 +42,19 @@ class PackedRows {
     PackedRows(const Job& job, int slots)
         : job_(job),
           mask_bytes_((job.cols + 7) / 8),
-          copies_(buffer<Value>(slots * (job.cols + kStep))) {
+          copies_(buffer<Value>(slots * copy_size())) {
         for (std::int64_t size = job.group_size; size > 1; size /= 2) ++shift_;
-        if (Traits::kNibbles && !job.group_size) shift_ = 62;  // all columns are one group
+        if (from_nibbles()) nibbles_ = buffer<std::uint8_t>(job.cols + 2 * kNibbleColumns);
     }
 
-    bool has_memory() const { return copies_ != nullptr; }
+    bool has_memory() const { return copies_ && (!from_nibbles() || nibbles_); }
 
     Status status() const { return status_; }
 
     // Row r from its start, with the use of a slot for a copy.
     Row open(std::int64_t r, int slot) {
         const Value* values = static_cast<const Value*>(job_.values);
+        if (from_nibbles()) return open_nibbles(r, slot);
         const std::int64_t begin = begin_of(r), end = begin_of(r + 1);
         Row row{values, values, kDense ? nullptr : job_.bitmask + r * mask_bytes_, 0,
                 kPrefetchBytes, nullptr, {}};
@@ -64,20 +65,21 @@ class PackedRows {
             row.p = values + begin;
         }
         if (status_ != kOk || begin + job_.cols + kStep > job_.n_values) {
-            Value* copy = copies_.get() + slot * (job_.cols + kStep);
+            Value* copy = copies_.get() + slot * copy_size();
             std::copy_n(row.p, row.count, copy);  // not memcpy: values may be null if there are none
             std::memset(copy + row.count, 0, (job_.cols + kStep - row.count) * sizeof(Value));
             row.p = copy;
         }
         row.begin = row.high = row.p;
+        if (Traits::kNibbles)
+            row.groups.steps = job_.steps + r * groups_of(job_, job_.step_size);
         if (Traits::kNibbles || job_.group_size) {
-            const std::int64_t groups = groups_of(job_);
-            row.groups = {nullptr, nullptr, groups - 1, shift_};
-            if constexpr (Traits::kNibbles)
-                row.groups.steps = job_.steps + r * groups;
-            else
-                row.groups.scale = job_.scale + r * groups;
+            const std::int64_t size = Traits::kNibbles ? job_.step_size : job_.group_size;
+            row.groups.last = groups_of(job_, size) - 1;
+            row.groups.shift = shift_;
         }
+        if (!Traits::kNibbles && job_.group_size)
+            row.groups.scale = job_.scale + r * groups_of(job_, job_.group_size);
         return row;
     }
 
@@ -122,6 +124,66 @@ class PackedRows {
     static std::uintptr_t address(const Value* p) { return reinterpret_cast<std::uintptr_t>(p); }
 
    private:
+    // Whether int4 values are to be int8 here, for an instruction set that has no product of them.
+    bool from_nibbles() const { return !Traits::kNibbles && job_.steps; }
+
+    // A converted row is written kNibbleColumns values at a time.
+    std::int64_t copy_size() const { return job_.cols + kStep + kNibbleColumns; }
+
+    // Row r of int4 values as a copy of int8: number times step.
+    Row open_nibbles(std::int64_t r, int slot) {
+        Value* const copy = copies_.get() + slot * copy_size();
+        Row row{copy, copy, job_.bitmask + r * mask_bytes_, 0, 0, copy, {}};
+        if constexpr (!kDense && sizeof(Value) == 1) {
+            const std::int64_t begin = job_.row_ptr[r], end = job_.row_ptr[r + 1];
+            const std::int64_t room = job_.cols + 2 * kNibbleColumns;
+            std::int64_t bytes = end - begin;
+            if (begin < 0 || bytes < 0 || end > job_.n_values || bytes > job_.cols) {
+                status_ = kCorrupt;
+                bytes = 0;
+            }
+            std::copy_n(static_cast<const std::uint8_t*>(job_.values) + (bytes ? begin : 0), bytes,
+                        nibbles_.get());
+            std::memset(nibbles_.get() + bytes, 0, room - bytes);
+            const std::uint8_t* steps = job_.steps + r * groups_of(job_, job_.step_size);
+            std::int64_t used[2] = {0, 0};  // bytes of which the low nibbles are read, the high ones
+            for (std::int64_t col = 0; col < job_.cols; col += kNibbleColumns) {
+                const int high = col / kNibbleColumns % 2;
+                const std::int64_t width = least(kNibbleColumns, job_.cols - col);
+                // Values of one chunk may be of two groups.
+                for (std::int64_t at = col; at < col + width;) {
+                    const std::int64_t size = job_.step_size ? job_.step_size : job_.cols;
+                    const std::int64_t stop = least(col + width, (at / size + 1) * size);
+                    const std::int64_t count = bits_set(row.mask, at, stop);
+                    to_int8(nibbles_.get() + used[high], 4 * high, steps[at / size],
+                            copy + row.count);
+                    used[high] += count;
+                    row.count += count;
+                    at = stop;
+                }
+            }
+            if (std::max(used[0], used[1]) != bytes) status_ = kCorrupt;
+            std::memset(copy + row.count, 0, copy_size() - row.count);
+        }
+        return row;
+    }
+
+    // How many bits are set from column `from` up to `to`, which begin and end at bytes or at the row's
+    // end.
+    std::int64_t bits_set(const std::uint8_t* mask, std::int64_t from, std::int64_t to) const {
+        std::int64_t count = 0;
+        for (std::int64_t i = from / 8; i < (to + 7) / 8; ++i) count += __builtin_popcount(mask[i]);
+        return count;
+    }
+
+    // The next kNibbleColumns numbers times a step; fewer are wanted, but so it is a vector.
+    static void to_int8(const std::uint8_t* from, int shift, int step, Value* to) {
+        for (int i = 0; i < kNibbleColumns; ++i) {
+            const int number = ((from[i] >> shift & 15) ^ 8) - 8;
+            to[i] = static_cast<Value>(number * step);
+        }
+    }
+
     // Where row r begins among the values.
     std::int64_t begin_of(std::int64_t r) const {
         if constexpr (!kDense) return job_.row_ptr[r];
@@ -174,7 +236,8 @@ class PackedRows {
     const Job& job_;
     std::int64_t mask_bytes_;
     int shift_ = 0;        // log2 of the group size
-    Buffer<Value> copies_;  // [slots, cols + kStep]: rows at the end of the values
+    Buffer<Value> copies_;  // [slots, copy_size()]: rows at the end of the values, converted ones
+    Buffer<std::uint8_t> nibbles_;  // of a row that is converted, with zeros behind
     Status status_ = kOk;
 };
 

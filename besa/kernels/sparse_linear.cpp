@@ -6,14 +6,18 @@
 
 namespace besa {
 
-// Whether its instruction set has a product of int4 values of its own.
+// Whether the instruction set has a product of int4 values of its own.
 static bool has_int4(const Job& job) {
     return job.int8_input && (job.isa == kAvx512Bf16 || job.isa == kAvx512Dpbf16);
 }
 
 int sparse_linear(const Job& job) {
     if (!has_isa(job.isa)) return kUnsupported;
-    if (job.values_dtype == kInt4 && !has_int4(job)) return sparse_linear_portable(job);
+    if (job.values_dtype == kInt4 && !has_int4(job)) {
+        Job as_int8 = job;  // row by row, see packed_rows.h
+        as_int8.values_dtype = kInt8;
+        return sparse_linear(as_int8);
+    }
     switch (job.isa) {
 #ifdef __x86_64__
         case kAvx512Dpbf16: return sparse_linear_avx512_dpbf16(job);

@@ -177,7 +177,7 @@ struct Int4Dot : Int32Sums {
 int sparse_linear_avx512_bf16(const Job& job) {
     if (job.values_dtype == kBf16) return run<Bf16Halves>(job);
     if (job.values_dtype == kInt4 && job.int8_input)
-        switch (job.group_size) {
+        switch (job.step_size) {
             case 32: return run<Int4Dot<32>>(job);
             case 64: return run<Int4Dot<64>>(job);
             case 128: return run<Int4Dot<128>>(job);

@@ -92,60 +92,9 @@ using FloatDot = Lanes<Get, float, float, float, false, kGrouped>;
 template <bool kGrouped>
 using Int8Dot = Lanes<PlainValue<std::int8_t>, std::int32_t, std::int8_t, std::int64_t, true, kGrouped>;
 
-// int4 values, 128 columns a step. Products and sums of T (float, or int32 for int8 activations).
-template <class T, class Activation, class Total, bool kInt8>
-struct Int4Dot : DefaultTraits {
-    using Value = std::uint8_t;
-    using X = Activation;
-    using Mask = std::uint64_t;
-    struct W {
-        std::int8_t of[128];
-    };
-    struct Acc {
-        T of[kLanes];
-    };
-    using Sum = Total;
-    static constexpr int kStep = 128, kUnroll = 1, kAccumulators = 8;
-    static constexpr int kTileRows = 2, kTileTokens = 2;
-    static constexpr bool kInt8Input = kInt8, kNibbles = true;
-
-    static W expand(const Value* p, const Value* high, NibblesMask mask, const Groups& g,
-                    std::int64_t col) {
-        W w;
-        for (int i = 0; i < 128; ++i) {
-            const bool low = i < 64;
-            const Value*& from = low ? p : high;
-            const int bit = (low ? mask.low : mask.high) >> i % 64 & 1;
-            const int nibble = bit ? (low ? *from & 15 : *from >> 4) : 0;
-            w.of[i] = kNibbleSteps.of[g.steps[least((col + i) >> g.shift, g.last)]][nibble];
-            from += bit;
-        }
-        return w;
-    }
-    static Acc zero() { return {}; }
-    static Acc dot(Acc acc, const W& w, const X* x) {
-        for (int i = 0; i < kStep; i += kLanes)
-            for (int lane = 0; lane < kLanes; ++lane)
-                acc.of[lane] += static_cast<T>(w.of[i + lane]) * static_cast<T>(x[i + lane]);
-        return acc;
-    }
-    static Acc add(Acc a, const Acc& b) {
-        for (int i = 0; i < kLanes; ++i) a.of[i] += b.of[i];
-        return a;
-    }
-    static Sum sum(const Acc& acc) {
-        Sum total = 0;
-        for (int i = 0; i < kLanes; ++i) total += acc.of[i];
-        return total;
-    }
-};
-
 }  // namespace
 
 int sparse_linear_portable(const Job& job) {
-    if (job.values_dtype == kInt4)
-        return job.int8_input ? run<Int4Dot<std::int32_t, std::int8_t, std::int64_t, true>>(job)
-                              : run<Int4Dot<float, float, float, false>>(job);
     switch (job.values_dtype) {
         case kBf16: return run<FloatDot<Bf16Value>>(job);
         case kFp16: return run<FloatDot<Fp16Value>>(job);
