@@ -71,15 +71,13 @@ class PackedRows {
             row.p = copy;
         }
         row.begin = row.high = row.p;
-        if (Traits::kNibbles)
-            row.groups.steps = job_.steps + r * groups_of(job_, job_.step_size);
-        if (Traits::kNibbles || job_.group_size) {
-            const std::int64_t size = Traits::kNibbles ? job_.step_size : job_.group_size;
-            row.groups.last = groups_of(job_, size) - 1;
-            row.groups.shift = shift_;
+        if (Traits::kNibbles) {
+            const std::int64_t groups = groups_of(job_, job_.step_size);
+            row.groups = {nullptr, job_.steps + r * groups, groups - 1, 0};
+        } else if (job_.group_size) {
+            const std::int64_t groups = groups_of(job_, job_.group_size);
+            row.groups = {job_.scale + r * groups, nullptr, groups - 1, shift_};
         }
-        if (!Traits::kNibbles && job_.group_size)
-            row.groups.scale = job_.scale + r * groups_of(job_, job_.group_size);
         return row;
     }
 
@@ -168,11 +166,11 @@ class PackedRows {
         return row;
     }
 
-    // How many bits are set from column `from` up to `to`, which begin and end at bytes or at the row's
-    // end.
-    std::int64_t bits_set(const std::uint8_t* mask, std::int64_t from, std::int64_t to) const {
+    // How many bits are set from column `from`, which begins a byte, up to `to`.
+    static std::int64_t bits_set(const std::uint8_t* mask, std::int64_t from, std::int64_t to) {
         std::int64_t count = 0;
-        for (std::int64_t i = from / 8; i < (to + 7) / 8; ++i) count += __builtin_popcount(mask[i]);
+        for (std::int64_t i = from / 8; i < to / 8; ++i) count += __builtin_popcount(mask[i]);
+        if (to % 8) count += __builtin_popcount(mask[to / 8] & ((1 << to % 8) - 1));
         return count;
     }
 

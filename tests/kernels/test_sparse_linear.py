@@ -23,7 +23,7 @@ from torch import Tensor
 
 from besa.errors import BesaError
 from besa.formats import Packed, pack, quantize_int8
-from besa.kernels import dense_linear, linear, sparse_linear, sparse_linear_reference
+from besa.kernels import dense_linear, linear, nibbles, sparse_linear, sparse_linear_reference
 from besa.kernels.isa import ISAS, available
 from tests.helpers import PATIENCE
 
@@ -264,8 +264,13 @@ def test_damage_is_an_error(damage: Callable[..., tuple[Tensor, ...]], tokens: i
 @settings(max_examples=50, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_random_damage_neither_crashes_nor_goes_unseen(random):
-    rows, cols = random.randint(1, 12), random.randint(1, 150)
-    values, mask, row_ptr = parts(pack(uneven(rows, cols, seed=random.randint(0, 99))))
+    rows, cols = random.randint(1, 12), random.randint(1, 300)
+    weight = uneven(rows, cols, seed=random.randint(0, 99))
+    int4 = random.random() < 0.5
+    if int4:
+        values, mask, row_ptr = nibbles.pack(weight.to(torch.int8))
+    else:
+        values, mask, row_ptr = parts(pack(weight))
     for _ in range(random.randint(1, 4)):
         kind = random.choice(["mask", "row_ptr", "values"])
         if kind == "mask":
@@ -275,19 +280,24 @@ def test_random_damage_neither_crashes_nor_goes_unseen(random):
             row_ptr[random.randrange(rows + 1)] = random.randint(-size, size)
         else:
             values = values[: random.randint(0, values.numel())]
-    sound = torch.equal(row_ptr.diff(), bits_by_row(mask, cols)) and row_ptr[0] >= 0
+    lengths = values_by_row(mask, cols, 2 if int4 else 1)
+    sound = torch.equal(row_ptr.diff(), lengths) and row_ptr[0] >= 0
     sound = sound and row_ptr[-1] <= values.numel()
     x = torch.ones(random.choice([1, 2, 18]), cols)
+    whole = (torch.ones(rows, 1), None, True, torch.ones(rows, 1, dtype=torch.uint8))
+    arguments = (x, values, mask, row_ptr, *(whole if int4 else ()))
     if sound:
-        torch.ops.besa.sparse_linear(x, values, mask, row_ptr)
+        torch.ops.besa.sparse_linear(*arguments)
     else:
         with pytest.raises(BesaError):
-            torch.ops.besa.sparse_linear(x, values, mask, row_ptr)
+            torch.ops.besa.sparse_linear(*arguments)
 
 
-def bits_by_row(mask: Tensor, cols: int) -> Tensor:
-    bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten(1)[:, :cols].sum(1)
+def values_by_row(mask: Tensor, cols: int, kinds: int) -> Tensor:
+    """How many of the most numerous kind, of which each has 64 columns in turn: int64 [rows]."""
+    bits = ((mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(1)[:, :cols]
+    padded = torch.nn.functional.pad(bits, (0, -cols % (64 * kinds)))
+    return padded.view(len(mask), -1, kinds, 64).sum((1, 3)).amax(1)
 
 
 def test_what_does_not_fit_is_refused():
