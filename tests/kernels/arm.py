@@ -122,13 +122,15 @@ class Emulated:
 
     def besa_sparse_linear(self, job: Job) -> int:
         value, x = BYTES[job.values_dtype], BYTES[job.input_dtype]
-        groups = -(-job.cols // job.group_size) if job.group_size else 1
+        groups, steps = (
+            -(-job.cols // size) if size else 1 for size in (job.group_size, job.step_size)
+        )
         sizes = {
             "values": job.n_values * value,
             "bitmask": job.rows * -(-job.cols // 8),
             "row_ptr": 8 * (job.rows + 1),
-            "scale": 4 * job.rows * (1 if job.steps else groups),
-            "steps": job.rows * groups,
+            "scale": 4 * job.rows * groups,
+            "steps": job.rows * steps,
             "bias": job.rows * x,
             "input": job.tokens * job.cols * x,
             "output": job.tokens * job.rows * x,
