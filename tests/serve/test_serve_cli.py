@@ -40,11 +40,11 @@ def refused(process: Process) -> str:
 
 
 def future(sparse: Path, directory: Path) -> Path:
-    """A packed model in the next version of the format."""
+    """A packed model in a version of the format that is yet to come."""
     shutil.copytree(sparse, directory)
     path = directory / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     path.write_text(json.dumps(config))
     return directory
 
