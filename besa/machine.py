@@ -31,7 +31,7 @@ _CPUS = Path("/sys/devices/system/cpu")
 # Those that make a difference to the kernels, besa's or torch's, by the system's own names.
 _FEATURES = {
     "x86_64": (
-        *("avx2", "avx512f", "avx512_vbmi2", "avx512_bf16", "avx512_vnni"),
+        *("avx2", "avx_vnni", "avx512f", "avx512_vbmi2", "avx512_bf16", "avx512_vnni"),
         *("amx_tile", "amx_bf16", "amx_int8"),
     ),
     "aarch64": ("asimd", "asimddp", "asimdfhm", "sve", "bf16", "i8mm"),

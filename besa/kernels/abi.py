@@ -33,7 +33,7 @@ PROBLEMS = {
 
 # Instruction sets, of each family from the least to the most. isa.h says which a CPU has.
 ISAS = (
-    *("portable", "avx2", "avx512", "avx512_bf16", "avx512_dpbf16"),
+    *("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "avx512_dpbf16"),
     *("neon", "neon_dot", "neon_bf16"),
 )
 

@@ -66,7 +66,17 @@ struct Activations {
             std::memcpy(to, static_cast<const X*>(job.input) + t * job.cols,
                         job.cols * sizeof(X));
         } else {
-            for (std::int64_t j = 0; j < job.cols; ++j) to[Traits::position(j)] = value(j);
+            // Even and odd columns by a loop within the loop, which makes vectors.
+            constexpr int half = Traits::kSplit / 2;
+            std::int64_t first = 0;
+            if constexpr (half > 0)
+                for (; first + 2 * half <= job.cols; first += 2 * half)
+                    for (int i = 0; i < half; ++i) {
+                        to[first + i] = value(first + 2 * i);
+                        to[first + half + i] = value(first + 2 * i + 1);
+                    }
+            for (std::int64_t i = 0; first + i < job.cols; ++i)
+                to[first + (half ? i % 2 * half + i / 2 : i)] = value(first + i);
         }
     }
 
@@ -87,7 +97,7 @@ struct Activations {
             const float scaled = finite ? value(j) * inverse : 0;
             // Ties to even: adding 1.5 * 2^23 leaves no fraction.
             const int whole = static_cast<int>((scaled + 12582912.0f) - 12582912.0f);
-            to[Traits::position(j)] = static_cast<X>(whole + Traits::kOffset);
+            to[j] = static_cast<X>(whole + Traits::kOffset);
         }
         return finite ? most / 127 : __builtin_nanf("");
     }

@@ -8,8 +8,8 @@
 //
 // What limits this is the bytes of the weight that are read. Four rows are read at a time, each from
 // another quarter of the thread's piece: four streams keep more reads on their way than one, and the
-// four rows share the loads of the activations. With more tokens than there are registers for, the
-// row is expanded again for the next few, from the cache.
+// four rows share the loads of the activations. With more tokens than there are registers for, there
+// are fewer rows at a time, or the row is expanded again for the next few tokens, from the cache.
 
 #pragma once
 
@@ -40,13 +40,14 @@ class Direct {
         for (; r < first + quarter; ++r) {
             std::int64_t t = 0;
             if (job_.tokens == 1) multiply<kStreams, 1, Traits::kUnroll>(r, quarter, t++);
-            constexpr int kMost = Traits::kAccumulators / kStreams;
-            for (; t + kMost <= job_.tokens; t += kMost) multiply<kStreams, kMost, 1>(r, quarter, t);
+            for (; t + kMost <= job_.tokens; t += kMost) pass<kMost>(r, quarter, t);
             if constexpr (kMost > 4)
-                for (; t + 4 <= job_.tokens; t += 4) multiply<kStreams, 4, 1>(r, quarter, t);
+                for (; t + 4 <= job_.tokens; t += 4) pass<4>(r, quarter, t);
+            if constexpr (kMost == 4)
+                for (; t + 3 <= job_.tokens; t += 3) pass<3>(r, quarter, t);
             if constexpr (kMost > 2)
-                for (; t + 2 <= job_.tokens; t += 2) multiply<kStreams, 2, 1>(r, quarter, t);
-            for (; t < job_.tokens; ++t) multiply<kStreams, 1, 1>(r, quarter, t);
+                for (; t + 2 <= job_.tokens; t += 2) pass<2>(r, quarter, t);
+            for (; t < job_.tokens; ++t) pass<1>(r, quarter, t);
         }
         for (r += (kStreams - 1) * quarter; r < end; ++r)
             for (std::int64_t t = 0; t < job_.tokens; ++t) multiply<1, 1, 1>(r, 0, t);
@@ -57,6 +58,15 @@ class Direct {
     using Acc = typename Traits::Acc;
     static constexpr int kStep = Traits::kStep;
     static constexpr int kStreams = Traits::kStreams;  // rows that are read at a time
+    static constexpr int kMost = Traits::kAccumulators / Traits::kLeastRows;
+    static constexpr bool kSeveralPasses = Traits::kTileFrom > kMost + 1;
+
+    // Rows r, r + quarter and so on, times T tokens: all at once if there are accumulators enough.
+    template <int T>
+    void pass(std::int64_t r, std::int64_t quarter, std::int64_t t) {
+        constexpr int kRows = kStreams * T <= Traits::kAccumulators ? kStreams : Traits::kLeastRows;
+        for (int i = 0; i < kStreams; i += kRows) multiply<kRows, T, 1>(r + i * quarter, quarter, t);
+    }
 
     // R rows, `apart` from each other, times T tokens. U steps in turn have sums of their own, so
     // that none waits for the one before it.
@@ -67,7 +77,7 @@ class Direct {
             row[r] = weight_.open(r0 + r * apart, r);
             // Tokens that take several passes find a row in the cache from the second pass on; the
             // last one has the time to fetch the row after it.
-            if (t0 > 0 && t0 + T == job_.tokens)
+            if (kSeveralPasses && t0 > 0 && t0 + T == job_.tokens)
                 row[r].ahead = weight_.distance_to(r0 + r * apart + 1, row[r]);
         });
         Acc acc[U][R][T], offset[R];

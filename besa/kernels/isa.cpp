@@ -4,6 +4,10 @@
 
 #include <cstddef>
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 #include "abi.h"
 
 #if defined(__aarch64__) && defined(__linux__)
@@ -45,6 +49,18 @@ bool has(const Feature& feature) {
 }  // namespace
 #endif
 
+#ifdef BESA_AVX2_VNNI
+namespace {
+
+// Not every compiler that has the instructions can also be asked for them by name.
+bool has_avx_vnni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+}  // namespace
+#endif
+
 bool has_isa(int isa) {
 #ifdef __x86_64__
     __builtin_cpu_init();
@@ -56,6 +72,9 @@ bool has_isa(int isa) {
                         __builtin_cpu_supports("avx512dq");
     switch (isa) {
         case kAvx2: return avx2;
+#ifdef BESA_AVX2_VNNI
+        case kAvx2Vnni: return avx2 && has_avx_vnni();
+#endif
         case kAvx512: return avx512;
         case kAvx512Bf16:
         case kAvx512Dpbf16:
@@ -80,6 +99,7 @@ int best_isa() {
     // multiply-adds. Intel's cores issue it every other cycle: half of theirs.
     if (has_isa(kAvx512Bf16)) return __builtin_cpu_is("amd") ? kAvx512Dpbf16 : kAvx512Bf16;
     if (has_isa(kAvx512)) return kAvx512;
+    if (has_isa(kAvx2Vnni)) return kAvx2Vnni;
     if (has_isa(kAvx2)) return kAvx2;
 #elif defined(__aarch64__)
     if (has_isa(kNeonBf16)) return kNeonBf16;

@@ -1,8 +1,9 @@
 // Reads rows of a packed weight, step by step.
 //
-// A step reads kStep values from wherever the row has got to, although its mask may ask for fewer.
-// Where that could leave the array, or the row is cut short, the row is copied first: whatever masks
-// and row pointers say, nothing out of bounds is touched, and what disagrees is reported.
+// A step reads kStep values from wherever the row has got to, although its mask may ask for fewer,
+// and may read kBefore values before them. Where that could leave the array, or the row is cut short,
+// the row is copied first: whatever masks and row pointers say, nothing out of bounds is touched, and
+// what disagrees is reported.
 
 #pragma once
 
@@ -26,6 +27,10 @@ class PackedRows {
     using W = typename Traits::W;
     static constexpr int kStep = Traits::kStep;
     static constexpr int kPrefetchBytes = Traits::kPrefetchBytes;
+    static constexpr int kBefore = kDense ? 0 : Traits::kBefore;
+    // Cache lines that the values of a step are in, at most.
+    static constexpr int kStepBytes = kStep * static_cast<int>(sizeof(Value)) / (Traits::kNibbles ? 2 : 1);
+    static constexpr int kLines = (kStepBytes + 63) / 64;
 
     // A row, and how far it is read.
     struct Row {
@@ -64,8 +69,8 @@ class PackedRows {
             row.count = end - begin;
             row.p = values + begin;
         }
-        if (status_ != kOk || begin + job_.cols + kStep > job_.n_values) {
-            Value* copy = copies_.get() + slot * copy_size();
+        if (status_ != kOk || begin < kBefore || begin + job_.cols + kStep > job_.n_values) {
+            Value* copy = copies_.get() + slot * copy_size() + kBefore;
             std::copy_n(row.p, row.count, copy);  // not memcpy: values may be null if there are none
             std::memset(copy + row.count, 0, (job_.cols + kStep - row.count) * sizeof(Value));
             row.p = copy;
@@ -84,7 +89,9 @@ class PackedRows {
     // The next kStep weights of a row, or fewer at its end: columns from `col` on.
     template <bool kWhole>
     BESA_INLINE W next(Row& row, std::int64_t col) const {
-        __builtin_prefetch(reinterpret_cast<const void*>(address(row.p) + row.ahead));
+        each<kLines>([&](auto i) BESA_INLINE {
+            __builtin_prefetch(reinterpret_cast<const void*>(address(row.p) + row.ahead + 64 * i));
+        });
         if constexpr (Traits::kNibbles) {
             const NibblesMask mask = nibbles_mask<kWhole>(row, col);
             const W w = Traits::expand(row.p, row.high, mask, row.groups, col);
@@ -123,15 +130,17 @@ class PackedRows {
 
    private:
     // Whether int4 values are to be int8 here, for an instruction set that has no product of them.
-    bool from_nibbles() const { return !Traits::kNibbles && job_.steps; }
+    bool from_nibbles() const {
+        return !kDense && sizeof(Value) == 1 && !Traits::kNibbles && job_.steps;
+    }
 
     // A converted row is written kNibbleColumns values at a time.
-    std::int64_t copy_size() const { return job_.cols + kStep + kNibbleColumns; }
+    std::int64_t copy_size() const { return kBefore + job_.cols + kStep + kNibbleColumns; }
 
     // Row r of int4 values as a copy of int8: number times step.
     Row open_nibbles(std::int64_t r, int slot) {
-        Value* const copy = copies_.get() + slot * copy_size();
-        Row row{copy, copy, job_.bitmask + r * mask_bytes_, 0, 0, copy, {}};
+        Value* const copy = copies_.get() + slot * copy_size() + kBefore;
+        Row row{copy, copy, job_.bitmask + r * mask_bytes_, 0, kPrefetchBytes, copy, {}};
         if constexpr (!kDense && sizeof(Value) == 1) {
             const std::int64_t begin = job_.row_ptr[r], end = job_.row_ptr[r + 1];
             const std::int64_t room = job_.cols + 2 * kNibbleColumns;
@@ -161,7 +170,7 @@ class PackedRows {
                 }
             }
             if (std::max(used[0], used[1]) != bytes) status_ = kCorrupt;
-            std::memset(copy + row.count, 0, copy_size() - row.count);
+            std::memset(copy + row.count, 0, copy_size() - kBefore - row.count);
         }
         return row;
     }
@@ -234,7 +243,7 @@ class PackedRows {
     const Job& job_;
     std::int64_t mask_bytes_;
     int shift_ = 0;        // log2 of the group size
-    Buffer<Value> copies_;  // [slots, copy_size()]: rows at the end of the values, converted ones
+    Buffer<Value> copies_;  // [slots, copy_size()]: rows at the ends of the values, converted ones
     Buffer<std::uint8_t> nibbles_;  // of a row that is converted, with zeros behind
     Status status_ = kOk;
 };

@@ -23,6 +23,9 @@ int sparse_linear(const Job& job) {
         case kAvx512Dpbf16: return sparse_linear_avx512_dpbf16(job);
         case kAvx512Bf16: return sparse_linear_avx512_bf16(job);
         case kAvx512: return sparse_linear_avx512(job);
+#ifdef BESA_AVX2_VNNI
+        case kAvx2Vnni: return sparse_linear_avx2_vnni(job);
+#endif
         case kAvx2: return sparse_linear_avx2(job);
 #elif defined(__aarch64__)
         case kNeonBf16: return sparse_linear_neon_bf16(job);

@@ -21,12 +21,13 @@
 //     many tokens (prefill):  tiles.h    a part of some rows is expanded into the first-level
 //                                        cache, and multiplied from there with all tokens
 //
-// An instruction set says from how many tokens on it takes tiles (17; int8 with VNNI: 8).
+// An instruction set says from how many tokens on it takes tiles (17; int8 with AVX-512's VNNI: 8;
+// AVX2: 5, as its registers hold the sums of no more than 4).
 //
-// A third way was tried and dropped: tiles for any number of tokens above four. Decoding a few
-// sequences then was 1.2 to 1.8 times slower at 6 and 8 tokens, because the tile is written and read
-// once more and its reads from memory come in bursts. Reading one row at a time instead of four was
-// dropped as well (57 to 65% of the memory's speed, against 71 to 83%), and so were tiles that are
+// A third way was tried and dropped: AVX-512 with tiles for any number of tokens above four. Decoding
+// a few sequences then was 1.2 to 1.8 times slower at 6 and 8 tokens, because the tile is written and
+// read once more and its reads from memory come in bursts. Reading one row at a time instead of four
+// was dropped as well (57 to 65% of the memory's speed, against 71 to 83%), and so were tiles that are
 // higher and narrower. LOG.md has the figures.
 //
 // The files, from the bottom up:
@@ -61,6 +62,7 @@ int sparse_linear(const Job& job);
 int sparse_linear_portable(const Job& job);
 #ifdef __x86_64__
 int sparse_linear_avx2(const Job& job);
+int sparse_linear_avx2_vnni(const Job& job);
 int sparse_linear_avx512(const Job& job);
 int sparse_linear_avx512_bf16(const Job& job);
 int sparse_linear_avx512_dpbf16(const Job& job);

@@ -16,10 +16,8 @@ struct Bf16Halves : FloatSums {
     struct W {
         __m512 even, odd;
     };
-    static constexpr int kStep = 32, kAccumulators = 24;
+    static constexpr int kStep = 32, kSplit = 32, kAccumulators = 24;
     static constexpr int kTileRows = 6, kTileTokens = 4;
-
-    static std::int64_t position(std::int64_t j) { return (j & ~31) | (j & 1) << 4 | (j & 31) >> 1; }
 
     static W expand(const Value* p, Mask m, const Groups&, std::int64_t) {
         return halves(_mm512_mask_expand_epi16(fresh_zero(), m, in_register(p)));

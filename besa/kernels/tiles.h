@@ -3,7 +3,7 @@
 //                      cols
 //          +------+------+------+------+        a piece: kRowsPerPiece rows of W, one thread's work
 //          | tile | next |      |      |        a tile: kTileRows of them times kTileSteps steps,
-//          +------+------+------+------+                expanded; 24 KiB, in the first-level cache
+//          +------+------+------+------+                expanded, in the first-level cache
 //     rows |below |      |      |      |
 //          +------+------+------+------+        Tiles go down the piece, then on to the next
 //          |      |      |      |      |        columns; sums of all rows and tokens are kept.
@@ -63,9 +63,10 @@ class Tiles {
     using Sum = typename Traits::Sum;
     static constexpr int kStep = Traits::kStep;
     static constexpr int kTileRows = Traits::kTileRows, kTileTokens = Traits::kTileTokens;
-    // A tile is half of a first-level cache, which the activations pass through too. As many tokens
-    // go over it as have the tile's columns in half of a second-level cache.
-    static constexpr int kTileSteps = 24576 / (kTileRows * static_cast<int>(sizeof(W)));
+    // A tile leaves half of a first-level cache to the activations, which pass through it too. As many
+    // tokens go over a tile as have its columns in half of a second-level cache.
+    static constexpr int kTileSteps =
+        Traits::kTileBytes / (kTileRows * static_cast<int>(sizeof(W)));
     static constexpr int kTokensPerPass =
         (512 << 10) / (kTileSteps * kStep * static_cast<int>(sizeof(X)));
     static_assert(kRowsPerPiece % kTileRows == 0, "a piece is made of whole tiles");
@@ -137,6 +138,16 @@ class Tiles {
         offset_in_memory = offset;
     }
 
+    // A part of a step's products. It goes through all rows and tokens before the next one does: of a
+    // step of several registers only one is needed at a time.
+    template <int kPart>
+    BESA_INLINE static Acc dot_part(Acc acc, const W& w, const X* x) {
+        if constexpr (Traits::kParts > 1)
+            return Traits::template dot_part<kPart>(acc, w, x);
+        else
+            return Traits::dot(acc, w, x);
+    }
+
     // Adds the tile times T tokens to their sums, [T, kTileRows]; meanwhile fetches `bytes` a step.
     template <int T>
     void multiply(const X* x, int width, Sum* to, const Value* fetched, std::int64_t bytes) const {
@@ -147,10 +158,12 @@ class Tiles {
         });
         for (int s = 0; s < width; ++s) {
             __builtin_prefetch(reinterpret_cast<const void*>(Rows::address(fetched) + s * bytes));
-            each<kTileRows>([&](auto r) BESA_INLINE {
-                each<T>([&](auto t) BESA_INLINE {
-                    acc[r][t] = Traits::dot(acc[r][t], w[r * kTileSteps + s],
-                                            x + t * in_.stride + s * kStep);
+            each<Traits::kParts>([&](auto part) BESA_INLINE {
+                each<kTileRows>([&](auto r) BESA_INLINE {
+                    each<T>([&](auto t) BESA_INLINE {
+                        acc[r][t] = dot_part<part>(acc[r][t], w[r * kTileSteps + s],
+                                                   x + t * in_.stride + s * kStep);
+                    });
                 });
             });
         }

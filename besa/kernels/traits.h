@@ -13,12 +13,13 @@
 //     kTileRows, kTileTokens  the block of a tile's product: that many accumulators
 //
 //     expand(p, mask, groups, col)  the next popcount(mask) values at p, put to where the mask has
-//                      bits, with zeros between; may read kStep values; `groups` scales them if the
-//                      scales are per group of columns
+//                      bits, with zeros between; may read kStep values, and kBefore before them;
+//                      `groups` scales them if the scales are per group of columns
 //     load(p, groups, col)          the same for kStep values without zeros between: a dense weight
 //                      (kNibbles: two pointers, to low and to high nibbles; see nibbles.h)
 //     count(mask)      its bits
 //     dot(acc, w, x)   acc + w * x                   zero()     an Acc of zeros
+//     dot_part<i>(acc, w, x)        part i of kParts of that, if kParts > 1
 //     add(a, b)        a + b                         sum(acc)   the Sum of all lanes
 //     add_sums(acc, to)      adds the sums of 8 accumulators to `to`, if kSumsOf8
 //     add_offset(acc, w)     adds what kOffset adds to the products of w, if kOffsetAtRowEnd
@@ -46,7 +47,12 @@ struct DefaultTraits {
     static constexpr bool kOffsetAtRowEnd = false;  // what it adds is taken off a row's sums
     static constexpr bool kSumsOf8 = false;
     static constexpr int kPrefetchBytes = 2048;  // of values, ahead in each row that is read
+    static constexpr int kBefore = 0;
+    static constexpr int kParts = 1;
+    static constexpr int kSplit = 1;      // columns of x of which the even ones lie before the odd ones
     static constexpr int kStreams = 4;    // rows that few tokens are multiplied with at a time
+    static constexpr int kLeastRows = 4;  // of them, where that many tokens leave no registers for all
+    static constexpr int kTileBytes = 24576;  // half of a first-level cache
     static constexpr int kUnroll = 4;     // independent sums of a single row and token
     static constexpr int kTileFrom = 17;  // tokens from which on tiles were measured to be faster
 
@@ -57,9 +63,6 @@ struct DefaultTraits {
         else
             return __builtin_popcount(mask);
     }
-
-    // Where column j of a token lies in its row of X.
-    static std::int64_t position(std::int64_t j) { return j; }
 };
 
 }  // namespace

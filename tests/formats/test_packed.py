@@ -243,6 +243,7 @@ def test_the_same_on_any_threads(monkeypatch, path, dtype):
         ("avx512_dpbf16", "avx512_dpbf16", "avx512_bf16", "avx512_bf16"),
         ("avx512_dpbf16", "avx512_dpbf16", None, "avx512_dpbf16"),
         ("avx512_dpbf16", "avx512_bf16", None, "avx512_bf16"),
+        ("avx2_vnni", "avx2_vnni", None, "avx2_vnni"),
         ("avx2", "avx2", "portable", "portable"),
         ("avx2", "avx2", None, "avx2"),
         ("avx2", "avx2", "avx512", BesaError),
