@@ -48,7 +48,8 @@ class PackedRows {
         : job_(job),
           mask_bytes_((job.cols + 7) / 8),
           copies_(buffer<Value>(slots * copy_size())) {
-        for (std::int64_t size = job.group_size; size > 1; size /= 2) ++shift_;
+        const std::int64_t size = Traits::kNibbles ? job.step_size : job.group_size;
+        if (size) shift_ = __builtin_ctzll(static_cast<std::uint64_t>(size));
         if (from_nibbles()) nibbles_ = buffer<std::uint8_t>(job.cols + 2 * kNibbleColumns);
     }
 
@@ -78,7 +79,7 @@ class PackedRows {
         row.begin = row.high = row.p;
         if (Traits::kNibbles) {
             const std::int64_t groups = groups_of(job_, job_.step_size);
-            row.groups = {nullptr, job_.steps + r * groups, groups - 1, 0};
+            row.groups = {nullptr, job_.steps + r * groups, groups - 1, shift_};
         } else if (job_.group_size) {
             const std::int64_t groups = groups_of(job_, job_.group_size);
             row.groups = {job_.scale + r * groups, nullptr, groups - 1, shift_};
@@ -242,7 +243,7 @@ class PackedRows {
 
     const Job& job_;
     std::int64_t mask_bytes_;
-    int shift_ = 0;        // log2 of the group size
+    int shift_ = 0;        // log2 of a group's columns
     Buffer<Value> copies_;  // [slots, copy_size()]: rows at the ends of the values, converted ones
     Buffer<std::uint8_t> nibbles_;  // of a row that is converted, with zeros behind
     Status status_ = kOk;

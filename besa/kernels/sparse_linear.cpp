@@ -8,7 +8,13 @@ namespace besa {
 
 // Whether the instruction set has a product of int4 values of its own.
 static bool has_int4(const Job& job) {
-    return job.int8_input && (job.isa == kAvx512Bf16 || job.isa == kAvx512Dpbf16);
+    switch (job.isa) {
+        case kAvx2:
+        case kAvx2Vnni:
+        case kAvx512Bf16:
+        case kAvx512Dpbf16: return job.int8_input;
+        default: return false;
+    }
 }
 
 int sparse_linear(const Job& job) {

@@ -123,6 +123,12 @@ BESA_INLINE inline Int8Weights load_int8(const std::int8_t* p) {
     return w;
 }
 
+BESA_INLINE inline Int32x8 add_pairs(Int32x8 acc, __m256i w, const std::int16_t* x) {
+    acc += (Int32x8)_mm256_madd_epi16(w, load256(x));
+    asm("" : "+x"(acc));  // or GCC would add up the products first, in more registers than there are
+    return acc;
+}
+
 struct Int8Dot : Int32Sums {
     using Value = std::int8_t;
     using X = std::int16_t;
@@ -136,9 +142,7 @@ struct Int8Dot : Int32Sums {
     static W load(const Value* p, const Groups&, std::int64_t) { return load_int8(p); }
     template <int kPart>
     BESA_INLINE static Acc dot_part(Acc acc, const W& w, const X* x) {
-        acc += (Acc)_mm256_madd_epi16(w[kPart], load256(x + 16 * kPart));
-        asm("" : "+x"(acc));  // or GCC would add up the products first, in more registers than there are
-        return acc;
+        return add_pairs(acc, w[kPart], x + 16 * kPart);
     }
     BESA_INLINE static Acc dot(Acc acc, const W& w, const X* x) {
         each<kParts>([&](auto part) BESA_INLINE { acc = dot_part<part>(acc, w, x); });
@@ -175,6 +179,34 @@ struct Int8GroupDot : FloatSums {
     }
 };
 
+// int4 values the same way: half of a register after the other.
+struct Int4Dot : Int32Sums {
+    using Value = std::uint8_t;
+    using X = std::int16_t;
+    using W = Registers<__m256i, 8>;
+    static constexpr int kStep = Int4::kStep, kPrefetchBytes = Int4::kPrefetchBytes, kParts = 8;
+    static constexpr bool kInt8Input = true, kNibbles = true;
+
+    BESA_INLINE static W expand(const Value* p, const Value* high, NibblesMask mask, const Groups& g,
+                                std::int64_t col) {
+        W w;
+        each<4>([&](auto i) BESA_INLINE {
+            const __m256i bytes = Int4::expand<i>(p, high, mask, g, col);
+            w[2 * i] = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes));
+            w[2 * i + 1] = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1));
+        });
+        return w;
+    }
+    template <int kPart>
+    BESA_INLINE static Acc dot_part(Acc acc, const W& w, const X* x) {
+        return add_pairs(acc, w[kPart], x + 16 * kPart);
+    }
+    BESA_INLINE static Acc dot(Acc acc, const W& w, const X* x) {
+        each<kParts>([&](auto part) BESA_INLINE { acc = dot_part<part>(acc, w, x); });
+        return acc;
+    }
+};
+
 }  // namespace
 
 int sparse_linear_avx2(const Job& job) {
@@ -183,6 +215,7 @@ int sparse_linear_avx2(const Job& job) {
         case kFp16: return run<FloatDot<Fp16Lanes>>(job);
         case kFp32: return run<Fp32Dot>(job);
     }
+    if (job.values_dtype == kInt4) return run<Int4Dot>(job);
     if (job.int8_input) return job.group_size ? run<Int8GroupDot>(job) : run<Int8Dot>(job);
     return job.group_size ? run<FloatDot<Int8Lanes, true>>(job) : run<FloatDot<Int8Lanes>>(job);
 }

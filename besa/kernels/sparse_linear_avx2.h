@@ -17,6 +17,7 @@
 
 #include <cstdint>
 
+#include "nibbles.h"
 #include "run.h"
 
 namespace besa {
@@ -73,8 +74,24 @@ BESA_INLINE inline const Value* around_border(const Value* p, std::uint64_t mask
     return p + before - 8;
 }
 
+// Several registers. They are copied one by one: as a whole, an array would go through memory (GCC).
+template <class V, int N>
+struct Registers {
+    V of[N];
+
+    Registers() = default;
+    BESA_INLINE Registers(const Registers& from) { *this = from; }
+    BESA_INLINE Registers& operator=(const Registers& from) {
+        each<N>([&](auto i) BESA_INLINE { of[i] = from.of[i]; });
+        return *this;
+    }
+    BESA_INLINE V& operator[](int i) { return of[i]; }
+    BESA_INLINE const V& operator[](int i) const { return of[i]; }
+};
+
 // Weights `bit` to bit + 15 of a step in 8 bits each.
-BESA_INLINE inline __m128i expand8(const std::int8_t* p, std::uint64_t mask, int bit) {
+template <class Value>
+BESA_INLINE inline __m128i expand8(const Value* p, std::uint64_t mask, int bit) {
     const std::uint64_t first = rotated(mask, bit) & 0xFF, second = rotated(mask, bit + 8) & 0xFF;
     const __m128 low = _mm_castsi128_ps(load64(kPlaces8.first[first]));
     const auto* high = reinterpret_cast<const __m64*>(kPlaces8.second[second]);
@@ -93,27 +110,34 @@ BESA_INLINE inline __m256i expand16(const typename Lanes::Value* p, std::uint64_
     return _mm256_shuffle_epi8(Lanes::load(around_border(p, mask, bit, first)), control);
 }
 
-// Several registers. They are copied one by one: as a whole, an array would go through memory (GCC).
-template <class V, int N>
-struct Registers {
-    V of[N];
-
-    Registers() = default;
-    BESA_INLINE Registers(const Registers& from) { *this = from; }
-    BESA_INLINE Registers& operator=(const Registers& from) {
-        each<N>([&](auto i) BESA_INLINE { of[i] = from.of[i]; });
-        return *this;
-    }
-    BESA_INLINE V& operator[](int i) { return of[i]; }
-    BESA_INLINE const V& operator[](int i) const { return of[i]; }
-};
-
 struct Avx2Traits : DefaultTraits {
     using Mask = std::uint64_t;
     static constexpr int kStep = 64, kBefore = 8;
     static constexpr int kAccumulators = 8, kLeastRows = 2, kUnroll = 1;
     static constexpr int kTileRows = 4, kTileTokens = 3, kTileFrom = 5;
     static constexpr int kTileBytes = 16384;
+};
+
+// int4 values. Bytes go to their places, and there their low or high nibbles become numbers times the
+// step of their group, by another shuffle; a byte that is zero stays so.
+struct Int4 {
+    using Value = std::uint8_t;
+    static constexpr int kStep = 128, kPrefetchBytes = 512;
+
+    // Weights i * 32 to i * 32 + 31 of a step, as int8. The first 64 are of low nibbles.
+    template <int i>
+    BESA_INLINE static __m256i expand(const Value* p, const Value* high, NibblesMask mask,
+                                      const Groups& g, std::int64_t col) {
+        const Value* values = i < 2 ? p : high;
+        const std::uint64_t bits = i < 2 ? mask.low : mask.high;
+        const __m256i bytes = join(expand8(values, bits, i % 2 * 32),
+                                   expand8(values, bits, i % 2 * 32 + 16));
+        const __m256i nibbles = i < 2 ? bytes : _mm256_srli_epi16(bytes, 4);
+        // What the sixteen nibbles stand for.
+        const std::uint8_t step = g.steps[least((col + 32 * i) >> g.shift, g.last)];
+        const __m256i numbers = _mm256_broadcastsi128_si256(load128(kNibbleSteps.of[step]));
+        return _mm256_shuffle_epi8(numbers, _mm256_and_si256(nibbles, _mm256_set1_epi8(15)));
+    }
 };
 
 // Sums of products in float32.

@@ -92,9 +92,40 @@ struct Int8GroupDot : FloatSums {
     }
 };
 
+struct Int4Dot : Int32Sums {
+    using Value = std::uint8_t;
+    using X = std::uint8_t;
+    using W = Registers<__m256i, 4>;
+    static constexpr int kStep = Int4::kStep, kPrefetchBytes = Int4::kPrefetchBytes;
+    static constexpr int kParts = 4, kOffset = kActivationOffset;
+    static constexpr bool kInt8Input = true, kOffsetAtRowEnd = true, kNibbles = true;
+
+    BESA_INLINE static W expand(const Value* p, const Value* high, NibblesMask mask, const Groups& g,
+                                std::int64_t col) {
+        W w;
+        each<4>([&](auto i) BESA_INLINE {
+            w[i] = Int4::expand<i>(p, high, mask, g, col);
+        });
+        return w;
+    }
+    template <int kPart>
+    BESA_INLINE static Acc dot_part(Acc acc, const W& w, const X* x) {
+        return add_products(acc, w[kPart], load256(x + 32 * kPart));
+    }
+    BESA_INLINE static Acc dot(Acc acc, const W& w, const X* x) {
+        each<kParts>([&](auto part) BESA_INLINE { acc = dot_part<part>(acc, w, x); });
+        return acc;
+    }
+    BESA_INLINE static Acc add_offset(Acc acc, const W& w) {
+        each<kParts>([&](auto i) BESA_INLINE { acc = add_offsets(acc, w[i]); });
+        return acc;
+    }
+};
+
 }  // namespace
 
 int sparse_linear_avx2_vnni(const Job& job) {
+    if (job.values_dtype == kInt4) return run<Int4Dot>(job);
     if (job.values_dtype == kInt8 && job.int8_input)
         return job.group_size ? run<Int8GroupDot>(job) : run<Int8Dot>(job);
     return sparse_linear_avx2(job);
