@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -86,13 +85,19 @@ def _instructions() -> list[str]:
         words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return []
-    return sorted(words & {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16"})
+    widest = {"avx2", "avx_vnni", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16"}
+    return sorted(words & widest)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, extremes and count of repeated measurements."""
+    """Median, the interval that holds it, extremes and count of repeated measurements."""
+    from besa.bench.statistics import spread as interval
+
+    found = interval(values)
     return {
-        "median": statistics.median(values),
+        "median": found.median,
+        "low": found.low,
+        "high": found.high,
         "min": min(values),
         "max": max(values),
         "runs": len(values),
@@ -102,11 +107,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def gain(ratio: Mapping[str, float]) -> str:
     """A ratio paired by round, from `spread`: its median, and the interval that holds it.
 
-    The interval is from the smallest to the largest of n rounds, which holds the median with
-    confidence `besa.bench.statistics.coverage(n, 1)`.
+    Records of few rounds have no interval of their own: theirs is from the smallest to the largest
+    of n rounds, which holds the median with confidence `besa.bench.statistics.coverage(n, 1)`.
     """
-    span = f"({ratio['min']:.2f}–{ratio['max']:.2f})"
-    if ratio["min"] <= 1 <= ratio["max"]:
+    low, high = ratio.get("low", ratio["min"]), ratio.get("high", ratio["max"])
+    span = f"({low:.2f}–{high:.2f})"
+    if low <= 1 <= high:
         return f"no difference {span}"
     return f"{ratio['median']:.2f}× {span}"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from common import RESULTS, gain
 
-from besa.bench.statistics import coverage
+from besa.bench.statistics import CONFIDENCE, coverage
 from besa.report.svg import line, linear, logarithmic, path, picture, tag, text
 
 SHAPE, THREADS = "4096x4096", 2
@@ -165,7 +165,7 @@ def isa_table(*records: dict[str, Any]) -> str:
         "",
         "Times, and times faster than besa's dense kernel of the same column (for int4 that "
         f"of int8) in the same rounds: medians of {first['rounds']}, and the interval that holds "
-        f"the median with {coverage(first['rounds'], 1):.0%}. {first['conditions']['cpu']}, "
+        f"the median with {CONFIDENCE:.0%}. {first['conditions']['cpu']}, "
         f"{first['conditions']['cores']} cores, read bandwidth up to {best / 1e9:.0f} GB/s, torch "
         f"{first['conditions']['torch']}. `BESA_ISA=NAME python benchmarks/kernels.py --shapes "
         f"{SHAPE} --threads {THREADS} --json FILE`.",

@@ -289,7 +289,7 @@ def rounds_of(record: dict[str, Any]) -> str:
 
 MORE = ("vllm", "transformers", "demo")
 # Measured on one CPU.
-ISAS = ("avx512_bf16", "avx2")
+ISAS = ("avx512_bf16", "avx2_vnni", "avx2")
 
 SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "speed": (speed, ("serving/peers.json",)),

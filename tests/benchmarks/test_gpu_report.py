@@ -103,7 +103,8 @@ def test_turns_are_paired():
     from gpu_timing import Captured, compared, taking_turns
 
     figures = compared(torch.tensor([[4e-6, 2e-6], [9e-6, 3e-6], [8e-6, 2e-6]]).double(), calls=2)
-    assert figures["times_dense"] == {"median": 3.0, "min": 2.0, "max": 4.0, "runs": 3}
+    ratios = {"median": 3.0, "low": 2.0, "high": 4.0, "min": 2.0, "max": 4.0, "runs": 3}
+    assert figures["times_dense"] == ratios
     assert figures["us"]["median"] == pytest.approx(1.0)
 
     calls = []
