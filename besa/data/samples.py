@@ -16,7 +16,7 @@ from torch import Tensor
 
 from besa.data.beginning import bos_token
 from besa.data.texts import documents_from
-from besa.data.windows import calibration_windows, token_stream
+from besa.data.windows import calibration_windows, check_known, token_stream
 from besa.errors import BesaError
 from besa.model.loading import load_tokenizer, max_positions
 
@@ -47,17 +47,20 @@ class Drawing(Protocol):
     def seed(self) -> int: ...
 
 
-def draw_samples(directory: Path, text: str, settings: Drawing) -> Tensor:
+def draw_samples(
+    directory: Path, text: str, settings: Drawing, known_tokens: int | None = None
+) -> Tensor:
     """Token ids int64 [samples, seqlen]; the same settings give the same ones.
 
     Args:
         directory: of the model, whose tokenizer cuts the text.
         text: a source of `besa.data.texts`, of which the calibration split is read.
         settings: which of its windows.
+        known_tokens: how many tokens the model has embeddings for; None not to look.
 
     Raises:
         BesaError: the model takes fewer tokens at once, the text has too few, or the tokenizer has
-            no token to begin windows with.
+            no token to begin windows with, or tokens that the model does not know.
     """
     most = max_positions(directory) or _SEQLEN
     samples, seqlen = settings.sample_count, settings.seqlen or min(_SEQLEN, most)
@@ -68,7 +71,10 @@ def draw_samples(directory: Path, text: str, settings: Drawing) -> Tensor:
     limit = _WINDOWS_PER_SAMPLE * samples * seqlen
     documents = documents_from(text, "calibration")
     stream = token_stream(tokenizer, documents, limit=limit, special=token is None)
-    return calibration_windows(stream, samples, seqlen, settings.seed, token)
+    windows = calibration_windows(stream, samples, seqlen, settings.seed, token)
+    if known_tokens is not None:
+        check_known(windows, known_tokens)
+    return windows
 
 
 def samples_digest(samples: Tensor) -> str:

@@ -470,6 +470,13 @@ def test_bad_calibration(bad: Bad, name: str):
     assert re.search(message, refused_untouched(bad, "--calibration", name))
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model(bad: Bad):
+    small = random_model("llama", vocab_size=100)
+    small.save_pretrained(bad.model)
+    message = "the tokenizer gives tokens beyond the model's 100: it is another's"
+    assert message in refused_untouched(bad)
+
+
 def test_calibration_that_may_not_be_read(bad: Bad):
     path = bad.directory / "secret.txt"
     path.write_text("Some words. " * 100)
