@@ -29,7 +29,7 @@ from besa.writing import write_text
 _SAMPLES = 32
 
 # What the copy was made of; also the sign that it is besa's.
-_MADE_OF = "besa-rotation"  # no suffix: it is not to be copied along
+_MADE_OF = ".besa-rotation"  # hidden: it is not to be copied along
 
 
 @dataclass(frozen=True)

@@ -96,12 +96,13 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
         path = workspace.path
         try:
             with interruptible("run the same command again"):
+                checkpoint.copy_companions(path)
                 expected = _reference(directory, weights)
                 graph, packed = _write_graph(
                     path, directory, config, precision, device, expected, tell
                 )
                 give_memory_back()
-                _copy_companions(directory, path, library)
+                _copy_library(path, library)
                 keep_sampling(directory, path)
                 tell(Event("checking", what="the graph", done=2, total=3))
                 check_graph(path / MODEL)
@@ -202,7 +203,10 @@ def _write_graph(
             for name in (MODEL, DATA):
                 (floats / name).unlink()
         for file in floats.iterdir():
-            file.rename(path / file.name)
+            if file.is_dir():
+                shutil.copytree(file, path / file.name, dirs_exist_ok=True)
+            else:
+                file.rename(path / file.name)
     shutil.rmtree(floats)
     return kind, packed
 
@@ -251,11 +255,8 @@ def _standard(floats: Path, directory: Path, expected: Reference) -> str:
         ) from None
 
 
-def _copy_companions(directory: Path, path: Path, library: str | None) -> None:
-    """Copies the model's configs, and the operators' library for a sparse graph."""
-    for name in ("config.json", "generation_config.json"):
-        if (directory / name).is_file():
-            shutil.copyfile(directory / name, path / name)
+def _copy_library(path: Path, library: str | None) -> None:
+    """Puts the operators' library beside a sparse graph."""
     if library is not None:
         shutil.copyfile(library, path / NAME)
         _name_library(path / GENAI_CONFIG)
