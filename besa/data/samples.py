@@ -2,6 +2,7 @@
 
 >>> class Settings:
 ...     sample_count, seqlen, bos, seed = 4, 32, "auto", 0
+...     column, separator = None, "auto"
 >>> draw_samples(Path("path/to/model"), "builtin", Settings).shape
 torch.Size([4, 32])
 """
@@ -15,8 +16,8 @@ from typing import Protocol
 from torch import Tensor
 
 from besa.data.beginning import bos_token
-from besa.data.texts import documents_from
-from besa.data.windows import calibration_windows, check_known, token_stream
+from besa.data.stream import stream_of
+from besa.data.windows import calibration_windows, check_known
 from besa.errors import BesaError
 from besa.model.loading import load_tokenizer, max_positions
 
@@ -34,6 +35,8 @@ class Drawing(Protocol):
         sample_count: how many.
         seqlen: tokens in each; None: 2048, or as many as the model takes at once.
         bos: see `besa.data.beginning`.
+        column: of the text's rows; None for the usual ones.
+        separator: what stands between its documents, see `besa.data.stream`.
         seed: draws them.
     """
 
@@ -43,6 +46,10 @@ class Drawing(Protocol):
     def seqlen(self) -> int | None: ...
     @property
     def bos(self) -> str: ...
+    @property
+    def column(self) -> str | None: ...
+    @property
+    def separator(self) -> str: ...
     @property
     def seed(self) -> int: ...
 
@@ -69,8 +76,15 @@ def draw_samples(
     tokenizer = load_tokenizer(directory)
     token = bos_token(settings.bos, tokenizer)
     limit = _WINDOWS_PER_SAMPLE * samples * seqlen
-    documents = documents_from(text, "calibration")
-    stream = token_stream(tokenizer, documents, limit=limit, special=token is None)
+    stream = stream_of(
+        text,
+        "calibration",
+        tokenizer,
+        column=settings.column,
+        separator=settings.separator,
+        bos=token,
+        limit=limit,
+    )
     windows = calibration_windows(stream, samples, seqlen, settings.seed, token)
     if known_tokens is not None:
         check_known(windows, known_tokens)

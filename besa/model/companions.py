@@ -1,7 +1,8 @@
 """What travels with a model's weights: every other file of its directory, and what does not.
 
 >>> from pathlib import Path
->>> found = companions_of(Path("path/to/model"))
+>>> model = Path("path/to/model")
+>>> found = companions_of(model, own=frozenset([model / "model.safetensors"]))
 >>> [str(path) for path in found.copied]
 ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json']
 >>> found.left_out

@@ -1,7 +1,8 @@
 """How tokens are drawn where a request does not say: generation_config.json in GenAI's config.
 
->>> sampling_of(Path("path/to/model"))["do_sample"]
-False
+>>> _ = Path("generation_config.json").write_text('{"do_sample": true, "repetition_penalty": 1.1}')
+>>> sampling_of(Path())
+{'do_sample': True, 'repetition_penalty': 1.1}
 
 ONNX Runtime GenAI's builder takes some of it and drops the rest, the penalty of repetitions above
 all; a standard graph's config has none of it.
