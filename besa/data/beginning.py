@@ -49,7 +49,9 @@ def begin_texts(tokenizer: Any) -> None:
         return
     bos, backend = tokenizer.bos_token, tokenizer.backend_tokenizer
     beginning = processors.TemplateProcessing(
-        single=[bos, "$A"], special_tokens=[(bos, tokenizer.bos_token_id)]
+        single=[bos, "$A"],
+        pair=[bos, "$A", "$B"],
+        special_tokens=[(bos, tokenizer.bos_token_id)],
     )
     own = backend.post_processor
     backend.post_processor = beginning if own is None else processors.Sequence([own, beginning])
