@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from besa.errors import BesaError, one_line
+from besa.errors import BesaError, one_line, reason_of
 from besa.model.companions import WEIGHTS
 from besa.writing import atomic
 
@@ -93,7 +93,9 @@ def weight_files(directory: Path) -> dict[str, Path]:
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
-            raise BesaError(f"{index} is damaged ({error}): download the model again") from None
+            raise BesaError(
+                f"{index} is damaged ({reason_of(error)}): download the model again"
+            ) from None
         files = {name: directory / file for name, file in weight_map.items()}
     elif (directory / SINGLE).is_file():
         files = {}
