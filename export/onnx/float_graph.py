@@ -4,9 +4,8 @@
 >>> source, out = Path("path/to/pruned"), Path("float")
 >>> out.mkdir()
 >>> expected = reference_of(load_model(source, "float32", "cpu"))
->>> kind, check = build_float_graph(source, out, "genai", expected)
->>> kind, check.error < 1e-4
-('genai', True)
+>>> build_float_graph(source, out, "genai", expected).error < 1e-4
+True
 
 What a graph does wrong, rounding hides: a scale of positions that it drops costs an int4 graph no
 more than its four bits. So the graph is float32 first, and its text is longer than any window of
@@ -18,11 +17,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from besa.errors import BesaError
+from besa.errors import BesaError, BesaWarning
+from besa.export.config import ExportConfig
 from besa.export.onnx.builder import MODEL, GraphError, build
 from besa.export.onnx.decoder import Decoder, Reference
 from besa.export.onnx.runtime import open_session, reason
@@ -49,17 +50,63 @@ class CannotRunError(GraphError):
     """ONNX Runtime's CPU provider cannot run a graph; another provider may."""
 
 
-def build_float_graph(
-    source: Path, out: Path, kind: str, expected: Reference
-) -> tuple[str, LogitsCheck]:
-    """Writes a float32 graph to `out`, and compares it.
+def float_graph(
+    source: Path,
+    out: Path,
+    config: ExportConfig,
+    precision: str,
+    device: str,
+    expected: Reference,
+) -> str:
+    """Writes the float graph that all is made of, of the kind that is the model's; tells which.
+
+    Args:
+        config: whether it is to be a standard one, and whether it is to be sparse.
+        precision, device: what is to be made of it: the builder alone rounds dense weights, and
+            makes graphs for GPUs.
+
+    Raises:
+        BesaError: there is no such graph, or none that can be made into what was asked for.
+    """
+    if config.onnx_graph == "standard":
+        _standard(source, out, expected)
+        return "standard"
+    try:
+        build_float_graph(source, out, "genai", expected)
+        return "genai"
+    except CannotRunError as error:
+        if device == "cuda":  # its provider knows more operators
+            return "genai"
+        failed: GraphError = error
+    except GraphError as error:
+        failed = error
+    if device == "cuda":
+        raise BesaError(f"{failed}; for the CPU it becomes a standard one") from None
+    if precision != "fp32" and not config.sparse:
+        raise BesaError(f"{failed}; without --precision it becomes a standard one") from None
+    try:
+        _standard(source, out, expected)
+    except BesaError as error:
+        raise BesaError(f"{failed}; and {error}") from None
+    warnings.warn(f"{failed}; it becomes a standard one", BesaWarning, stacklevel=2)
+    return "standard"
+
+
+def _standard(source: Path, out: Path, expected: Reference) -> None:
+    try:
+        build_float_graph(source, out, "standard", expected)
+    except GraphError as error:
+        raise BesaError(
+            f"{error}, so there is no ONNX graph of it: serve the checkpoint itself"
+        ) from None
+
+
+def build_float_graph(source: Path, out: Path, kind: str, expected: Reference) -> LogitsCheck:
+    """Writes a float32 graph to `out`, and tells how far its logits are off.
 
     Args:
         kind: "genai" or "standard".
         expected: transformers' logits.
-
-    Returns:
-        The kind, and how far its logits are off.
 
     Raises:
         GraphError: there is none of that kind, or it is another model's. Nothing is left in `out`.
@@ -79,7 +126,7 @@ def build_float_graph(
         for path in out.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
-    return kind, check
+    return check
 
 
 def check_logits(

@@ -17,24 +17,18 @@ from __future__ import annotations
 import json
 import shutil
 import time
-import warnings
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
-from besa.errors import BesaError, BesaWarning, interruptible
+from besa.errors import BesaError, interruptible
 from besa.export.config import ExportConfig, ExportResult
-from besa.export.onnx.builder import DATA, MODEL, GraphError, build
+from besa.export.onnx.builder import DATA, MODEL, build
 from besa.export.onnx.card import onnx_card
 from besa.export.onnx.check import check_graph
 from besa.export.onnx.decoder import Reference
-from besa.export.onnx.float_graph import (
-    CannotRunError,
-    build_float_graph,
-    check_logits,
-    reference_of,
-)
+from besa.export.onnx.float_graph import CannotRunError, check_logits, float_graph, reference_of
 from besa.export.onnx.machine_code import need_nvrtc
 from besa.export.onnx.records import pack_for_cuda
 from besa.export.onnx.runtime import NAME, distribution, ort_library
@@ -188,7 +182,7 @@ def _write_graph(
     tell(Event("building", what="the graph", done=1, total=3))
     floats = path / "float"
     floats.mkdir()
-    kind = _float_graph(floats, directory, config, precision, device, expected)
+    kind = float_graph(directory, floats, config, precision, device, expected)
     if device == "cuda":
         plain = "fp16" if config.sparse and precision == "int8" else precision
         build(directory, path, plain, pack_weights if config.sparse else None, device)
@@ -209,50 +203,6 @@ def _write_graph(
                 file.rename(path / file.name)
     shutil.rmtree(floats)
     return kind, packed
-
-
-def _float_graph(
-    floats: Path,
-    directory: Path,
-    config: ExportConfig,
-    precision: str,
-    device: str,
-    expected: Reference,
-) -> str:
-    """Writes the float graph that all is made of, of the kind that is the model's; tells which.
-
-    Raises:
-        BesaError: there is no such graph, or none that can be made into what was asked for.
-    """
-    if config.onnx_graph == "standard":
-        return _standard(floats, directory, expected)
-    try:
-        return build_float_graph(directory, floats, "genai", expected)[0]
-    except CannotRunError as error:
-        if device == "cuda":  # its provider knows more operators
-            return "genai"
-        failed: GraphError = error
-    except GraphError as error:
-        failed = error
-    if device == "cuda":
-        raise BesaError(f"{failed}; for the CPU it becomes a standard one") from None
-    if precision != "fp32" and not config.sparse:
-        raise BesaError(f"{failed}; without --precision it becomes a standard one") from None
-    try:
-        kind = _standard(floats, directory, expected)
-    except BesaError as error:
-        raise BesaError(f"{failed}; and {error}") from None
-    warnings.warn(f"{failed}; it becomes a standard one", BesaWarning, stacklevel=2)
-    return kind
-
-
-def _standard(floats: Path, directory: Path, expected: Reference) -> str:
-    try:
-        return build_float_graph(directory, floats, "standard", expected)[0]
-    except GraphError as error:
-        raise BesaError(
-            f"{error}, so there is no ONNX graph of it: serve the checkpoint itself"
-        ) from None
 
 
 def _copy_library(path: Path, library: str | None) -> None:
