@@ -40,8 +40,9 @@ def test_a_broken_contenders_note_is_told_from_others() -> None:
 
 
 def test_a_perplexity_says_how_its_windows_began() -> None:
-    found = {"text": "a.txt", "perplexity": 9.0, "standard_error": 0.1, "tokens": 1022}
-    begun, plain = (from_json(Perplexity, {**found, "seqlen": 512, "bos": b}) for b in (True, False))
+    sizes = {"tokens": 1022, "seqlen": 512}
+    found = {"text": "a.txt", "perplexity": 9.0, "standard_error": 0.1, **sizes}
+    begun, plain = (from_json(Perplexity, {**found, "bos": bos}) for bos in (True, False))
     assert begun.read == "a.txt, 1,022 tokens in windows of 512, each after a beginning token"
     assert plain.read == "a.txt, 1,022 tokens in windows of 512"
     assert to_json(begun)["bos"]
