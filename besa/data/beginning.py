@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import processors
-
 from besa.errors import BesaError
 
 # auto: as the tokenizer by itself does it. What else a command asks for stands in its settings.
@@ -47,6 +45,8 @@ def begin_texts(tokenizer: Any) -> None:
     """Has a tokenizer put its beginning token before each text, if it does not do so by itself."""
     if bos_token("auto", tokenizer) is not None:
         return
+    from tokenizers import processors  # here, as `besa --help` reads this module's choices
+
     bos, backend = tokenizer.bos_token, tokenizer.backend_tokenizer
     beginning = processors.TemplateProcessing(
         single=[bos, "$A"],

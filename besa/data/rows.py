@@ -40,7 +40,7 @@ def column_of(names: Collection[str], asked: str | None) -> str | None:
 
 def document_of(value: Any) -> Document | None:
     """A cell as a document, an empty one as an empty text; None if it is neither text nor chat."""
-    if value is None:
+    if value is None or value == []:
         return ""
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")

@@ -101,7 +101,8 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_messages_are_chats(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"chats{suffix}"
-    rows = [{"id": "a", "messages": CHAT}, {"id": "b", "messages": CHAT[:1]}]
+    chats = (CHAT, [], CHAT[:1])
+    rows = [{"id": "a", "messages": chat} for chat in chats]
     if suffix == ".parquet":
         pyarrow = pytest.importorskip("pyarrow")
         from pyarrow import parquet
@@ -109,7 +110,7 @@ def test_messages_are_chats(suffix: str, tmp_path: Path) -> None:
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert list(documents_from(str(path))) == [CHAT, CHAT[:1]]
+    assert list(documents_from(str(path))) == [CHAT, "", CHAT[:1]]
 
 
 WRONG_FILES: dict[str, tuple[str, bytes | None]] = {
