@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+# What is raised where code meets an object that it was not written for.
+_OF_THE_CODE = (TypeError, AttributeError, LookupError, AssertionError, NameError, RecursionError)
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class BesaError(Exception):
@@ -59,5 +65,26 @@ def one_line(what: str) -> Iterator[None]:
     except BesaError:
         raise
     except Exception as error:  # noqa: BLE001 - libraries raise what their many layers raise
-        lines = (str(error).strip() or type(error).__name__).splitlines()
-        raise BesaError(f"{what}: {lines[0]}") from None
+        raise BesaError(f"{what}: {reason_of(error)}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """Why a library failed, for people: the first line of its own words, without colours.
+
+    What speaks of the library's own objects tells a user nothing, and is said in plain words.
+
+    >>> reason_of(KeyError("rope_theta")), reason_of(ValueError("no such\\nmodel"))
+    ('it lacks rope_theta', 'no such')
+    >>> reason_of(FileNotFoundError(2, "No such file or directory", "a.json"))
+    'a.json: No such file or directory'
+    """
+    if isinstance(error, UnicodeError):
+        return "it is not UTF-8"
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        return f"it lacks {error.args[0]}"
+    if isinstance(error, _OF_THE_CODE):
+        return "it has another form than the library that reads it knows"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = _COLOURS.sub("", str(error)).strip()
+    return text.splitlines()[0] if text else "the library that reads it gives no reason"

@@ -53,7 +53,7 @@ def writing(path: Path) -> Iterator[None]:
                 f"the disk is full: could not write {path}; make room and run the same command "
                 "again, it goes on from the last finished block"
             ) from None
-        raise BesaError(f"could not write {path}: {error}") from None
+        raise BesaError(f"could not write {path}: {error.strerror or error}") from None
 
 
 def sha256(path: Path) -> str:

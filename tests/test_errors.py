@@ -1,4 +1,4 @@
-"""What becomes of Ctrl-C in a long run."""
+"""What becomes of Ctrl-C in a long run, and of what libraries raise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from besa.errors import Interrupted, interruptible
+from besa.errors import BesaError, Interrupted, interruptible, one_line
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +44,24 @@ def test_anothers_handler_stays():
     with interruptible("do it again"):
         signal.raise_signal(signal.SIGINT)
     assert presses == [signal.SIGINT]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("\x1b[96mno such model\x1b[0m\nNext steps:"), "no such model"),
+        (ValueError(), "the library that reads it gives no reason"),
+        (KeyError("rope_theta"), "it lacks rope_theta"),
+        (AttributeError("'NoneType' object has no attribute 'get'"), "it has another form"),
+        (TypeError("unsupported operand type(s) for +: 'int' and 'str'"), "it has another form"),
+        (IndexError("index out of range in self"), "it has another form"),
+        (OSError(28, "No space left on device", "a.bin"), "a.bin: No space left on device"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "it is not UTF-8"),
+    ],
+)
+def test_what_a_library_raises_is_one_line_for_people(error: Exception, words: str):
+    with pytest.raises(BesaError) as caught, one_line("model/config.json"):
+        raise error
+    line = str(caught.value)
+    assert line.startswith(f"model/config.json: {words}")
+    assert line.isprintable()

@@ -122,7 +122,7 @@ def quality(results: Results) -> Picture | None:
     _, first = measured[0]
     return Picture(
         Chart.drawn(lambda w: charts.quality(points, across=f"output tokens/s, {load}", width=w)),
-        text=f"{first.text}, {first.tokens:,} tokens in windows of {first.seqlen:,}",
+        text=first.read,
     )
 
 

@@ -111,14 +111,25 @@ class Difference:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A checkpoint's perplexity on `tokens` tokens of a text, in windows of `seqlen`."""
+    """A checkpoint's perplexity on `tokens` tokens of a text, in windows of `seqlen`.
+
+    Attributes:
+        bos: whether each window began with the tokenizer's beginning token.
+    """
 
     text: str
     perplexity: float | None
     standard_error: float | None
     tokens: int
     seqlen: int
+    bos: bool = field(default=False, metadata=ABSENT_IF_DEFAULT)
     difference: Difference | None = None
+
+    @property
+    def read(self) -> str:
+        """What was read and how, for people."""
+        begun = ", each after a beginning token" if self.bos else ""
+        return f"{self.text}, {self.tokens:,} tokens in windows of {self.seqlen:,}{begun}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import warnings
@@ -59,12 +60,18 @@ def main(argv: list[str] | None = None) -> int:
     except BesaError as error:
         print(f"besa {args.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"besa {args.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `besa eval … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        words = f"the name {error.filename} is too long for this file system: give a shorter one"
+        print(f"besa {args.command}: {words}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"besa {args.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        return 130
 
 
 @contextmanager

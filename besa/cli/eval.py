@@ -79,9 +79,16 @@ def _record(result: Result) -> dict[str, Any]:
         "windows": perplexity.windows,
         "seqlen": perplexity.seqlen,
         "bos": result.bos,
+        "separator": result.separator,
         "dtype": result.dtype,
         "device": result.device,
     }
+    if (cost := result.bos_cost) is not None:
+        record["bos_cost"] = {
+            "with_bos": _finite(cost.with_bos),
+            "without": _finite(cost.without),
+            "windows": cost.windows,
+        }
     if result.difference is not None:
         nats, error = map(_finite, result.difference)
         record["difference"] = {"nats_per_token": nats, "standard_error": error}
@@ -89,6 +96,7 @@ def _record(result: Result) -> dict[str, Any]:
         record["sparsity"] = result.sparsity
     if result.tasks is not None:
         record["tasks"] = result.tasks
+        record["tasks_bos"] = result.tasks_bos
     return record
 
 
@@ -108,13 +116,25 @@ def _print_tables(results: list[Result], config: EvalConfig) -> None:
     for text in config.texts:
         result = next(result for result in results if result.text == text)
         first = result.perplexity
-        begun = ", each after a beginning token" if result.bos else ""
+        begun = "each after a beginning token" if result.bos else "cut from one text as it comes"
+        apart = "; documents end in the end token" if result.separator == "eos" else ""
         console.print(
             f"{text}: {first.tokens:,} tokens predicted in {first.windows:,} windows "
-            f"of {first.seqlen}{begun}",
+            f"of {first.seqlen}, {begun}{apart}",
             markup=False,
             soft_wrap=True,
         )
+    if (cost := results[0].bos_cost) is not None:
+        console.print(
+            f"the first {cost.windows} windows cost {results[0].model} {cost.with_bos:.3f} nats a "
+            f"token after a beginning token and {cost.without:.3f} without: --bos auto "
+            f"{'puts it' if results[0].bos else 'leaves it out'}",
+            markup=False,
+            soft_wrap=True,
+        )
+    if config.tasks:
+        habit = "after" if results[0].tasks_bos else "without"
+        console.print(f"tasks: each text {habit} a beginning token", markup=False, soft_wrap=True)
     dtypes = ", ".join(dict.fromkeys(result.dtype for result in results))
     versions = ", ".join(f"{name} {number}" for name, number in _versions(config).items())
     console.print(f"{dtypes} on {results[0].device}; {versions}", markup=False, soft_wrap=True)

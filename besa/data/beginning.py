@@ -39,3 +39,19 @@ def bos_token(choice: str, tokenizer: Any) -> int | None:
         return token
     begun = tokenizer("a")["input_ids"]
     return token if begun and begun[0] == token else None
+
+
+def begin_texts(tokenizer: Any) -> None:
+    """Has a tokenizer put its beginning token before each text, if it does not do so by itself."""
+    if bos_token("auto", tokenizer) is not None:
+        return
+    from tokenizers import processors  # here, as `besa --help` reads this module's choices
+
+    bos, backend = tokenizer.bos_token, tokenizer.backend_tokenizer
+    beginning = processors.TemplateProcessing(
+        single=[bos, "$A"],
+        pair=[bos, "$A", "$B"],
+        special_tokens=[(bos, tokenizer.bos_token_id)],
+    )
+    own = backend.post_processor
+    backend.post_processor = beginning if own is None else processors.Sequence([own, beginning])

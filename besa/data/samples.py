@@ -2,6 +2,7 @@
 
 >>> class Settings:
 ...     sample_count, seqlen, bos, seed = 4, 32, "auto", 0
+...     column, separator = None, "auto"
 >>> draw_samples(Path("path/to/model"), "builtin", Settings).shape
 torch.Size([4, 32])
 """
@@ -15,8 +16,8 @@ from typing import Protocol
 from torch import Tensor
 
 from besa.data.beginning import bos_token
-from besa.data.texts import documents_from
-from besa.data.windows import calibration_windows, token_stream
+from besa.data.stream import stream_of
+from besa.data.windows import calibration_windows, check_known
 from besa.errors import BesaError
 from besa.model.loading import load_tokenizer, max_positions
 
@@ -34,6 +35,8 @@ class Drawing(Protocol):
         sample_count: how many.
         seqlen: tokens in each; None: 2048, or as many as the model takes at once.
         bos: see `besa.data.beginning`.
+        column: of the text's rows; None for the usual ones.
+        separator: what stands between its documents, see `besa.data.stream`.
         seed: draws them.
     """
 
@@ -44,20 +47,27 @@ class Drawing(Protocol):
     @property
     def bos(self) -> str: ...
     @property
+    def column(self) -> str | None: ...
+    @property
+    def separator(self) -> str: ...
+    @property
     def seed(self) -> int: ...
 
 
-def draw_samples(directory: Path, text: str, settings: Drawing) -> Tensor:
+def draw_samples(
+    directory: Path, text: str, settings: Drawing, known_tokens: int | None = None
+) -> Tensor:
     """Token ids int64 [samples, seqlen]; the same settings give the same ones.
 
     Args:
         directory: of the model, whose tokenizer cuts the text.
         text: a source of `besa.data.texts`, of which the calibration split is read.
         settings: which of its windows.
+        known_tokens: how many tokens the model has embeddings for; None not to look.
 
     Raises:
         BesaError: the model takes fewer tokens at once, the text has too few, or the tokenizer has
-            no token to begin windows with.
+            no token to begin windows with, or tokens that the model does not know.
     """
     most = max_positions(directory) or _SEQLEN
     samples, seqlen = settings.sample_count, settings.seqlen or min(_SEQLEN, most)
@@ -66,9 +76,19 @@ def draw_samples(directory: Path, text: str, settings: Drawing) -> Tensor:
     tokenizer = load_tokenizer(directory)
     token = bos_token(settings.bos, tokenizer)
     limit = _WINDOWS_PER_SAMPLE * samples * seqlen
-    documents = documents_from(text, "calibration")
-    stream = token_stream(tokenizer, documents, limit=limit, special=token is None)
-    return calibration_windows(stream, samples, seqlen, settings.seed, token)
+    stream = stream_of(
+        text,
+        "calibration",
+        tokenizer,
+        column=settings.column,
+        separator=settings.separator,
+        bos=token,
+        limit=limit,
+    )
+    windows = calibration_windows(stream, samples, seqlen, settings.seed, token)
+    if known_tokens is not None:
+        check_known(windows, known_tokens)
+    return windows
 
 
 def samples_digest(samples: Tensor) -> str:

@@ -120,6 +120,15 @@ def evaluation_windows(stream: Tensor, seqlen: int, bos: int | None = None) -> T
     return windows if bos is None else functional.pad(windows, (1, 0), value=bos)
 
 
+def check_known(windows: Tensor, tokens: int) -> None:
+    """Raises a BesaError if windows hold a token that a model of so many tokens has no row for."""
+    if int(windows.max()) >= tokens:
+        raise BesaError(
+            f"the tokenizer gives tokens beyond the model's {tokens}: it is another's, so copy the "
+            "model's own tokenizer beside it"
+        )
+
+
 def _cut(stream: Tensor, seqlen: int, bos: int | None) -> tuple[int, int]:
     """How many tokens of the stream a window takes, and how many windows it has."""
     taken = seqlen - (bos is not None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from besa.data.beginning import CHOICES
+from besa.data.texts import SEPARATORS, has_columns
 from besa.errors import BesaError
 from besa.settings import DTYPES, check_choices, setting
 
@@ -28,10 +29,22 @@ class EvalConfig:
 
     texts: tuple[str, ...] = setting(
         ("builtin:test",),
-        ".txt, .jsonl or .parquet file; builtin[:SPLIT]; wikitext2, ptb, c4, fineweb, redpajama "
-        "or the id of a data set on the hub; may be given several times (default: builtin:test)",
+        ".txt, .jsonl, .csv or .parquet file; builtin[:SPLIT]; wikitext2, ptb, c4, fineweb, "
+        "redpajama or the id of a data set on the hub; may be given several times (default: "
+        "builtin:test)",
         name="--text",
         metavar="SOURCE",
+    )
+    column: str | None = setting(
+        None,
+        "the column of the texts' rows (default: text, or else messages, which hold chats)",
+        metavar="NAME",
+    )
+    separator: str = setting(
+        "auto",
+        "between documents: %(choices)s; auto: the end-of-sequence token where a text has rows "
+        "(default: %(default)s)",
+        choices=SEPARATORS,
     )
     seqlen: int | None = setting(
         None, "tokens in a window (default: 2048, or what all the models take)", metavar="N"
@@ -69,6 +82,8 @@ class EvalConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise BesaError(f"--{name.replace('_', '-')} is {value}: at least {least}")
+        if self.column is not None and not any(map(has_columns, self.texts)):
+            raise BesaError(f"--column {self.column}: none of the texts has columns")
         if self.dtype not in DTYPES:
             raise BesaError(f"no dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
         if not self.tasks and (self.num_fewshot is not None or self.task_path is not None):

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from besa.data.beginning import bos_token
-from besa.data.texts import documents_from, window_cap
-from besa.data.windows import evaluation_windows, token_stream
+from besa.data.stream import separator_of, stream_of
+from besa.data.texts import has_columns, window_cap
+from besa.data.windows import evaluation_windows
 from besa.errors import BesaError
 from besa.evaluation import tasks
 from besa.evaluation.config import EvalConfig
@@ -28,6 +29,30 @@ from besa.evaluation.perplexity import Perplexity, paired, window_losses
 from besa.formats.module import SparseLinear
 from besa.model import loading
 from besa.model.files import model_directory
+
+# A model minds that windows lack its beginning token if that costs it more than so many nats a
+# token on the first windows. What the token itself takes from a window is far less.
+_MINDS = 0.05
+_FIRST_WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class BosCost:
+    """The loss of the first windows, each after a beginning token and as they come.
+
+    Attributes:
+        with_bos, without: in nats a token.
+        windows: how many there were.
+    """
+
+    with_bos: float
+    without: float
+    windows: int
+
+    @property
+    def minds(self) -> bool:
+        """Whether a model would be measured wrongly without the token."""
+        return self.without - self.with_bos > _MINDS
 
 
 @dataclass(frozen=True)
@@ -40,6 +65,9 @@ class Result:
         sparsity: the share of zeros in the weights, where the model has a `besa.json`.
         tasks: {task: {metric: value}} where tasks were asked for; the same on each text.
         bos: whether each window began with the tokenizer's beginning token.
+        bos_cost: what its absence costs the first model; None where that was not measured.
+        tasks_bos: whether the tasks' texts began with it; None without tasks.
+        separator: what stood between the text's documents, "eos" or "blank-line".
     """
 
     model: str
@@ -51,12 +79,9 @@ class Result:
     device: str
     tasks: dict[str, dict[str, float]] | None
     bos: bool = False
-
-
-# A model minds that windows lack its beginning token if that costs it more than so many nats a
-# token on the first windows. What the token itself takes from a window is far less.
-_MINDS = 0.05
-_FIRST_WINDOWS = 8
+    bos_cost: BosCost | None = None
+    tasks_bos: bool | None = None
+    separator: str = "blank-line"
 
 
 def evaluate(
@@ -84,7 +109,7 @@ def evaluate(
     tokens = [bos_token(config.bos, tokenizer) for tokenizer in tokenizers]
     windows = [_windows(*own, config, seqlen) for own in zip(tokenizers, tokens, strict=True)]
     with_bos = tokens[0] is not None
-    plain = windows
+    plain, cost = windows, None
     if config.bos == "auto":  # what the first model does not mind, or its tokenizer does not do
         plain = [
             own if token is None else _windows(tokenizer, None, config, seqlen)
@@ -96,10 +121,11 @@ def evaluate(
         zip(models, directories, tokenizers, strict=True)
     ):
         model = loading.load_model(directory, config.dtype, device)
-        if index == 0 and config.bos == "auto":
+        if index == 0 and config.bos == "auto" and with_bos:
             with loading.fitting_in_memory(name, "lower --batch-size or --seqlen"):
-                with_bos = with_bos and _minds(model, windows[0][0], plain[0][0], config.batch_size)
-            windows = windows if with_bos else plain
+                cost = bos_cost(model, windows[0][0], plain[0][0], config.batch_size)
+            with_bos = cost.minds
+        windows = windows if with_bos else plain
         own = windows[index]
         measured = []
         for text, batch in zip(config.texts, own, strict=True):
@@ -107,11 +133,18 @@ def evaluate(
             with loading.fitting_in_memory(name, "lower --batch-size or --seqlen"):
                 losses = window_losses(model, batch, config.batch_size, report)
             measured.append(Perplexity.of(losses, seqlen))
-        scores = None
+        scores = tasks_bos = None
         if manager is not None:
             scores = tasks.run(
-                model, tokenizer, config.tasks, manager, config.num_fewshot, config.batch_size
+                model,
+                tokenizer,
+                config.tasks,
+                manager,
+                config.num_fewshot,
+                config.batch_size,
+                config.bos,
             )
+            tasks_bos = bos_token(config.bos, tokenizer) is not None
         zeros = sparsity(model) if (directory / "besa.json").is_file() else None
         of_model = []
         for index, (text, perplexity) in enumerate(zip(config.texts, measured, strict=True)):
@@ -129,6 +162,9 @@ def evaluate(
                     device=str(device),
                     tasks=scores,
                     bos=with_bos,
+                    bos_cost=cost,
+                    tasks_bos=tasks_bos,
+                    separator=separator_of(config.separator, text, "test", tokenizer),
                 )
             )
         results.append(of_model)
@@ -149,15 +185,22 @@ def _common_seqlen(models: Sequence[str], directories: list[Path], asked: int | 
 
 def _windows(tokenizer: Any, bos: int | None, config: EvalConfig, seqlen: int) -> list[Tensor]:
     """The windows of each text, each begun with `bos` if there is one."""
-    return [_windows_of(tokenizer, text, seqlen, config.limit, bos) for text in config.texts]
+    return [_windows_of(tokenizer, text, seqlen, config, bos) for text in config.texts]
 
 
 def _windows_of(
-    tokenizer: Any, text: str, seqlen: int, limit: int | None, bos: int | None
+    tokenizer: Any, text: str, seqlen: int, config: EvalConfig, bos: int | None
 ) -> Tensor:
-    counts = [count for count in (limit, window_cap(text)) if count is not None]
-    tokens = min(counts) * seqlen if counts else None
-    stream = token_stream(tokenizer, documents_from(text), tokens, special=bos is None)
+    counts = [count for count in (config.limit, window_cap(text)) if count is not None]
+    stream = stream_of(
+        text,
+        "test",
+        tokenizer,
+        column=config.column if has_columns(text) else None,
+        separator=config.separator,
+        bos=bos,
+        limit=min(counts) * seqlen if counts else None,
+    )
     try:
         windows = evaluation_windows(stream, seqlen, bos)
     except BesaError as error:
@@ -165,11 +208,11 @@ def _windows_of(
     return windows[: min(counts)] if counts else windows
 
 
-def _minds(model: nn.Module, begun: Tensor, plain: Tensor, batch_size: int) -> bool:
-    """Whether windows without their beginning token cost the model more than its own loss."""
+def bos_cost(model: nn.Module, begun: Tensor, plain: Tensor, batch_size: int) -> BosCost:
+    """What a model loses on the first windows, begun with a token and as they come."""
     both = begun[:_FIRST_WINDOWS], plain[:_FIRST_WINDOWS]
-    with_bos, without = (window_losses(model, some, batch_size).mean() for some in both)
-    return bool(without - with_bos > _MINDS)
+    with_bos, without = (float(window_losses(model, some, batch_size).mean()) for some in both)
+    return BosCost(with_bos, without, len(both[0]))
 
 
 def sparsity(model: nn.Module) -> float:

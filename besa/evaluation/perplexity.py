@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from besa.errors import BesaError
+from besa.data.windows import check_known
+from besa.model.skeleton import known_tokens
 
 # Logits turned into float32 at a time: 64 MiB of them.
 _LOGITS_AT_A_TIME = 1 << 24
@@ -60,9 +61,7 @@ def window_losses(
     Raises:
         BesaError: the windows hold tokens that the model does not know.
     """
-    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    if int(windows.max()) >= rows:
-        raise BesaError(f"the tokenizer gives tokens beyond the model's {rows}: it is another's")
+    check_known(windows, known_tokens(model))
     device = next(model.parameters()).device
     losses: list[Tensor] = []
     if progress:

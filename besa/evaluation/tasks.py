@@ -16,6 +16,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from besa.data.beginning import begin_texts
 from besa.errors import BesaError, one_line
 
 
@@ -55,6 +56,7 @@ def run(
     manager: Any,
     num_fewshot: int | None = None,
     batch_size: int = 1,
+    bos: str = "auto",
 ) -> dict[str, dict[str, float]]:
     """Runs tasks on a loaded model.
 
@@ -65,6 +67,8 @@ def run(
         manager: what `find` gave for them.
         num_fewshot: examples before each question; None for each task's own default.
         batch_size: sequences in one call of the model.
+        bos: whether texts begin with the tokenizer's beginning token, see `besa.data.beginning`;
+            auto is the harness's own way, as the tokenizer does it. `always` changes the tokenizer.
 
     Returns:
         {task: {metric: value}}; the standard error of `acc` is `acc_stderr`. A metric that is
@@ -77,9 +81,17 @@ def run(
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
+        if bos == "always":
+            begin_texts(tokenizer)
+        special = {"always": True, "never": False}.get(bos)
         with one_line("lm-evaluation-harness could not run the tasks"):
             outcome = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                model=HFLM(
+                    pretrained=model,
+                    tokenizer=tokenizer,
+                    batch_size=batch_size,
+                    add_bos_token=special,
+                ),
                 tasks=manager.match_tasks(list(names)),
                 num_fewshot=num_fewshot,
                 task_manager=manager,

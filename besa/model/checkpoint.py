@@ -18,7 +18,6 @@ tensor(0)
 from __future__ import annotations
 
 import hashlib
-import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,10 +38,10 @@ from transformers.utils import logging as transformers_logging
 
 from besa.errors import BesaError, one_line
 from besa.model.blocks import find_blocks
-from besa.model.files import COMPANIONS, INDEX, open_tensors, resolve, stored_dtype, weight_files
+from besa.model.companions import copy_companions
+from besa.model.files import open_tensors, resolve, stored_dtype, weight_files
 from besa.model.finite import check_finite
 from besa.model.skeleton import free_parameters, skeleton_of, targets_of
-from besa.writing import writing
 
 
 @dataclass
@@ -253,13 +252,8 @@ class Checkpoint:
             yield tensors
 
     def copy_companions(self, out: Path) -> None:
-        """Copies config, tokenizer, generation config and the like."""
-        for path in sorted(self.directory.iterdir()):
-            if path.name in (INDEX, "besa.json") or path.suffix not in COMPANIONS:
-                continue
-            if path.is_file():
-                with writing(out / path.name):
-                    shutil.copyfile(path, out / path.name)
+        """Copies config, tokenizer, license and all else that belongs to the model."""
+        copy_companions(self.directory, frozenset(self.files.values()), out)
 
 
 def _bytes_equal(a: Tensor, b: Tensor) -> bool:

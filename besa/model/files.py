@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from besa.errors import BesaError, one_line
+from besa.errors import BesaError, one_line, reason_of
+from besa.model.companions import WEIGHTS
 from besa.writing import atomic
 
 INDEX = "model.safetensors.index.json"
@@ -29,9 +30,6 @@ SINGLE = "model.safetensors"
 
 # Beside an ONNX model, what ONNX Runtime GenAI reads of it.
 GENAI_CONFIG = "genai_config.json"
-
-# What travels with the weights: everything small that describes the model or its tokenizer.
-COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".vocab")
 
 
 def resolve(model: str | Path) -> Path:
@@ -45,9 +43,10 @@ def resolve(model: str | Path) -> Path:
         raise BesaError(f"{model} does not exist")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in COMPANIONS)]
+    # All but weights of other forms, and other forms of the model in folders of their own.
+    others = [f"*{suffix}" for suffix in WEIGHTS if suffix != ".safetensors"]
     with one_line(f"{model} is no directory here and could not be fetched from the hub"):
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
+        return Path(snapshot_download(str(model), ignore_patterns=[*others, "*/*.safetensors"]))
 
 
 def model_directory(model: str | Path) -> Path:
@@ -94,7 +93,9 @@ def weight_files(directory: Path) -> dict[str, Path]:
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
-            raise BesaError(f"{index} is damaged ({error}): download the model again") from None
+            raise BesaError(
+                f"{index} is damaged ({reason_of(error)}): download the model again"
+            ) from None
         files = {name: directory / file for name, file in weight_map.items()}
     elif (directory / SINGLE).is_file():
         files = {}

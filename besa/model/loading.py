@@ -73,11 +73,14 @@ def load_tokenizer(directory: Path) -> Any:
         ) from None
 
 
-def load_model(directory: Path, dtype: str, device: torch.device | str) -> Any:
+def load_model(
+    directory: Path, dtype: str, device: torch.device | str, attention: str | None = None
+) -> Any:
     """The model in evaluation mode; every weight comes from the checkpoint.
 
     Args:
         dtype: one of `besa.settings.DTYPES`; `auto` keeps what the checkpoint says.
+        attention: transformers' way to compute it; None for its own choice.
 
     Raises:
         BesaError: transformers cannot load it, weights are missing, or it does not fit.
@@ -85,7 +88,7 @@ def load_model(directory: Path, dtype: str, device: torch.device | str) -> Any:
     with quiet(), one_line(f"{directory} cannot be loaded"):
         loaded: Any  # with output_loading_info, a pair
         loaded = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, output_loading_info=True
+            directory, dtype=dtype, output_loading_info=True, attn_implementation=attention
         )
         model, info = loaded
     # transformers would go on with random values in their place.

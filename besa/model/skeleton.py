@@ -49,6 +49,12 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def known_tokens(model: nn.Module) -> int:
+    """How many tokens a model has embeddings for; its config may say another number."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.weight.shape[0])
+
+
 def free_parameters(module: nn.Module) -> None:
     """Sends a module's parameters to the meta device; its buffers stay."""
     for each in module.modules():

@@ -17,6 +17,7 @@ it `OUT`, so that nothing that looks finished exists before it is.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import shutil
@@ -32,6 +33,9 @@ from torch import Tensor
 from besa.errors import BesaError, interruptible
 from besa.model.files import INDEX, write_tensors
 from besa.writing import sha256, write_text, writing
+
+# The longest that the name of an output gets while it is made.
+_LONGEST_SUFFIX = ".rotated.writing"
 
 
 @dataclass
@@ -217,6 +221,14 @@ def publish(path: Path, out: Path, overwrite: bool) -> None:
 
 def check_free(out: Path, overwrite: bool) -> None:
     """Raises a BesaError if `out` cannot become the output."""
+    try:
+        out.with_name(out.name + _LONGEST_SUFFIX).exists()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise BesaError(f"--out {out} is too long a name: give a shorter one") from None
+    except ValueError:  # no name at all
+        pass
     if out.name in ("", ".."):
         raise BesaError(f"--out {out} has no name of its own: give a new directory's")
     if out.is_symlink():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from besa.data.beginning import CHOICES
 from besa.data.held_out import HELD_OUT
+from besa.data.texts import SEPARATORS
 from besa.errors import BesaError
 from besa.methods import METHODS, UPDATES
 from besa.pruning.grid import Grid
@@ -123,8 +124,19 @@ class PruneConfig:
     )
     calibration: str = setting(
         "builtin",
-        ".txt, .jsonl or .parquet file, data set id, or builtin (default: %(default)s)",
+        ".txt, .jsonl, .csv or .parquet file, data set id, or builtin (default: %(default)s)",
         metavar="TEXT",
+    )
+    column: str | None = setting(
+        None,
+        "the column of the text's rows (default: text, or else messages, which hold chats)",
+        metavar="NAME",
+    )
+    separator: str = setting(
+        "auto",
+        "between documents: %(choices)s; auto: the end-of-sequence token where the text has rows "
+        "(default: %(default)s)",
+        choices=SEPARATORS,
     )
     samples: int | None = setting(
         None, f"calibration samples (default: {SAMPLES}, with high effort {3 * SAMPLES})"

@@ -33,6 +33,7 @@ from besa.model.loading import fitting_in_memory, pick_device
 from besa.model.prune_record import BlockRecord, BlockUpdate, PruneRecord
 from besa.model.record import read_record
 from besa.model.replay import Call, capture
+from besa.model.skeleton import known_tokens
 from besa.model.workspace import Workspace
 from besa.progress import REPLAY, WRITTEN, Event, Tell
 from besa.pruning import methods, updates
@@ -103,7 +104,8 @@ def prune_blocks(
     checkpoint = Checkpoint.open(rotated.directory if rotated else model)
     dtype = _dtype(config.dtype, device, checkpoint.dtype)
     plan = plan_of(checkpoint, config)
-    windows = draw_samples(checkpoint.directory, config.calibration, config)
+    known = known_tokens(checkpoint.model)
+    windows = draw_samples(checkpoint.directory, config.calibration, config, known)
     settings = settings_of(model, config, checkpoint, windows, device, dtype)
     if may_be_there and (found := _made_before(out, settings)):
         return found

@@ -19,6 +19,7 @@ from besa.data.samples import draw_samples, samples_digest
 from besa.errors import BesaError
 from besa.model.checkpoint import Checkpoint
 from besa.model.loading import fitting_in_memory, pick_device
+from besa.model.skeleton import known_tokens
 from besa.progress import Event, Tell
 from besa.pruning.config import PruneConfig
 from besa.version import __version__
@@ -28,7 +29,7 @@ from besa.writing import write_text
 _SAMPLES = 32
 
 # What the copy was made of; also the sign that it is besa's.
-_MADE_OF = "besa-rotation"  # no suffix: it is not to be copied along
+_MADE_OF = ".besa-rotation"  # hidden: it is not to be copied along
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def rotated_copy(
     from besa.rotation.rotate import rotate
 
     checkpoint = Checkpoint.open(model)
-    windows = draw_samples(checkpoint.directory, config.calibration, config)
+    known = known_tokens(checkpoint.model)
+    windows = draw_samples(checkpoint.directory, config.calibration, config, known)
     made_of = {
         "model": checkpoint.fingerprint(),
         "text": samples_digest(windows),

@@ -75,6 +75,8 @@ def _pruned_and_recovered(
         text=config.calibration,
         samples=config.sample_count,
         seqlen=int(result.record.settings["seqlen"]),
+        column=config.column,
+        separator=config.separator,
         bos=config.bos,
         epochs=_EPOCHS,
         seed=config.seed,

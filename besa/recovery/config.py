@@ -11,6 +11,7 @@ from pathlib import Path
 
 from besa.data.beginning import CHOICES
 from besa.data.held_out import HELD_OUT
+from besa.data.texts import SEPARATORS
 from besa.errors import BesaError
 from besa.settings import DTYPES, check_choices, described, setting
 
@@ -29,8 +30,19 @@ class RecoverConfig:
     out: str | Path = field(metadata=described("output directory", metavar="DIR"))
     text: str = setting(
         "builtin",
-        ".txt, .jsonl or .parquet file, data set id, or builtin (default: %(default)s)",
+        ".txt, .jsonl, .csv or .parquet file, data set id, or builtin (default: %(default)s)",
         metavar="TEXT",
+    )
+    column: str | None = setting(
+        None,
+        "the column of the text's rows (default: text, or else messages, which hold chats)",
+        metavar="NAME",
+    )
+    separator: str = setting(
+        "auto",
+        "between documents: %(choices)s; auto: the end-of-sequence token where the text has rows "
+        "(default: %(default)s)",
+        choices=SEPARATORS,
     )
     samples: int = setting(512, "samples of the text (default: %(default)s)")
     seqlen: int | None = setting(None, "tokens in a sample (default: 2048, or the model's most)")

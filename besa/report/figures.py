@@ -30,6 +30,8 @@ FLAGS = (  # of `besa prune`: what of the settings a user can type
     "quantize",
     "granularity",
     "calibration",
+    "column",
+    "separator",
     "bos",
     "samples",
     "seqlen",

@@ -26,10 +26,14 @@ from typing import Any
 import onnx_ir as ir
 from transformers import AutoConfig
 
-from besa.errors import BesaError, one_line
+from besa.errors import BesaError
 from besa.export.onnx.runtime import genai
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+
+
+class GraphError(BesaError):
+    """There is no graph of that kind for a model, or it is another model's: another kind may be."""
 
 
 def build(
@@ -47,14 +51,14 @@ def build(
         device: "cpu" or "cuda", ONNX Runtime's execution provider.
 
     Raises:
-        BesaError: the builder does not know the architecture, or failed.
+        GraphError: the builder does not know the architecture, or failed.
     """
     cache = out / "cache"
     arguments = ("", str(source), str(out), precision, device, str(cache))
     with (
         _builder() as (builder, base),
         _changed(base, change, source),
-        one_line(f"ONNX Runtime GenAI's builder has no graph for {source}"),
+        _known(source),
     ):
         # A local folder needs no token, and must not look for one. Layers that look at a window
         # only keep all of their cache: the other form is for GenAI's own loop alone.
@@ -62,6 +66,21 @@ def build(
         builder.create_model(*arguments, **builder.parse_extra_options(*arguments, options))
     if cache.is_dir():
         shutil.rmtree(cache)
+
+
+@contextmanager
+def _known(source: Path) -> Iterator[None]:
+    """Turns whatever the builder raises inside into one line; a reason is there if it knows one."""
+    what = f"ONNX Runtime GenAI's builder has no graph for {source}"
+    try:
+        yield
+    except BesaError:
+        raise
+    except NotImplementedError as error:
+        reason = (str(error).strip() or "it knows no such model").splitlines()[0].rstrip(".")
+        raise GraphError(f"{what}: {reason}") from None
+    except Exception:  # noqa: BLE001 - of many kinds, whose words are for the builder's authors
+        raise GraphError(what) from None
 
 
 @contextmanager

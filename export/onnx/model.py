@@ -4,44 +4,36 @@
 >>> export_onnx("path/to/pruned", config, tell=lambda event: None).out
 PosixPath('onnx')
 
-Dense: the graph of ONNX Runtime GenAI's model builder, of standard operators where it is asked for
-or the builder does not know the architecture. Sparse: the builder's graph with its products on
-packed weights (besa.export.onnx.sparse, for NVIDIA GPUs besa.export.onnx.records), and besa's
-operator library beside it. Either is checked before it appears: by onnx.checker, and by its logits,
-which have to be transformers' up to what the precision costs. Those of a graph that only a GPU can
-run are not compared.
+Dense: the graph of ONNX Runtime GenAI's model builder, or of standard operators where it is asked
+for or the builder's is not the model (besa.export.onnx.float_graph). Sparse: the same with its
+products on packed weights (besa.export.onnx.sparse, for NVIDIA GPUs besa.export.onnx.records), and
+besa's operator library beside it. Either is checked before it appears: by onnx.checker, and by its
+logits, which have to be transformers' up to what the precision costs. Those of a graph that only a
+GPU can run are not compared.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
-import warnings
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
-from besa.errors import BesaError, BesaWarning, interruptible
+from besa.errors import BesaError, interruptible
 from besa.export.config import ExportConfig, ExportResult
 from besa.export.onnx.builder import DATA, MODEL, build
 from besa.export.onnx.card import onnx_card
 from besa.export.onnx.check import check_graph
-from besa.export.onnx.decoder import Decoder, compare
+from besa.export.onnx.decoder import Reference
+from besa.export.onnx.float_graph import CannotRunError, check_logits, float_graph, reference_of
 from besa.export.onnx.machine_code import need_nvrtc
 from besa.export.onnx.records import pack_for_cuda
-from besa.export.onnx.runtime import (
-    NAME,
-    MissingKernelError,
-    distribution,
-    open_session,
-    ort_library,
-    reason,
-)
+from besa.export.onnx.runtime import NAME, distribution, ort_library
+from besa.export.onnx.sampling import keep_sampling
 from besa.export.onnx.sparse import OnnxPacking, pack_graph
-from besa.export.onnx.standard import build_standard
 from besa.export.plan import plan_packing
 from besa.export.rounded import peak_of
 from besa.export.source import open_plain
@@ -49,7 +41,7 @@ from besa.machine import give_memory_back, memory, peak_memory
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import LogitsCheck, OnnxRecord, PackedProduct
 from besa.model.files import GENAI_CONFIG
-from besa.model.loading import load_model
+from besa.model.loading import load_model, quiet
 from besa.model.prune_record import PruneRecord
 from besa.model.record import read_raw_record, read_record, write_record
 from besa.model.workspace import Workspace, check_free
@@ -93,20 +85,25 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
         "besa": __version__,
     }
     weights = sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    needed = int(weights * _BYTES[precision])
+    needed = int(weights * max(_BYTES.values()))  # the float graph is there first
     with Workspace.open(out, settings, config.overwrite, needed) as workspace:
         path = workspace.path
         try:
             with interruptible("run the same command again"):
-                graph, packed = _write_graph(path, directory, config, precision, device, tell)
+                checkpoint.copy_companions(path)
+                expected = _reference(directory, weights)
+                graph, packed = _write_graph(
+                    path, directory, config, precision, device, expected, tell
+                )
                 give_memory_back()
-                _copy_companions(directory, path, library)
+                _copy_library(path, library)
+                keep_sampling(directory, path)
                 tell(Event("checking", what="the graph", done=2, total=3))
                 check_graph(path / MODEL)
                 # No provider of the CPU has the operator on records.
                 check = None
                 if not (config.sparse and device == "cuda"):
-                    check = _check_logits(path, directory, precision, device, library, weights)
+                    check = _check_precision(path, directory, precision, device, library, expected)
                 record = OnnxRecord(
                     besa_version=__version__,
                     model=str(pruned),
@@ -161,51 +158,55 @@ def _pattern(checkpoint: Checkpoint, config: ExportConfig, tell: Tell) -> str | 
 
 
 def _write_graph(
-    path: Path, directory: Path, config: ExportConfig, precision: str, device: str, tell: Tell
+    path: Path,
+    directory: Path,
+    config: ExportConfig,
+    precision: str,
+    device: str,
+    expected: Reference,
+    tell: Tell,
 ) -> tuple[str, list[PackedProduct]]:
     """Writes the graph; tells which kind it became, "genai" or "standard", and what is packed."""
     packed: list[PackedProduct] = []
     peak = peak_of(directory, config.group_size)
     packing = OnnxPacking(_VALUES.get(precision, precision), config.group_size, peak)
-    # What packed weights take the place of.
-    plain = precision
-    if config.sparse and device == "cuda":
-        plain = "fp16" if precision == "int8" else precision
-    elif config.sparse:
-        plain = "fp32"
 
     def pack_weights(graph: ir.Model) -> None:
         tell(Event("packing", what="the graph", done=1, total=3))
         if device == "cuda":
-            activations = torch.bfloat16 if plain == "bf16" else torch.float16
+            activations = torch.bfloat16 if precision == "bf16" else torch.float16
             packed.extend(pack_for_cuda(graph, packing, activations))
         else:
             packed.extend(pack_graph(graph, packing))
 
     tell(Event("building", what="the graph", done=1, total=3))
-    change = pack_weights if config.sparse else None
-    if config.onnx_graph == "genai":
-        try:
-            build(directory, path, plain, change, device)
-            return "genai", packed
-        except BesaError as error:
-            if device == "cuda":
-                hint = "for the CPU it becomes a standard one"
-                raise BesaError(f"{str(error).rstrip('.')}; {hint}") from None
-            if precision != "fp32" and not config.sparse:
-                raise BesaError(f"{error}; without --precision it becomes a standard one") from None
-            message = f"{str(error).rstrip('.')}; it becomes a standard one"
-            warnings.warn(message, BesaWarning, stacklevel=2)
-            packed.clear()
-    build_standard(directory, path, change)
-    return "standard", packed
+    floats = path / "float"
+    floats.mkdir()
+    kind = float_graph(directory, floats, config, precision, device, expected)
+    if device == "cuda":
+        plain = "fp16" if config.sparse and precision == "int8" else precision
+        build(directory, path, plain, pack_weights if config.sparse else None, device)
+    elif precision != "fp32" and not config.sparse:
+        build(directory, path, precision)
+    else:
+        if config.sparse:
+            graph = ir.load(floats / MODEL)
+            pack_weights(graph)
+            graph.graph.sort()
+            ir.save(graph, path / MODEL, external_data=DATA, size_threshold_bytes=0)
+            for name in (MODEL, DATA):
+                (floats / name).unlink()
+        for file in floats.iterdir():
+            if file.is_dir():
+                shutil.copytree(file, path / file.name, dirs_exist_ok=True)
+            else:
+                file.rename(path / file.name)
+    shutil.rmtree(floats)
+    return kind, packed
 
 
-def _copy_companions(directory: Path, path: Path, library: str | None) -> None:
-    """Copies the model's configs, and the operators' library for a sparse graph."""
-    for name in ("config.json", "generation_config.json"):
-        if (directory / name).is_file():
-            shutil.copyfile(directory / name, path / name)
+def _copy_library(path: Path, library: str | None) -> None:
+    """Puts the operators' library beside a sparse graph."""
     if library is not None:
         shutil.copyfile(library, path / NAME)
         _name_library(path / GENAI_CONFIG)
@@ -218,39 +219,38 @@ def _name_library(path: Path) -> None:
     write_text(json.dumps(config, indent=4) + "\n", path)
 
 
-def _check_logits(
-    path: Path, directory: Path, precision: str, device: str, library: str | None, weights: int
+def _reference(directory: Path, weights: int) -> Reference:
+    """transformers' logits, computed in float32 where there is room for two such models."""
+    dtype = "float32" if 8 * weights < memory().available else "auto"
+    with quiet():
+        expected = reference_of(load_model(directory, dtype, "cpu"))
+    give_memory_back()
+    return expected
+
+
+def _check_precision(
+    path: Path,
+    directory: Path,
+    precision: str,
+    device: str,
+    library: str | None,
+    expected: Reference,
 ) -> LogitsCheck | None:
-    """Compares the graph's logits with transformers'; None where the CPU lacks a kernel for it.
+    """Compares the finished graph's logits; None where only a GPU can run it.
 
     Raises:
-        BesaError: they are another model's.
+        BesaError: they are off by more than the precision costs.
     """
-    threads = int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0] or 0)
     try:
-        session = open_session(path / MODEL, library, threads)
-    except MissingKernelError:
+        found = check_logits(path, directory, expected, library)
+    except CannotRunError:
         if device == "cuda":
             return None
         raise
-    described = json.loads((path / GENAI_CONFIG).read_text(encoding="utf-8"))
-    decoder = Decoder(session, described["model"]["decoder"]["head_size"])
-    # In float32 where there is room for it beside the graph's own weights.
-    dtype = "float32" if 8 * weights < memory().available else "auto"
-    model = load_model(directory, dtype, "cpu")
-    try:
-        found = compare(decoder, model)
-    except Exception as error:  # noqa: BLE001 - ONNX Runtime raises many kinds
-        if device == "cuda":  # some of its operators can do more on GPUs
-            return None
-        raise BesaError(
-            f"ONNX Runtime cannot run the graph of {directory} ({reason(error)}): try --onnx-graph "
-            "standard"
-        ) from None
     if not found.error <= _MOST_ERROR[precision]:
         raise BesaError(
-            f"{directory}: the graph's logits are off by {found.error:.2g} of transformers'; "
-            "the architecture, or a precision as low as this, does not fit"
+            f"{directory}: the graph's logits are off by {found.error:.2g} of transformers': "
+            f"{precision} is too coarse for it, so give another --precision"
         )
     return found
 

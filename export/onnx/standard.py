@@ -17,7 +17,6 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, DynamicCache
 
-from besa.errors import BesaError, one_line
-from besa.export.onnx.builder import DATA, MODEL
-from besa.model.loading import load_model
+from besa.export.onnx.builder import DATA, MODEL, GraphError
+from besa.export.onnx.experts import ALL_EXPERTS
+from besa.model.loading import load_model, quiet
 from besa.writing import write_text
 
 OPSET = 23
+
+# How transformers computes attention, the first that can be traced: as it chooses, mostly as one
+# operator, which takes no keys that heads share unasked; or as products and a softmax.
+_ATTENTIONS = (None, "eager")
 
 # Lengths that the tracer does not take for constants.
 _BATCH, _NEW, _OLD = 2, 3, 5
@@ -64,24 +67,25 @@ class _Step(nn.Module):
 
 
 @torch.no_grad()
-def build_standard(
-    source: Path, out: Path, change: Callable[[ir.Model], None] | None = None
-) -> None:
+def build_standard(source: Path, out: Path) -> None:
     """Writes the graph of a checkpoint, its data, `genai_config.json` and the tokenizer to `out`.
 
-    Args:
-        change: is given the graph before it is written.
-
     Raises:
-        BesaError: the model's cache is no list of keys and values, or torch cannot trace it.
+        GraphError: the model's cache is no list of keys and values, or torch cannot trace it.
     """
-    model = load_model(source, "float32", "cpu")
-    layers, heads, size = _cache_of(model, source)
-    positions = "position_ids" in inspect.signature(model.forward).parameters
-    with one_line(f"{source} cannot be traced"), _quiet():
-        graph = _trace(_Step(model, positions).eval(), layers, heads, size, positions)
-    if change is not None:
-        change(graph)
+    for attention in _ATTENTIONS:
+        model = load_model(source, "float32", "cpu", attention)
+        model.set_experts_implementation(ALL_EXPERTS)
+        layers, heads, size = _cache_of(model, source)
+        positions = "position_ids" in inspect.signature(model.forward).parameters
+        try:
+            with _quiet():
+                graph = _trace(_Step(model, positions).eval(), layers, heads, size, positions)
+            break
+        except Exception:  # noqa: BLE001 - torch's tracer raises what its many layers raise
+            if attention == _ATTENTIONS[-1]:
+                kind = type(model).__name__
+                raise GraphError(f"torch cannot trace {source}, which is a {kind}") from None
     graph.graph.sort()
     ir.save(graph, out / MODEL, external_data=DATA)
     config = _genai_config(model, layers, heads, size, positions)
@@ -92,16 +96,16 @@ def build_standard(
 
 def _cache_of(model: Any, source: Path) -> tuple[int, int, int]:
     """Layers, heads and the size of a head, as the model's own cache has them."""
-    with one_line(f"{source} cannot be run"):
+    with quiet():
         kept = model(torch.tensor([[1, 2]]), use_cache=True).past_key_values
-    shapes = {
-        tuple(part.shape)
+    parts = [
+        getattr(layer, part, None)
         for layer in getattr(kept, "layers", [])
-        for part in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if part is not None
-    }
-    if len(shapes) != 1:
-        raise BesaError(f"{source} keeps more than keys and values of one shape: no graph yet")
+        for part in ("keys", "values")
+    ]
+    shapes = {tuple(part.shape) for part in parts if part is not None}
+    if len(shapes) != 1 or any(part is None for part in parts):
+        raise GraphError(f"{source} keeps more than keys and values of one shape")
     (_, heads, _, size) = shapes.pop()
     return len(kept.layers), heads, size
 
@@ -168,9 +172,10 @@ def _genai_config(
 ) -> dict[str, Any]:
     """What ONNX Runtime GenAI reads of a decoder of any kind."""
     config = model.config.get_text_config()
+    known = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     longest = getattr(config, "max_position_embeddings", None) or 2048
     generation = model.generation_config
-    end = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    end = generation.eos_token_id if generation.eos_token_id is not None else known["eos"]
     first = end[0] if isinstance(end, list) else end
     inputs = {
         "input_ids": "input_ids",
@@ -183,9 +188,9 @@ def _genai_config(
     return {
         "model": {
             "type": "decoder",
-            "bos_token_id": config.bos_token_id if config.bos_token_id is not None else first,
+            "bos_token_id": first if known["bos"] is None else known["bos"],
             "eos_token_id": end,
-            "pad_token_id": config.pad_token_id if config.pad_token_id is not None else first,
+            "pad_token_id": first if known["pad"] is None else known["pad"],
             "context_length": longest,
             "vocab_size": config.vocab_size,
             "decoder": {

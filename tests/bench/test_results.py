@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from besa.bench.results import broken_note, read_results, results_json
+from besa.bench.results import Perplexity, broken_note, read_results, results_json
+from besa.typed_json import from_json, to_json
 from tests.bench.records import contender, everything, serving
 
 COMMITTED = sorted((Path(__file__).parents[2] / "benchmarks/results/serving").glob("*.json"))
@@ -36,3 +37,13 @@ def test_a_broken_contenders_note_is_told_from_others() -> None:
     results = replace(results, contenders=(*results.contenders, broken), notes=notes)
     assert results.other_notes == [mine]
     assert [one.name for one in results.sound] == ["dense"]
+
+
+def test_a_perplexity_says_how_its_windows_began() -> None:
+    sizes = {"tokens": 1022, "seqlen": 512}
+    found = {"text": "a.txt", "perplexity": 9.0, "standard_error": 0.1, **sizes}
+    begun, plain = (from_json(Perplexity, {**found, "bos": bos}) for bos in (True, False))
+    assert begun.read == "a.txt, 1,022 tokens in windows of 512, each after a beginning token"
+    assert plain.read == "a.txt, 1,022 tokens in windows of 512"
+    assert to_json(begun)["bos"]
+    assert "bos" not in to_json(plain)

@@ -129,10 +129,46 @@ def test_windows_begin_as_the_model_minds(
     assert ("each after a beginning token" in in_process(capfd, *command).stdout) is begun
 
 
+def test_the_output_always_says_how_windows_begin(
+    beginning: Path, text: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With what was measured, where it was."""
+    command = ("eval", beginning, "--text", text, "--seqlen", 64)
+    for flags in ([], ["--bos", "always"], ["--bos", "never"]):
+        (result,) = json.loads(in_process(capfd, *command, *flags, "--json").stdout)["results"]
+        shown = in_process(capfd, *command, *flags).stdout
+        words = "after a beginning token" if result["bos"] else "cut from one text as it comes"
+        assert f"windows of 64, {'each ' if result['bos'] else ''}{words}" in shown
+        assert ("bos_cost" in result) == (not flags)
+        if not flags:
+            cost = result["bos_cost"]
+            assert cost["windows"] == 8
+            assert f"{cost['with_bos']:.3f} nats a token after a beginning token" in shown
+            assert f"{cost['without']:.3f} without" in shown
+            assert result["bos"] == (cost["without"] - cost["with_bos"] > 0.05)
+
+
+def test_rows_are_documents(
+    tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"body": "A document of some words."}) + "\n")
+    path.write_text(path.read_text() * 20)
+    command = ("eval", tiny_model, "--text", path, "--column", "body", "--seqlen", 26)
+    finished = in_process(capfd, *command, "--json")
+    (result,) = json.loads(finished.stdout)["results"]
+    assert (result["separator"], result["windows"]) == ("eos", 20)  # 25 letters and the end
+    assert "documents end in the end token" in in_process(capfd, *command).stdout
+    joined = in_process(capfd, *command, "--separator", "blank-line", "--json").stdout
+    assert json.loads(joined)["results"][0]["separator"] == "blank-line"
+    wrong = in_process(capfd, "eval", tiny_model, "--column", "body")
+    assert_one_line(wrong, "--column body: none of the texts has columns")
+
+
 def test_a_model_minds_what_costs_it_much() -> None:
     import torch
 
-    from besa.evaluation.evaluate import _minds
+    from besa.evaluation.evaluate import bos_cost
 
     class Model(torch.nn.Module):
         """Sure of the next token, which counts up, in windows that begin with token 0."""
@@ -152,8 +188,8 @@ def test_a_model_minds_what_costs_it_much() -> None:
 
     plain = torch.arange(1, 33).view(4, 8)
     begun = torch.nn.functional.pad(plain[:, :-1], (1, 0))
-    assert _minds(Model(sure=3.0), begun, plain, batch_size=2)
-    assert not _minds(Model(sure=1.0), begun, plain, batch_size=2)
+    assert bos_cost(Model(sure=3.0), begun, plain, batch_size=2).minds
+    assert not bos_cost(Model(sure=1.0), begun, plain, batch_size=2).minds
 
 
 def test_packed_is_what_it_was_made_from(

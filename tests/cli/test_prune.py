@@ -458,6 +458,10 @@ TEXTS = {
     "blank.txt": (b" \n\n ", "blank.txt is empty"),
     "short.txt": (b"Too few words.", r"has 0 windows of 32 tokens, not 8"),
     "latin.txt": ("Grüße ".encode("latin-1") * 200, "latin.txt is not UTF-8"),
+    "chats.jsonl": (
+        b'{"messages": [{"role": "user", "content": "Hi"}]}\n' * 99,
+        "chats.jsonl holds chats, and the tokenizer has no chat template",
+    ),
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "broken.jsonl, line 2"),
     "other.jsonl": (b'{"words": "a"}\n', "no field `text`"),
 }
@@ -468,6 +472,26 @@ def test_bad_calibration(bad: Bad, name: str):
     data, message = TEXTS[name]
     (bad.directory / name).write_bytes(data)
     assert re.search(message, refused_untouched(bad, "--calibration", name))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(bad: Bad):
+    small = random_model("llama", vocab_size=100)
+    small.save_pretrained(bad.model)
+    message = "the tokenizer gives tokens beyond the model's 100: it is another's"
+    assert message in refused_untouched(bad)
+
+
+def test_calibration_on_rows_with_broken_characters(bad: Bad):
+    rows = [{"body": f"The {n}th sentence of \ud83d kinds.", "n": n} for n in range(60)]
+    path = bad.directory / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    process = bad.run("--calibration", "rows.jsonl", "--column", "body")
+    assert process.returncode == 0, process.errors
+    said = [line for line in process.errors.splitlines() if line.startswith("besa prune: ")]
+    assert len(said) == 1
+    assert re.search(r"rows\.jsonl: \d+ broken characters were replaced by U\+FFFD", said[0])
+    settings = json.loads((bad.directory / "out/besa.json").read_text())["settings"]
+    assert (settings["column"], settings["separator"]) == ("body", "auto")
 
 
 def test_calibration_that_may_not_be_read(bad: Bad):

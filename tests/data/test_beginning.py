@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from besa.data.beginning import begin_texts as learn_to_begin
 from besa.data.beginning import bos_token
 from besa.data.windows import calibration_windows, evaluation_windows, token_stream
 from besa.errors import BesaError
@@ -44,6 +45,15 @@ def test_a_tokenizer_without_such_a_token(tokenizer: Any) -> None:
     assert bos_token("auto", tokenizer) is bos_token("never", tokenizer) is None
     with pytest.raises(BesaError, match="has no beginning-of-sequence token"):
         bos_token("always", tokenizer)
+
+
+def test_a_tokenizer_learns_to_begin_texts(tokenizer: Any) -> None:
+    plain = tokenizer("some text")["input_ids"]
+    for _ in range(2):  # once is enough
+        learn_to_begin(tokenizer)
+        assert tokenizer("some text")["input_ids"] == [BOS, *plain]
+    assert tokenizer("some text", add_special_tokens=False)["input_ids"] == plain
+    assert tokenizer.encode("some", "text")[0] == BOS
 
 
 def test_each_window_begins_with_it_and_no_text_is_lost(beginning: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from itertools import islice
 from pathlib import Path
@@ -55,6 +56,61 @@ def test_builtin_is_the_corpus_at_the_asked_split() -> None:
     assert next(documents_from("builtin", "calibration")) == first
     assert next(documents_from("builtin:calibration", "test")) == first
     assert next(documents_from("builtin", "test")) == next(corpus.documents("test"))
+
+
+def test_csv_rows_are_documents(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('n,text\n1,"one, with a comma\nand a line"\n2,\n3,two\n')
+    assert list(documents_from(str(path))) == ["one, with a comma\nand a line", "", "two"]
+    assert list(documents_from(str(path), column="n")) == ["1", "2", "3"]
+    long = "word " * 100_000
+    path.write_text(f"text\n{long}\n")
+    assert list(documents_from(str(path))) == [long]
+
+
+ROWS = [{"body": "one", "text": "A"}, {"body": "two", "text": "B"}]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_column_can_be_named(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif suffix == ".csv":
+        path.write_text("body,text\none,A\ntwo,B\n")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert list(documents_from(str(path))) == ["A", "B"]
+    assert list(documents_from(str(path), column="body")) == ["one", "two"]
+    with pytest.raises(BesaError, match=r"no (field|column) `title`.*only body, text: .*--column"):
+        list(documents_from(str(path), column="title"))
+
+
+@pytest.mark.parametrize("source", ["builtin", "a.txt"])
+def test_what_has_no_columns(source: str) -> None:
+    with pytest.raises(BesaError, match="has no columns: leave --column out"):
+        documents_from(source, column="body")
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_messages_are_chats(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"chats{suffix}"
+    chats = (CHAT, [], CHAT[:1])
+    rows = [{"id": "a", "messages": chat} for chat in chats]
+    if suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(documents_from(str(path))) == [CHAT, "", CHAT[:1]]
 
 
 WRONG_FILES: dict[str, tuple[str, bytes | None]] = {

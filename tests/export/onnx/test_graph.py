@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM
 
 from besa.bench.checkpoint import packing
 from besa.bench.results import Packing
-from besa.errors import BesaError
+from besa.errors import BesaError, BesaWarning
 from besa.export import ExportConfig, export
 from besa.export.onnx.check import check_graph
-from besa.export.onnx.decoder import Decoder, compare
+from besa.export.onnx.decoder import Decoder, Reference, compare
+from besa.export.onnx.float_graph import reference_of
 from besa.export.onnx.runtime import NAME, genai, open_session, ort_library
 from tests.export.sparse import pruned_model, put_zeros
-from tests.helpers import run
+from tests.helpers import random_model, run, save_with_tokenizer
 
 try:
     LIBRARY = ort_library()
@@ -374,23 +375,141 @@ def test_a_precision_that_only_the_builder_makes(tiny_model: Path, tmp_path: Pat
 
 def test_a_head_size_that_the_fused_attention_does_not_take(tiny_model: Path, tmp_path: Path):
     model = pruned_model("llama", tmp_path / "model", tiny_model)  # heads of 8
-    with pytest.raises(BesaError, match=r"head_size shall be a multiple .* --onnx-graph standard"):
-        export(model, ExportConfig(out=tmp_path / "x", format="onnx"))
-    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    with pytest.warns(BesaWarning, match=r"head_size shall be a multiple .* a standard one"):
+        record = export(model, ExportConfig(out=tmp_path / "x", format="onnx")).record
+    assert record.graph == "standard"
+    assert record.check.error < 1e-5
 
 
 def test_a_graph_that_is_another_model_does_not_appear(
     pruned: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """What the builder reads changes under its hands; the comparison sees it."""
-    from besa.export.onnx import model as onnx_model
-
-    monkeypatch.setattr(onnx_model, "build", lambda _source, *rest: real(other, *rest))
+    from besa.export.onnx import float_graph
     from besa.export.onnx.builder import build as real
 
-    with pytest.raises(BesaError, match="logits are off by"):
-        export(pruned, ExportConfig(out=tmp_path / "x", format="onnx"))
+    monkeypatch.setattr(float_graph, "build", lambda _source, *rest: real(other, *rest))
+    with pytest.raises(BesaError, match=r"logits are off by .* without --precision it becomes"):
+        export(pruned, ExportConfig(out=tmp_path / "x", format="onnx", precision="int4"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def scaled(tiny_model: Path, tmp_path: Path) -> Path:
+    """Its positions are scaled by a quarter, which the builder does not do as transformers does."""
+    directory = tmp_path / "scaled"
+    shutil.copytree(tiny_model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_positions_that_the_builder_gets_wrong(scaled: Path, tmp_path: Path):
+    process = run("export", "--format", "onnx", scaled, "--out", "out", cwd=tmp_path)
+    assert process.returncode == 0, process.errors
+    lines = [line for line in process.errors.splitlines() if line.startswith("besa export: ")]
+    assert len(lines) == 1
+    assert "logits are off by" in lines[0]
+    assert lines[0].endswith("it becomes a standard one")
+    record = record_of(tmp_path / "out")
+    assert record["graph"] == "standard"
+    assert record["check"]["error"] < 1e-5
+    assert record["check"]["tokens"] == 64
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_rounding_hides_no_wrong_graph(scaled: Path, tmp_path: Path, precision: str):
+    words = ("export", "--format", "onnx", scaled, "--out", "out", "--precision", precision)
+    process = run(*words, cwd=tmp_path)
+    assert process.returncode == 2
+    line = process.errors.splitlines()[-1]
+    assert "without --precision it becomes a standard one" in line
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        ({}, 64),
+        ({"sliding_window": 100}, 164),
+        ({"sliding_window": 100, "max_position_embeddings": 128}, 128),
+        ({"sliding_window": 4096}, 2048),
+        ({"rope_parameters": {"original_max_position_embeddings": 300}}, 364),
+        ({"rope_parameters": {"full": {"original_max_position_embeddings": 300}}}, 364),
+    ],
+)
+def test_the_text_is_longer_than_any_boundary(settings: dict[str, Any], tokens: int):
+    from transformers import PretrainedConfig
+
+    class Model:
+        config = PretrainedConfig(vocab_size=50, **settings)
+        dtype = torch.float32
+
+        def __call__(self, ids: torch.Tensor, **_: Any) -> Any:
+            return type("Output", (), {"logits": torch.zeros(*ids.shape, 50)})
+
+    assert reference_of(Model()).tokens.shape == (1, tokens)
+
+
+def test_what_goes_wrong_far_into_a_text_is_seen():
+    logits = torch.randn(1, 640, 50, generator=torch.Generator().manual_seed(0))
+    expected = Reference(np.zeros((1, 640), np.int64), logits, "float32")
+
+    class Late(Decoder):
+        def __init__(self) -> None:
+            pass
+
+        def reset(self) -> None:
+            self.length = 0
+
+        def __call__(self, tokens: np.ndarray) -> np.ndarray:
+            start, self.length = self.length, self.length + tokens.shape[1]
+            positions = torch.arange(start, self.length)[:, None]
+            return torch.where(positions >= 600, 0.0, logits[0, start : self.length])[None].numpy()
+
+    assert expected.check(Late()).error > 0.7
+
+
+def test_sampling_is_the_checkpoints(pruned: Path, tmp_path: Path):
+    """As transformers generates by default, with its penalty of repetitions."""
+    directory = tmp_path / "model"
+    shutil.copytree(pruned, directory)
+    path = directory / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 1.7}))
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    out = export(directory, ExportConfig(out=tmp_path / "x", format="onnx")).out
+    prompt = [72, 101, 108, 108, 111, 32, 119]
+    found = greedy(out, prompt, 24)
+    assert found == expected(theirs, prompt, 24)
+    theirs.generation_config.repetition_penalty = 1.0
+    assert found != expected(theirs, prompt, 24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "falcon"])
+def test_what_is_hard_to_trace_becomes_a_standard_graph(
+    family: str, tiny_model: Path, tmp_path: Path
+):
+    """Experts that see as many tokens as the router sends them, and keys that all heads share."""
+    model = save_with_tokenizer(random_model(family), tmp_path / "model", tiny_model)
+    with pytest.warns(BesaWarning, match="it becomes a standard one"):
+        record = export(model, ExportConfig(out=tmp_path / "x", format="onnx")).record
+    assert record.graph == "standard"
+    assert record.check.error < 1e-5
+
+
+@pytest.mark.parametrize("family", ["bamba", "deepseek_v3"])
+def test_what_has_no_graph_is_one_sentence(family: str, tiny_model: Path, tmp_path: Path):
+    save_with_tokenizer(random_model(family), tmp_path / "model", tiny_model)
+    process = run("export", "--format", "onnx", "model", "--out", "out", cwd=tmp_path)
+    assert process.returncode == 2
+    *progress, line = process.errors.splitlines()
+    assert all(re.fullmatch(r"(building|checking) the graph", one) for one in progress)
+    assert line.startswith("besa export: ")
+    assert line.endswith("so there is no ONNX graph of it: serve the checkpoint itself")
+    assert "\x1b" not in line
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"model"}
 
 
 def test_data_that_are_cut_off_or_missing(graphs: dict[tuple[bool, str], Path], tmp_path: Path):
