@@ -143,6 +143,16 @@ def stored_dtype(files: Mapping[str, Path]) -> torch.dtype:
     return by_name[max(known, key=lambda name: known[name])]
 
 
+def stored_shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
+    """The shape of each stored tensor, from the headers."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in set(files.values()):
+        with safe_open(path, framework="pt") as opened:
+            keys = set(opened.keys())
+            shapes |= {k: tuple(opened.get_slice(k).get_shape()) for k in keys if k in files}
+    return shapes
+
+
 def stored_bytes(files: Mapping[str, Path]) -> dict[str, int]:
     """The bytes that each stored tensor takes, from the headers."""
     sizes = {}

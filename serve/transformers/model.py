@@ -26,7 +26,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from besa.errors import BesaError
@@ -34,6 +33,7 @@ from besa.formats import FormatError, Packed, PackedConfig, packed_of, packed_we
 from besa.formats.checkpoint import SUFFIXES
 from besa.formats.module import SparseLinear
 from besa.model.blocks import find_blocks
+from besa.model.skeleton import all_targets_of
 
 
 def make_sparse(model: nn.Module, files: Sequence[str], config: PackedConfig) -> None:
@@ -129,19 +129,8 @@ def _opened(files: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def _targets(names: Sequence[str], model: nn.Module) -> dict[str, list[str]]:
     """The model's tensors that each stored one goes into, by transformers' rules."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    known, prefix = model.state_dict(), model.base_model_prefix
-    targets = {}
-    for name in names:
-        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if target not in known and name in known:
-            target, pattern = rename_source_key(name, [], [], prefix, known)
-        several = by_pattern[pattern].target_patterns if pattern else [""]
-        targets[name] = [target.replace(several[0], other) for other in several]
-    return targets
+    found = all_targets_of(names, model, get_model_conversion_mapping(model))
+    return {name: targets for name, (targets, _) in found.items()}
 
 
 def _check_complete(model: Any, stored: set[str]) -> None:
