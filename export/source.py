@@ -18,15 +18,18 @@ from besa.model.checkpoint import Checkpoint
 from besa.model.files import resolve
 
 
-def open_plain(model: str | Path) -> Checkpoint:
+def open_plain(model: str | Path, trust_remote_code: bool = False) -> Checkpoint:
     """Opens a directory or hub id for export; reads headers only.
+
+    Args:
+        trust_remote_code: whether code that lies beside the checkpoint may run.
 
     Raises:
         BesaError: it is packed or quantized already, or no whole checkpoint.
     """
     directory = resolve(model)
     _check_plain(directory)
-    return Checkpoint.open(directory)
+    return Checkpoint.open(directory, trust_remote_code)
 
 
 def _check_plain(directory: Path) -> None:

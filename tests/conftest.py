@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +26,9 @@ Besa = Callable[..., subprocess.CompletedProcess[str]]
 # Before torch is imported anywhere: the tests' matrices are too small to share out.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before transformers is: code that comes with models is copied there, and run from there.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="besa-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 # No verdict depends on how fast the machine is.
 hypothesis.settings.register_profile(

@@ -1,7 +1,7 @@
 """The samples of a text that a model is pruned or trained on.
 
 >>> class Settings:
-...     sample_count, seqlen, bos, seed = 4, 32, "auto", 0
+...     sample_count, seqlen, bos, seed, trust_remote_code = 4, 32, "auto", 0, False
 >>> draw_samples(Path("path/to/model"), "builtin", Settings).shape
 torch.Size([4, 32])
 """
@@ -35,6 +35,7 @@ class Drawing(Protocol):
         seqlen: tokens in each; None: 2048, or as many as the model takes at once.
         bos: see `besa.data.beginning`.
         seed: draws them.
+        trust_remote_code: whether code that lies beside the model may run, for its tokenizer.
     """
 
     @property
@@ -45,6 +46,8 @@ class Drawing(Protocol):
     def bos(self) -> str: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
 
 
 def draw_samples(directory: Path, text: str, settings: Drawing) -> Tensor:
@@ -59,11 +62,12 @@ def draw_samples(directory: Path, text: str, settings: Drawing) -> Tensor:
         BesaError: the model takes fewer tokens at once, the text has too few, or the tokenizer has
             no token to begin windows with.
     """
-    most = max_positions(directory) or _SEQLEN
+    trust = settings.trust_remote_code
+    most = max_positions(directory, trust) or _SEQLEN
     samples, seqlen = settings.sample_count, settings.seqlen or min(_SEQLEN, most)
     if seqlen > most:
         raise BesaError(f"{directory} takes {most} tokens at once: lower --seqlen")
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, trust)
     token = bos_token(settings.bos, tokenizer)
     limit = _WINDOWS_PER_SAMPLE * samples * seqlen
     documents = documents_from(text, "calibration")

@@ -61,6 +61,7 @@ class Checkpoint:
         other_keys: the names of all other stored tensors.
         targets: the model's parameter that each stored tensor goes into (the first, if several).
         converted: the stored tensors that are cut up, stacked or turned on the way, as experts are.
+        trust_remote_code: whether code that lies beside the files may run.
         borrowed: the stored tensor that stands for a parameter which has none of its own, because
             the model ties it to another one: a head stored alone, weights that blocks share.
     """
@@ -76,6 +77,7 @@ class Checkpoint:
     targets: dict[str, str]
     converted: set[str]
     borrowed: dict[str, str]
+    trust_remote_code: bool
     _conversions: list[Any]
     # A thread may load the next block meanwhile, and transformers notes in the model, and in the
     # conversions, what it has loaded.
@@ -139,6 +141,7 @@ class Checkpoint:
             targets,
             converted,
             _borrowed(skeleton, targets, converted),
+            trust_remote_code,
             conversions,
         )
 

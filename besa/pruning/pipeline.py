@@ -102,7 +102,8 @@ def prune_blocks(
     started = time.monotonic()
     out = Path(config.out)
     device = pick_device(config.device)
-    checkpoint = Checkpoint.open(rotated.directory if rotated else model)
+    place = rotated.directory if rotated else model
+    checkpoint = Checkpoint.open(place, config.trust_remote_code)
     dtype = _dtype(config.dtype, device, checkpoint.dtype)
     plan = plan_of(checkpoint, config)
     windows = draw_samples(checkpoint.directory, config.calibration, config)

@@ -54,7 +54,7 @@ def rotated_copy(
     # It brings the loading of whole models, which other runs are to be spared.
     from besa.rotation.rotate import rotate
 
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model, config.trust_remote_code)
     windows = draw_samples(checkpoint.directory, config.calibration, config)
     made_of = {
         "model": checkpoint.fingerprint(),

@@ -76,7 +76,7 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
     library = ort_library() if config.sparse else None
     if config.sparse and config.device == "cuda":
         need_nvrtc()
-    checkpoint = open_plain(pruned)
+    checkpoint = open_plain(pruned, config.trust_remote_code)
     directory = checkpoint.directory
     precision, device = _precision(config, checkpoint), _device(config)
     pattern = _pattern(checkpoint, config, tell)
@@ -106,7 +106,7 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
                 # No provider of the CPU has the operator on records.
                 check = None
                 if not (config.sparse and device == "cuda"):
-                    check = _check_logits(path, directory, precision, device, library, weights)
+                    check = _check_logits(path, checkpoint, precision, device, library, weights)
                 record = OnnxRecord(
                     besa_version=__version__,
                     model=str(pruned),
@@ -186,7 +186,7 @@ def _write_graph(
     change = pack_weights if config.sparse else None
     if config.onnx_graph == "genai":
         try:
-            build(directory, path, plain, change, device)
+            build(directory, path, plain, change, device, config.trust_remote_code)
             return "genai", packed
         except BesaError as error:
             if device == "cuda":
@@ -197,7 +197,7 @@ def _write_graph(
             message = f"{str(error).rstrip('.')}; it becomes a standard one"
             warnings.warn(message, BesaWarning, stacklevel=2)
             packed.clear()
-    build_standard(directory, path, change)
+    build_standard(directory, path, change, config.trust_remote_code)
     return "standard", packed
 
 
@@ -219,7 +219,12 @@ def _name_library(path: Path) -> None:
 
 
 def _check_logits(
-    path: Path, directory: Path, precision: str, device: str, library: str | None, weights: int
+    path: Path,
+    checkpoint: Checkpoint,
+    precision: str,
+    device: str,
+    library: str | None,
+    weights: int,
 ) -> LogitsCheck | None:
     """Compares the graph's logits with transformers'; None where the CPU lacks a kernel for it.
 
@@ -237,7 +242,8 @@ def _check_logits(
     decoder = Decoder(session, described["model"]["decoder"]["head_size"])
     # In float32 where there is room for it beside the graph's own weights.
     dtype = "float32" if 8 * weights < memory().available else "auto"
-    model = load_model(directory, dtype, "cpu")
+    directory = checkpoint.directory
+    model = load_model(directory, dtype, "cpu", checkpoint.trust_remote_code)
     try:
         found = compare(decoder, model)
     except Exception as error:  # noqa: BLE001 - ONNX Runtime raises many kinds

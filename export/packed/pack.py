@@ -45,7 +45,7 @@ def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> Exp
     started = time.monotonic()
     out = Path(config.out)
     check_free(out, config.overwrite)
-    checkpoint = open_plain(pruned)
+    checkpoint = open_plain(pruned, config.trust_remote_code)
     plan = plan_packing(checkpoint, config, tell)
     packed_config = PackedConfig(
         values=config.quantize or str(plan.dtype).removeprefix("torch."),

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from besa.errors import BesaError, one_line
+from besa.errors import BesaError
 from besa.export.config import ExportConfig, ExportResult
 from besa.formats import FormatError, PackedConfig, packed_of
 from besa.formats.checkpoint import SUFFIXES
 from besa.machine import give_memory_back, peak_memory
+from besa.model.architecture import read_config
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import UnpackedRecord, UnpackedSizes
 from besa.model.files import resolve, stored_bytes, stored_dtype, weight_files
@@ -58,17 +58,17 @@ class PackedCheckpoint:
     dtype: torch.dtype
 
     @classmethod
-    def open(cls, model: str | Path) -> PackedCheckpoint:
+    def open(cls, model: str | Path, trust_remote_code: bool = False) -> PackedCheckpoint:
         """Opens a directory or hub id; reads headers only.
+
+        Args:
+            trust_remote_code: whether code that lies beside the checkpoint may run.
 
         Raises:
             BesaError: it is not packed, in another version of the format, or not whole.
         """
         directory = resolve(model)
-        if not (directory / "config.json").is_file():
-            raise BesaError(f"{directory} is no model: it has no config.json")
-        with one_line(f"{directory}/config.json"):
-            config = AutoConfig.from_pretrained(directory)
+        config = read_config(directory, trust_remote_code)
         if getattr(config, "quantization_config", None) is None:
             raise BesaError(f"{directory} is not packed: it is a plain checkpoint already")
         try:
@@ -82,7 +82,7 @@ class PackedCheckpoint:
         plain = {parts.get(name, name): path for name, path in files.items()}
         declared = getattr(config.get_text_config(), "dtype", None)
         dtype = declared if isinstance(declared, torch.dtype) else stored_dtype(files)
-        skeleton = Checkpoint.of(directory, config, plain)
+        skeleton = Checkpoint.of(directory, config, plain, trust_remote_code)
         weights = frozenset(parts.values())
         return cls(directory, packed_config, files, weights, skeleton, dtype)
 
@@ -149,7 +149,7 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
     started = time.monotonic()
     out = Path(config.out)
     check_free(out, config.overwrite)
-    source = PackedCheckpoint.open(packed)
+    source = PackedCheckpoint.open(packed, config.trust_remote_code)
     skeleton = source.skeleton
     source.check_digests()
     settings = {

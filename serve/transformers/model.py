@@ -68,12 +68,29 @@ def make_sparse(model: nn.Module, files: Sequence[str], config: PackedConfig) ->
         _check_names([name for name in stored if name in parts], targets, model)
 
 
-def finish_loading(model: nn.Module) -> None:
+def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
+    """What the floating tensors of a model are to be, all but those of its packed weights."""
+    packed = {id(b) for m in model.modules() if isinstance(m, SparseLinear) for b in m.buffers()}
+    return {
+        name: tensor.dtype
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if tensor.is_floating_point() and id(tensor) not in packed
+    }
+
+
+def finish_loading(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     """Checks every packed weight, and finds its row pointers, once all are loaded.
+
+    Args:
+        dtypes: of the other tensors. Where transformers converts or renames one of a checkpoint
+            with a quantization_config, it leaves it as it is stored.
 
     Raises:
         FormatError: a weight that was not loaded, or not as the files have it.
     """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in dtypes and tensor.dtype != dtypes[name]:
+            tensor.data = tensor.data.to(dtypes[name])
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
             try:
