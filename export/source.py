@@ -33,7 +33,7 @@ def open_plain(model: str | Path, trust_remote_code: bool = False) -> Checkpoint
 
 
 def _check_plain(directory: Path) -> None:
-    """Refuses what is packed or quantized; whatever else is wrong, `Checkpoint.open` says."""
+    """Refuses what is packed already; whatever else is wrong, `Checkpoint.open` says."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         method = config["quantization_config"]["quant_method"]
@@ -43,4 +43,3 @@ def _check_plain(directory: Path) -> None:
         raise BesaError(
             f"{directory} is packed already: serve it as it is, or unpack it with --format dense"
         )
-    raise BesaError(f"{directory} is quantized ({method}): export a model with float weights")

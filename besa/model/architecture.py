@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from besa.errors import BesaError, one_line
+from besa.model.quantization import drop_notes
 
 # The heads that predict text. A config may have both: then its `architectures` says which.
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
@@ -46,7 +47,9 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> Any:
     if not trust_remote_code and _needs_remote_code(path):
         raise _untrusted(directory)
     with one_line(str(path)):
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    drop_notes(config)
+    return config
 
 
 def loader_of(config: Any, trust_remote_code: bool = False) -> Any:

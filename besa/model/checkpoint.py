@@ -18,6 +18,7 @@ tensor(0)
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -42,8 +43,9 @@ from besa.model.blocks import find_blocks
 from besa.model.completeness import check_complete
 from besa.model.files import COMPANIONS, INDEX, open_tensors, resolve, stored_dtype, weight_files
 from besa.model.finite import check_finite
+from besa.model.quantization import check_floats, without_notes
 from besa.model.skeleton import free_parameters, skeleton_of, targets_of, tied_names
-from besa.writing import writing
+from besa.writing import write_text, writing
 
 
 @dataclass
@@ -97,10 +99,7 @@ class Checkpoint:
         directory = resolve(model)
         transformers_logging.disable_progress_bar()
         config = read_config(directory, trust_remote_code)
-        quantized = getattr(config, "quantization_config", None)
-        if quantized is not None:
-            method = dict(quantized).get("quant_method", "some way")
-            raise BesaError(f"{directory} is quantized ({method}): prune the unquantized model")
+        check_floats(directory, config)
         checkpoint = cls.of(directory, config, weight_files(directory), trust_remote_code)
         check_complete(directory, checkpoint.model, checkpoint.files, checkpoint._conversions)
         return checkpoint
@@ -286,6 +285,9 @@ class Checkpoint:
             if path.is_file():
                 with writing(out / path.name):
                     shutil.copyfile(path, out / path.name)
+        config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        if config != (plain := without_notes(config)):
+            write_text(json.dumps(plain, indent=2) + "\n", out / "config.json")
 
 
 def _borrowed(model: nn.Module, targets: Mapping[str, str], converted: set[str]) -> dict[str, str]:

@@ -88,9 +88,13 @@ def load_model(
     """
     with quiet(), one_line(f"{directory} cannot be loaded"):
         loaded: Any  # with output_loading_info, a pair
-        loader = loader_of(read_config(directory, trust_remote_code), trust_remote_code)
-        loaded = loader.from_pretrained(
-            directory, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+        config = read_config(directory, trust_remote_code)
+        loaded = loader_of(config, trust_remote_code).from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
         model, info = loaded
     # transformers would go on with random values in their place.

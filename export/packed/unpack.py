@@ -10,7 +10,6 @@ values come back as value × scale, rounded once to the model's dtype.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from besa.model.record import read_raw_record, read_record, write_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
 from besa.version import __version__, versions
-from besa.writing import sha256, write_text
+from besa.writing import sha256
 
 
 @dataclass(frozen=True)
@@ -167,9 +166,6 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
             raise BesaError(f"{source.directory} is damaged: {error}") from None
         workspace.write_index(shards)
         skeleton.copy_companions(workspace.path)
-        model_config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
-        del model_config["quantization_config"]
-        write_text(json.dumps(model_config, indent=2) + "\n", workspace.path / "config.json")
         size = sum((workspace.path / shard["file"]).stat().st_size for shard in shards)
         record = UnpackedRecord(
             besa_version=__version__,
