@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-VOCABULARY = 257  # a byte is a token, as in conftest.py's tokenizer
+from tests.helpers import VOCABULARY
 
 # The first rule whose expression is found in a field's name gives its value.
 _RULES: tuple[tuple[str, Any], ...] = (
@@ -88,6 +88,9 @@ OWN: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": _merged(_MROPE, {"text_config": {"moe_intermediate_size": [16, 16]}}),
     "falcon_mamba": {"state_size": 4},
     "gemma3n": {"text_config": _GEMMA_3N},
+    "gemma4": {
+        "audio_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    },
     "gemma3n_text": _GEMMA_3N,
     "glm46v": _MROPE,
     "glm4v": _MROPE,
@@ -99,7 +102,7 @@ OWN: dict[str, dict[str, Any]] = {
     "granite4_vision": {"text_config": {"model_type": "granite4_vision_text"}},
     "hunyuan_v1_dense": _HEADS,
     "hunyuan_v1_moe": _HEADS,
-    "hunyuan_vl": {"text_config": _HEADS},
+    "hunyuan_vl": _merged(_MROPE, {"text_config": _HEADS}),
     "hy_v4": {"hc_mult": 1},
     "jamba": {"mamba_d_state": 4},
     "janus": {"vq_config": _VQ},
@@ -165,3 +168,26 @@ def _small(name: str) -> int | None:
         if re.search(expression, name):
             return small if small is not None else 200 + sum(name.encode()) % 50
     return None
+
+
+def tiny_model(model_type: str, seen: bool = False) -> Any:
+    """A tiny model with random weights, biases and norms too.
+
+    Args:
+        seen: of the wrapper that takes images, not of the text decoder alone.
+
+    Raises:
+        Exception: whatever transformers says where it makes no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind = AutoModelForImageTextToText if seen else AutoModelForCausalLM
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind.from_config(tiny_config(model_type), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = 0.1 * torch.randn_like(parameter)
+                parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
+    return model.eval()

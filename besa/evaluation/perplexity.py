@@ -58,7 +58,7 @@ def window_losses(
         float64 [n] on the CPU, nats a token.
 
     Raises:
-        BesaError: the windows hold tokens that the model does not know.
+        BesaError: the windows hold tokens that the model does not know, or it wants images, too.
     """
     rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if int(windows.max()) >= rows:
@@ -69,7 +69,11 @@ def window_losses(
         progress(0, len(windows))
     for batch in windows.split(batch_size):
         tokens = batch.to(device)
-        logits = model(input_ids=tokens, use_cache=False).logits
+        try:
+            logits = model(input_ids=tokens, use_cache=False).logits
+        except (TypeError, ValueError) as error:  # its signature's, or its own check's
+            name, reason = type(model).__name__, str(error).split("\n")[0]
+            raise BesaError(f"a {name} does not take text alone: {reason}") from None
         losses += [_loss(own[:-1], window[1:]) for own, window in zip(logits, tokens, strict=True)]
         if progress:
             progress(len(losses), len(windows))

@@ -269,12 +269,15 @@ class Checkpoint:
         """All tensors that belong to no block, as they are stored.
 
         Raises:
-            BesaError: one of them holds NaN or Inf.
+            BesaError: a weight among them holds NaN or Inf. A buffer may, as a bound that bounds
+                nothing.
         """
+        buffers = {name for name, _ in self.model.named_buffers()}
         with open_tensors(self.files, self.other_keys) as slices:
             tensors = {key: tensor[...] for key, tensor in slices.items()}
             for key, tensor in tensors.items():
-                check_finite(tensor, key, "mend the checkpoint")
+                if self.targets[key] not in buffers:
+                    check_finite(tensor, key, "mend the checkpoint")
             yield tensors
 
     def copy_companions(self, out: Path) -> None:
