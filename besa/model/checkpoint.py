@@ -64,6 +64,7 @@ class Checkpoint:
         targets: the model's parameter that each stored tensor goes into (the first, if several).
         converted: the stored tensors that are cut up, stacked or turned on the way, as experts are.
         trust_remote_code: whether code that lies beside the files may run.
+        conversions: what transformers does to stored tensors when it loads them.
         borrowed: the stored tensor that stands for a parameter which has none of its own, because
             the model ties it to another one: a head stored alone, weights that blocks share.
     """
@@ -80,7 +81,7 @@ class Checkpoint:
     converted: set[str]
     borrowed: dict[str, str]
     trust_remote_code: bool
-    _conversions: list[Any]
+    conversions: list[Any]
     # A thread may load the next block meanwhile, and transformers notes in the model, and in the
     # conversions, what it has loaded.
     _loading: threading.Lock = field(default_factory=threading.Lock)
@@ -101,7 +102,7 @@ class Checkpoint:
         config = read_config(directory, trust_remote_code)
         check_floats(directory, config)
         checkpoint = cls.of(directory, config, weight_files(directory), trust_remote_code)
-        check_complete(directory, checkpoint.model, checkpoint.files, checkpoint._conversions)
+        check_complete(directory, checkpoint.model, checkpoint.files, checkpoint.conversions)
         return checkpoint
 
     @classmethod
@@ -214,7 +215,7 @@ class Checkpoint:
             convert_and_load_state_dict_in_model(
                 self.model,
                 tensors,
-                LoadStateDictConfig(dtype=self.dtype, weight_mapping=self._conversions),
+                LoadStateDictConfig(dtype=self.dtype, weight_mapping=self.conversions),
             )
 
     def _load_borrowed(self, prefix: str, files: Mapping[str, Path], but: str = " ") -> None:
@@ -240,7 +241,7 @@ class Checkpoint:
         self.load_block(index)
         before = self._in_files_layout(index)
         # Old files may spell a name differently, without the base model's prefix above all.
-        targets, _ = targets_of(after, self.model, self._conversions)
+        targets, _ = targets_of(after, self.model, self.conversions)
         spelt = {target: name for name, target in targets.items()}
         known = self.model.state_dict()
         tensors = {}

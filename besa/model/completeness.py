@@ -40,7 +40,27 @@ def check_complete(
     Raises:
         BesaError: names all tensors that are missing, or that have another shape.
     """
-    shapes = stored_shapes(files)
+    _check(directory, model, files, conversions, stored_shapes(files))
+
+
+def check_named(
+    directory: Path, model: nn.Module, files: Mapping[str, Path], conversions: list[Any]
+) -> None:
+    """The same by the names alone, where the shapes in the headers are not those of the model.
+
+    Raises:
+        BesaError: names all tensors that are missing.
+    """
+    _check(directory, model, files, conversions, None)
+
+
+def _check(
+    directory: Path,
+    model: nn.Module,
+    files: Mapping[str, Path],
+    conversions: list[Any],
+    shapes: Mapping[str, tuple[int, ...]] | None,
+) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     whole: dict[str, str] = {}  # the stored tensor that a parameter is
     parts: dict[str, int] = defaultdict(int)  # the numbers stored for those that are put together
@@ -50,10 +70,10 @@ def check_complete(
             surplus.append(key)
         elif converted:
             for target in targets:
-                parts[target] += math.prod(shapes[key])
+                parts[target] += math.prod(shapes[key]) if shapes else 0
         else:
             whole[targets[0]] = key
-    misshapen = [name for name, key in whole.items() if shapes[key] != wanted[name]]
+    misshapen = [n for n, key in whole.items() if shapes and shapes[key] != wanted[n]]
     if misshapen:
         verb = "has" if len(misshapen) == 1 else "have"
         raise BesaError(
@@ -70,7 +90,7 @@ def check_complete(
     if missing:
         raise BesaError(f"{directory} lacks {_weights(missing)}{_remedy(model, missing)}")
     partial = [n for n, size in parts.items() if n in wanted and size < math.prod(wanted[n])]
-    if partial:
+    if partial and shapes:
         raise BesaError(f"{directory} lacks a part of {_listed(partial)}: download the model again")
     known = (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_OLD_BUFFERS)
     expected = _expression(known)

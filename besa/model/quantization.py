@@ -26,6 +26,7 @@ NOTES = ("quantization_config", "compression_config", "sparsity_config")
 # The method whose configs also describe floats, and what it calls weights that are stored whole.
 _COMPRESSED = "compressed-tensors"
 _WHOLE = (None, "dense")
+_BITMASKS = ("sparse-bitmask", "sparse-24-bitmask")
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ class StoredAs:
     Attributes:
         method: what the notes call it; None where there are none.
         floats: whether each weight is one floating tensor under its own name.
+        packed_zeros: whether it would be, but for zeros that are left out by a bitmask.
     """
 
     method: str | None
     floats: bool
+    packed_zeros: bool = False
 
 
 def stored_as(config: Mapping[str, Any]) -> StoredAs:
@@ -50,7 +53,8 @@ def stored_as(config: Mapping[str, Any]) -> StoredAs:
     method = quantization.get("quant_method", _COMPRESSED)
     form = sparsity.get("format")
     if method == _COMPRESSED and not quantization.get("config_groups"):
-        return StoredAs(method if form in _WHOLE else f"{method}, {form}", form in _WHOLE)
+        name = method if form in _WHOLE else f"{method}, {form}"
+        return StoredAs(name, form in _WHOLE, form in _BITMASKS)
     return StoredAs(str(method), False)
 
 
@@ -64,7 +68,7 @@ def check_floats(directory: Path, config: Any) -> None:
     found = stored_as(vars(config))
     if not found.floats:
         remedy = "take the float model that it was made from"
-        if found.method == "besa":
+        if found.method == "besa" or found.packed_zeros:
             remedy = f"unpack it first, with `besa export --format dense {directory} --out DENSE`"
         raise BesaError(f"{directory} is quantized ({found.method}): {remedy}")
 

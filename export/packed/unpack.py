@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from besa.errors import BesaError
 from besa.export.config import ExportConfig, ExportResult
+from besa.export.packed.bitmask import BitmaskCheckpoint
 from besa.formats import FormatError, PackedConfig, packed_of
 from besa.formats.checkpoint import SUFFIXES
 from besa.machine import give_memory_back, peak_memory
@@ -29,6 +30,7 @@ from besa.model.architecture import read_config
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import UnpackedRecord, UnpackedSizes
 from besa.model.files import resolve, stored_bytes, stored_dtype, weight_files
+from besa.model.quantization import stored_as
 from besa.model.record import read_raw_record, read_record, write_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
@@ -128,6 +130,15 @@ class PackedCheckpoint:
         weight = packed.unpack(self.dtype if packed.scale is not None else None)
         return weight.T.contiguous() if transposed else weight
 
+    @property
+    def dense_bytes(self) -> int:
+        """What the plain checkpoint will take on the disk."""
+        bytes_of = stored_bytes(self.files)
+        size = sum(count for name, count in bytes_of.items() if _packed_weight(name) is None)
+        dtype = self.dtype if self.config.has_scale else getattr(torch, self.config.values)
+        shapes = (self.layout(weight)[0] for weight in self.weights)
+        return size + sum(rows * cols for rows, cols in shapes) * dtype.itemsize
+
     def layout(self, name: str) -> tuple[torch.Size, bool]:
         """The shape [out, in] of a packed weight, and whether its model stores [in, out]."""
         target = self.skeleton.targets[name]
@@ -143,12 +154,19 @@ class PackedCheckpoint:
         return (torch.Size(shape[::-1]) if transposed else shape), transposed
 
 
+def _open(model: str | Path, trust_remote_code: bool) -> PackedCheckpoint | BitmaskCheckpoint:
+    """What is packed, by besa or by compressed-tensors."""
+    found = stored_as(vars(read_config(resolve(model), trust_remote_code)))
+    kind = BitmaskCheckpoint if found.packed_zeros else PackedCheckpoint
+    return kind.open(model, trust_remote_code)
+
+
 def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> ExportResult:
     """Writes the plain checkpoint; see `besa.export.export`."""
     started = time.monotonic()
     out = Path(config.out)
     check_free(out, config.overwrite)
-    source = PackedCheckpoint.open(packed, config.trust_remote_code)
+    source = _open(packed, config.trust_remote_code)
     skeleton = source.skeleton
     source.check_digests()
     settings = {
@@ -158,7 +176,7 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
         "model_fingerprint": skeleton.fingerprint(),
         "besa": __version__,
     }
-    with Workspace.open(out, settings, config.overwrite, _dense_bytes(source)) as workspace:
+    with Workspace.open(out, settings, config.overwrite, source.dense_bytes) as workspace:
         try:
             with workspace.interruptible():
                 shards = _write_shards(source, workspace, tell)
@@ -187,7 +205,7 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
 
 
 def _write_shards(
-    source: PackedCheckpoint, workspace: Workspace, tell: Tell
+    source: PackedCheckpoint | BitmaskCheckpoint, workspace: Workspace, tell: Tell
 ) -> list[dict[str, Any]]:
     """The shards' records: first what belongs to no block, then each block."""
     skeleton = source.skeleton
@@ -214,13 +232,3 @@ def _packed_weight(name: str) -> str | None:
         if name.endswith(f".weight{suffix}"):
             return name.removesuffix(suffix)
     return None
-
-
-def _dense_bytes(source: PackedCheckpoint) -> int:
-    """What the plain checkpoint will take on the disk."""
-    bytes_of = stored_bytes(source.files)
-    size = sum(count for name, count in bytes_of.items() if _packed_weight(name) is None)
-    values = source.config.values
-    dtype = source.dtype if source.config.has_scale else getattr(torch, values)
-    shapes = (source.layout(weight)[0] for weight in source.weights)
-    return size + sum(rows * cols for rows, cols in shapes) * dtype.itemsize

@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from besa.errors import BesaError
 from besa.export import ExportConfig, export
@@ -113,5 +116,43 @@ def test_float_weights_with_notes_are_taken(
 def test_other_weights_are_refused_with_a_remedy(tool: str, pruned: Path, tmp_path: Path):
     notes, method = OF_OTHERS[tool]
     model = with_notes(pruned, tmp_path / "model", {"quantization_config": notes})
-    with pytest.raises(BesaError, match=rf"is quantized \({method}\): .*float"):
+    with pytest.raises(BesaError, match=rf"is quantized \({method}\): (take the float|unpack it)"):
         Checkpoint.open(model)
+
+
+@pytest.mark.parametrize("form", ["sparse-bitmask", "sparse-24-bitmask"])
+def test_packed_zeros_are_unpacked(form: str, pruned: Path, tmp_path: Path):
+    notes = {"quant_method": "compressed-tensors", "sparsity_config": {**SPARSITY, "format": form}}
+    model = with_notes(pruned, tmp_path / "model", {"quantization_config": notes})
+    dense = stored(model)
+    tensors = {}
+    for name, weight in dense.items():
+        if "layers" not in name or weight.ndim != 2:
+            tensors[name] = weight
+            continue
+        values = weight[weight != 0]
+        if form == "sparse-24-bitmask":
+            values = values.view(len(weight), -1)
+        bits = np.packbits((weight != 0).numpy(), axis=-1, bitorder="little")
+        tensors[f"{name}.compressed"] = values
+        tensors[f"{name}.bitmask"] = torch.from_numpy(bits)
+        tensors[f"{name}.shape"] = torch.tensor(weight.shape)
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(BesaError, match=rf"{form}\): unpack it first, with `besa export --format"):
+        Checkpoint.open(model)
+    out = export(model, ExportConfig(out=tmp_path / "out", format="dense")).out
+    found = stored(out)
+    assert found.keys() == dense.keys()
+    assert all(same_bytes(found[name], dense[name]) for name in dense)
+    assert not set(NOTES) & json.loads((out / "config.json").read_text()).keys()
+    load_strictly(out)
+
+    name = next(name for name in tensors if name.endswith(".compressed"))
+    tensors[name] = tensors[name].flatten()[1:].clone()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BesaError, match=r"is damaged: .* values are there of"):
+        export(model, ExportConfig(out=tmp_path / "damaged", format="dense"))
+    assert not (tmp_path / "damaged").exists()
