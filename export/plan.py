@@ -28,6 +28,9 @@ from besa.model.files import open_tensors
 from besa.model.finite import check_finite
 from besa.progress import Event, Tell
 
+# What a packed linear stands for: modules that multiply in a way of their own need their weight.
+_PRODUCTS = (nn.Linear.forward, Conv1D.forward)
+
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -172,7 +175,7 @@ def _read_block(checkpoint: Checkpoint, index: int) -> tuple[list[PackedLinear],
     # A linear that besa cannot prune stays as it is: another tool may have pruned the others.
     linears = find_linears(block, block_name, experts, strict=False)
     keys, converted = _stored(checkpoint, checkpoint.block_keys[index])
-    routed = expert_lists(block, experts)
+    routed, lent = expert_lists(block, experts), set(checkpoint.borrowed.values())
     packable: list[PackedLinear] = []
     dense: list[DenseLinear] = []
     with open_tensors(checkpoint.files, checkpoint.block_keys[index]) as slices:
@@ -180,8 +183,14 @@ def _read_block(checkpoint: Checkpoint, index: int) -> tuple[list[PackedLinear],
             parameter = f"{block_name}.{linear.parameter}"
             key = keys.get(parameter)
             reason = _obstacle(key)
+            if parameter in checkpoint.borrowed:
+                continue  # it is in the block that lends it
             if linear.groups > 1 or linear.name.startswith(routed):
                 reason = "experts are not packed yet"
+            elif key in lent:
+                reason = "several blocks share it"
+            elif type(block.get_submodule(linear.name)).forward not in _PRODUCTS:
+                reason = "its module multiplies in a way of its own"
             elif key is None and _owner(parameter) not in converted:
                 raise BesaError(f"{checkpoint.directory} lacks the weight {parameter}")
             if key is not None and reason is None:

@@ -18,19 +18,22 @@ from besa.model.checkpoint import Checkpoint
 from besa.model.files import resolve
 
 
-def open_plain(model: str | Path) -> Checkpoint:
+def open_plain(model: str | Path, trust_remote_code: bool = False) -> Checkpoint:
     """Opens a directory or hub id for export; reads headers only.
+
+    Args:
+        trust_remote_code: whether code that lies beside the checkpoint may run.
 
     Raises:
         BesaError: it is packed or quantized already, or no whole checkpoint.
     """
     directory = resolve(model)
     _check_plain(directory)
-    return Checkpoint.open(directory)
+    return Checkpoint.open(directory, trust_remote_code)
 
 
 def _check_plain(directory: Path) -> None:
-    """Refuses what is packed or quantized; whatever else is wrong, `Checkpoint.open` says."""
+    """Refuses what is packed already; whatever else is wrong, `Checkpoint.open` says."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         method = config["quantization_config"]["quant_method"]
@@ -40,4 +43,3 @@ def _check_plain(directory: Path) -> None:
         raise BesaError(
             f"{directory} is packed already: serve it as it is, or unpack it with --format dense"
         )
-    raise BesaError(f"{directory} is quantized ({method}): export a model with float weights")

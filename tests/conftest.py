@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
 import pytest
 
-from tests.helpers import PATIENCE, REPOSITORY
+from tests.helpers import PATIENCE, REPOSITORY, SENTENCES, VOCABULARY, byte_tokenizer
 from tests.parallel import (  # noqa: F401 - pytest's hooks
     pytest_collection_modifyitems,
     pytest_configure,
@@ -23,6 +26,9 @@ Besa = Callable[..., subprocess.CompletedProcess[str]]
 # Before torch is imported anywhere: the tests' matrices are too small to share out.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before transformers is: code that comes with models is copied there, and run from there.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="besa-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 # No verdict depends on how fast the machine is.
 hypothesis.settings.register_profile(
@@ -38,23 +44,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     A byte is a token. Do not write into it: every test reads the same directory.
     """
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     directory = tmp_path_factory.mktemp("models") / "tiny"
-    end = "<|endoftext|>"
-    alphabet = [end, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=end, eos_token=end, model_max_length=128
-    ).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
 
     config = LlamaConfig(
-        vocab_size=len(alphabet),
+        vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=3,
@@ -76,8 +72,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of some 6,000 letters."""
     path = tmp_path_factory.mktemp("calibration") / "text.txt"
-    sentences = (f"The {n}th of {n * n} sentences, of {n % 7} kinds.\n" for n in range(150))
-    path.write_text("".join(sentences))
+    path.write_text(SENTENCES)
     return path
 
 

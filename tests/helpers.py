@@ -292,7 +292,10 @@ def everything(directory: Path) -> dict[str, tuple[int, int]]:
 
 # ------------------------------------------------------------------------- tiny models
 
-VOCABULARY = 257  # a byte is a token, as in conftest.py's tokenizer
+VOCABULARY = 257  # a byte is a token, see `byte_tokenizer`
+
+# Some 6,000 letters to calibrate on.
+SENTENCES = "".join(f"The {n}th of {n * n} sentences, of {n % 7} kinds.\n" for n in range(150))
 
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -502,6 +505,23 @@ ODD_FAMILIES: dict[str, dict[str, Any]] = {
         "eoi_token_index": 254,
     },
 }
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer in which a byte is a token, and an end of text is token 0."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    alphabet = [end, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, model_max_length=128
+    )
 
 
 def begin_texts(tokenizer: Any) -> Any:

@@ -1,7 +1,7 @@
 """The samples of a text that a model is pruned or trained on.
 
 >>> class Settings:
-...     sample_count, seqlen, bos, seed = 4, 32, "auto", 0
+...     sample_count, seqlen, bos, seed, trust_remote_code = 4, 32, "auto", 0, False
 ...     column, separator = None, "auto"
 >>> draw_samples(Path("path/to/model"), "builtin", Settings).shape
 torch.Size([4, 32])
@@ -38,6 +38,7 @@ class Drawing(Protocol):
         column: of the text's rows; None for the usual ones.
         separator: what stands between its documents, see `besa.data.stream`.
         seed: draws them.
+        trust_remote_code: whether code that lies beside the model may run, for its tokenizer.
     """
 
     @property
@@ -52,6 +53,8 @@ class Drawing(Protocol):
     def separator(self) -> str: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
 
 
 def draw_samples(
@@ -69,11 +72,12 @@ def draw_samples(
         BesaError: the model takes fewer tokens at once, the text has too few, or the tokenizer has
             no token to begin windows with, or tokens that the model does not know.
     """
-    most = max_positions(directory) or _SEQLEN
+    trust = settings.trust_remote_code
+    most = max_positions(directory, trust) or _SEQLEN
     samples, seqlen = settings.sample_count, settings.seqlen or min(_SEQLEN, most)
     if seqlen > most:
         raise BesaError(f"{directory} takes {most} tokens at once: lower --seqlen")
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, trust)
     token = bos_token(settings.bos, tokenizer)
     limit = _WINDOWS_PER_SAMPLE * samples * seqlen
     stream = stream_of(

@@ -60,6 +60,9 @@ class EvalConfig:
         "auto", "float32, bfloat16, float16, or auto for the checkpoint's own (default)"
     )
     device: str | None = setting(None, "cpu, cuda, cuda:1, … (default: the GPU if there is one)")
+    trust_remote_code: bool = setting(
+        False, "run code that lies beside the model (auto_map in its config.json): read it before"
+    )
     limit: int | None = setting(None, "only the first N windows of each text", metavar="N")
     tasks: tuple[str, ...] = setting(
         (),

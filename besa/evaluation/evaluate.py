@@ -103,9 +103,10 @@ def evaluate(
     """
     device = loading.pick_device(config.device)
     directories = [model_directory(model) for model in models]
-    seqlen = _common_seqlen(models, directories, config.seqlen)
+    trust = config.trust_remote_code
+    seqlen = _common_seqlen(models, directories, config.seqlen, trust)
     manager = tasks.find(config.tasks, config.task_path) if config.tasks else None
-    tokenizers = [loading.load_tokenizer(directory) for directory in directories]
+    tokenizers = [loading.load_tokenizer(directory, trust) for directory in directories]
     tokens = [bos_token(config.bos, tokenizer) for tokenizer in tokenizers]
     windows = [_windows(*own, config, seqlen) for own in zip(tokenizers, tokens, strict=True)]
     with_bos = tokens[0] is not None
@@ -120,7 +121,7 @@ def evaluate(
     for index, (name, directory, tokenizer) in enumerate(
         zip(models, directories, tokenizers, strict=True)
     ):
-        model = loading.load_model(directory, config.dtype, device)
+        model = loading.load_model(directory, config.dtype, device, trust)
         if index == 0 and config.bos == "auto" and with_bos:
             with loading.fitting_in_memory(name, "lower --batch-size or --seqlen"):
                 cost = bos_cost(model, windows[0][0], plain[0][0], config.batch_size)
@@ -172,11 +173,13 @@ def evaluate(
     return [result for of_model in results for result in of_model]
 
 
-def _common_seqlen(models: Sequence[str], directories: list[Path], asked: int | None) -> int:
+def _common_seqlen(
+    models: Sequence[str], directories: list[Path], asked: int | None, trust_remote_code: bool
+) -> int:
     """One length for all, so that the perplexities can be compared."""
     seqlen = asked or 2048
     for name, directory in zip(models, directories, strict=True):
-        most = loading.max_positions(directory) or seqlen
+        most = loading.max_positions(directory, trust_remote_code) or seqlen
         if seqlen > most and asked:
             raise BesaError(f"{name} takes {most} tokens at once: lower --seqlen from {asked}")
         seqlen = min(seqlen, most)

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from besa.data.windows import check_known
+from besa.errors import BesaError
 from besa.model.skeleton import known_tokens
 
 # Logits turned into float32 at a time: 64 MiB of them.
@@ -59,7 +60,7 @@ def window_losses(
         float64 [n] on the CPU, nats a token.
 
     Raises:
-        BesaError: the windows hold tokens that the model does not know.
+        BesaError: the windows hold tokens that the model does not know, or it wants images, too.
     """
     check_known(windows, known_tokens(model))
     device = next(model.parameters()).device
@@ -68,7 +69,11 @@ def window_losses(
         progress(0, len(windows))
     for batch in windows.split(batch_size):
         tokens = batch.to(device)
-        logits = model(input_ids=tokens, use_cache=False).logits
+        try:
+            logits = model(input_ids=tokens, use_cache=False).logits
+        except (TypeError, ValueError) as error:  # its signature's, or its own check's
+            name, reason = type(model).__name__, str(error).split("\n")[0]
+            raise BesaError(f"a {name} does not take text alone: {reason}") from None
         losses += [_loss(own[:-1], window[1:]) for own, window in zip(logits, tokens, strict=True)]
         if progress:
             progress(len(losses), len(windows))

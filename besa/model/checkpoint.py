@@ -18,6 +18,7 @@ tensor(0)
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
@@ -37,11 +37,15 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from besa.errors import BesaError, one_line
+from besa.model.architecture import read_config
 from besa.model.blocks import find_blocks
 from besa.model.companions import copy_companions
+from besa.model.completeness import check_complete
 from besa.model.files import open_tensors, resolve, stored_dtype, weight_files
 from besa.model.finite import check_finite
-from besa.model.skeleton import free_parameters, skeleton_of, targets_of
+from besa.model.quantization import check_floats, without_notes
+from besa.model.skeleton import free_parameters, skeleton_of, targets_of, tied_names
+from besa.writing import write_text
 
 
 @dataclass
@@ -59,6 +63,10 @@ class Checkpoint:
         other_keys: the names of all other stored tensors.
         targets: the model's parameter that each stored tensor goes into (the first, if several).
         converted: the stored tensors that are cut up, stacked or turned on the way, as experts are.
+        trust_remote_code: whether code that lies beside the files may run.
+        conversions: what transformers does to stored tensors when it loads them.
+        borrowed: the stored tensor that stands for a parameter which has none of its own, because
+            the model ties it to another one: a head stored alone, weights that blocks share.
     """
 
     directory: Path
@@ -71,40 +79,43 @@ class Checkpoint:
     other_keys: list[str]
     targets: dict[str, str]
     converted: set[str]
-    _conversions: list[Any]
+    borrowed: dict[str, str]
+    trust_remote_code: bool
+    conversions: list[Any]
     # A thread may load the next block meanwhile, and transformers notes in the model, and in the
     # conversions, what it has loaded.
     _loading: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def open(cls, model: str | Path) -> Checkpoint:
+    def open(cls, model: str | Path, trust_remote_code: bool = False) -> Checkpoint:
         """Opens a model directory or hub id; reads headers only.
 
+        Args:
+            trust_remote_code: whether code that lies beside the checkpoint may run.
+
         Raises:
-            BesaError: no model, half a model, a quantized model, or an architecture that
-                transformers does not know.
+            BesaError: no model, half a model, a quantized model, tensors that are missing or of
+                another shape, or an architecture that transformers does not know.
         """
         directory = resolve(model)
-        if not (directory / "config.json").is_file():
-            raise BesaError(f"{directory} is no model: it has no config.json")
         transformers_logging.disable_progress_bar()
-        with one_line(f"{directory}/config.json"):
-            config = AutoConfig.from_pretrained(directory)
-        quantized = getattr(config, "quantization_config", None)
-        if quantized is not None:
-            method = dict(quantized).get("quant_method", "some way")
-            raise BesaError(f"{directory} is quantized ({method}): prune the unquantized model")
-        return cls.of(directory, config, weight_files(directory))
+        config = read_config(directory, trust_remote_code)
+        check_floats(directory, config)
+        checkpoint = cls.of(directory, config, weight_files(directory), trust_remote_code)
+        check_complete(directory, checkpoint.model, checkpoint.files, checkpoint.conversions)
+        return checkpoint
 
     @classmethod
-    def of(cls, directory: Path, config: Any, files: dict[str, Path]) -> Checkpoint:
+    def of(
+        cls, directory: Path, config: Any, files: dict[str, Path], trust_remote_code: bool = False
+    ) -> Checkpoint:
         """The skeleton for a config and the tensors that are stored; reads headers only.
 
         Raises:
             BesaError: transformers does not know the architecture, or it has no blocks.
         """
         with one_line(f"{directory} is no causal language model"):
-            skeleton = skeleton_of(config, stored_dtype(files))
+            skeleton = skeleton_of(config, stored_dtype(files), trust_remote_code)
         blocks_name, blocks = find_blocks(skeleton)
         conversions = get_model_conversion_mapping(skeleton)
         targets, converted = targets_of(files, skeleton, conversions)
@@ -129,6 +140,8 @@ class Checkpoint:
             other_keys,
             targets,
             converted,
+            _borrowed(skeleton, targets, converted),
+            trust_remote_code,
             conversions,
         )
 
@@ -158,7 +171,9 @@ class Checkpoint:
         Raises:
             BesaError: a weight of the block is not in the checkpoint, or of another shape.
         """
-        self._load(self.block_keys[index], files or self.files)
+        files = files or self.files
+        self._load(self.block_keys[index], files)
+        self._load_borrowed(f"{self.blocks_name}.{index}.", files)
         block = self.blocks[index]
         for own_name, parameter in block.named_parameters():
             if parameter.is_meta:
@@ -185,6 +200,7 @@ class Checkpoint:
         base, prefix = self.model.get_submodule(name), name + "."
         keys = [key for key in self.other_keys if self.targets[key].startswith(prefix)]
         self._load(keys, self.files)
+        self._load_borrowed(prefix, self.files, but=self.blocks_name + ".")
         for name, parameter in self.model.named_parameters():
             inside = name.startswith(prefix) and not name.startswith(self.blocks_name + ".")
             if inside and parameter.is_meta:
@@ -199,8 +215,19 @@ class Checkpoint:
             convert_and_load_state_dict_in_model(
                 self.model,
                 tensors,
-                LoadStateDictConfig(dtype=self.dtype, weight_mapping=self._conversions),
+                LoadStateDictConfig(dtype=self.dtype, weight_mapping=self.conversions),
             )
+
+    def _load_borrowed(self, prefix: str, files: Mapping[str, Path], but: str = " ") -> None:
+        """Loads what is stored under another name, below `prefix` and not below `but`."""
+        for name, key in self.borrowed.items():
+            if not name.startswith(prefix) or name.startswith(but):
+                continue
+            owner, _, own = name.rpartition(".")
+            with open_tensors({key: files.get(key, self.files[key])}, [key]) as tensors:
+                value = tensors[key][...].to(self.dtype)
+            module = self.model.get_submodule(owner)
+            module._parameters[own] = nn.Parameter(value, requires_grad=False)
 
     def stored_tensors(self, index: int) -> dict[str, Tensor]:
         """A loaded block as the files hold it, with the changes that were made to it in memory.
@@ -214,7 +241,7 @@ class Checkpoint:
         self.load_block(index)
         before = self._in_files_layout(index)
         # Old files may spell a name differently, without the base model's prefix above all.
-        targets, _ = targets_of(after, self.model, self._conversions)
+        targets, _ = targets_of(after, self.model, self.conversions)
         spelt = {target: name for name, target in targets.items()}
         known = self.model.state_dict()
         tensors = {}
@@ -243,17 +270,34 @@ class Checkpoint:
         """All tensors that belong to no block, as they are stored.
 
         Raises:
-            BesaError: one of them holds NaN or Inf.
+            BesaError: a weight among them holds NaN or Inf. A buffer may, as a bound that bounds
+                nothing.
         """
+        buffers = {name for name, _ in self.model.named_buffers()}
         with open_tensors(self.files, self.other_keys) as slices:
             tensors = {key: tensor[...] for key, tensor in slices.items()}
             for key, tensor in tensors.items():
-                check_finite(tensor, key, "mend the checkpoint")
+                if self.targets[key] not in buffers:
+                    check_finite(tensor, key, "mend the checkpoint")
             yield tensors
 
     def copy_companions(self, out: Path) -> None:
         """Copies config, tokenizer, license and all else that belongs to the model."""
         copy_companions(self.directory, frozenset(self.files.values()), out)
+        config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        if config != (plain := without_notes(config)):
+            write_text(json.dumps(plain, indent=2) + "\n", out / "config.json")
+
+
+def _borrowed(model: nn.Module, targets: Mapping[str, str], converted: set[str]) -> dict[str, str]:
+    """The stored tensor of another name for each parameter that has none of its own."""
+    stored = {target: key for key, target in targets.items() if key not in converted}
+    borrowed = {}
+    for name, others in tied_names(model).items():
+        if name not in stored:
+            lenders = [stored[other] for other in others if other in stored]
+            borrowed.update({name: lenders[0]} if lenders else {})
+    return borrowed
 
 
 def _bytes_equal(a: Tensor, b: Tensor) -> bool:

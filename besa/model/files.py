@@ -100,9 +100,7 @@ def weight_files(directory: Path) -> dict[str, Path]:
     elif (directory / SINGLE).is_file():
         files = {}
     else:
-        where = directory / "config.json"
-        what = "has no safetensors weights" if where.is_file() else "is no model: no config.json"
-        raise BesaError(f"{directory} {what}")
+        raise BesaError(f"{directory} {_without_weights(directory)}")
     found: dict[str, Path] = {}
     for path in sorted(set(files.values())) or [directory / SINGLE]:
         if not path.is_file():
@@ -118,6 +116,23 @@ def weight_files(directory: Path) -> dict[str, Path]:
     if missing:
         raise BesaError(f"{directory} lacks the tensor {missing[0]}, which its index lists")
     return {name: files.get(name, path) for name, path in found.items()}
+
+
+def _without_weights(directory: Path) -> str:
+    """What a directory without safetensors is, and how it gets them."""
+    if not (directory / "config.json").is_file() and not any(directory.glob("*.gguf")):
+        return "is no model: no config.json"
+    what = "has no safetensors weights"
+    arguments = ""
+    if gguf := next(iter(sorted(directory.glob("*.gguf"))), None):
+        arguments = f", gguf_file='{gguf.name}'"
+    elif not any(path.suffix in (".bin", ".pt", ".pth") for path in directory.iterdir()):
+        return what
+    return (
+        f'{what}: write them with python -c "from transformers import AutoModelForCausalLM as M, '
+        f"AutoTokenizer as T; [part.from_pretrained('{directory}'{arguments})"
+        f".save_pretrained('FLOAT') for part in (M, T)]\", and take FLOAT"
+    )
 
 
 @contextmanager
@@ -142,6 +157,16 @@ def stored_dtype(files: Mapping[str, Path]) -> torch.dtype:
     if not known:
         raise BesaError(f"the weights are stored as {', '.join(counts)}: besa needs floats")
     return by_name[max(known, key=lambda name: known[name])]
+
+
+def stored_shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
+    """The shape of each stored tensor, from the headers."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in set(files.values()):
+        with safe_open(path, framework="pt") as opened:
+            keys = set(opened.keys())
+            shapes |= {k: tuple(opened.get_slice(k).get_shape()) for k in keys if k in files}
+    return shapes
 
 
 def stored_bytes(files: Mapping[str, Path]) -> dict[str, int]:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from besa.errors import BesaError, one_line
+from besa.model.architecture import loader_of, read_config
 
 # The files that hold a tokenizer's vocabulary, in any of the formats that transformers reads.
 _VOCABULARIES = ("tokenizer.json", "*vocab*", "*.model", "*.tiktoken")
@@ -44,18 +45,18 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def max_positions(directory: Path) -> int | None:
+def max_positions(directory: Path, trust_remote_code: bool = False) -> int | None:
     """How many tokens the model takes at once; None where its config sets no bound.
 
     Raises:
         BesaError: a config that transformers cannot read.
     """
-    with quiet(), one_line(f"{directory}/config.json"):
-        config = AutoConfig.from_pretrained(directory).get_text_config()
+    with quiet():
+        config = read_config(directory, trust_remote_code).get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer that lies beside the model.
 
     Raises:
@@ -63,7 +64,7 @@ def load_tokenizer(directory: Path) -> Any:
     """
     try:
         with quiet(), one_line(f"{directory} has no tokenizer that can be loaded"):
-            return AutoTokenizer.from_pretrained(directory)
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except BesaError:
         if any(any(directory.glob(pattern)) for pattern in _VOCABULARIES):
             raise
@@ -74,12 +75,17 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def load_model(
-    directory: Path, dtype: str, device: torch.device | str, attention: str | None = None
+    directory: Path,
+    dtype: str,
+    device: torch.device | str,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
 ) -> Any:
     """The model in evaluation mode; every weight comes from the checkpoint.
 
     Args:
         dtype: one of `besa.settings.DTYPES`; `auto` keeps what the checkpoint says.
+        trust_remote_code: whether code that lies beside the checkpoint may run.
         attention: transformers' way to compute it; None for its own choice.
 
     Raises:
@@ -87,8 +93,14 @@ def load_model(
     """
     with quiet(), one_line(f"{directory} cannot be loaded"):
         loaded: Any  # with output_loading_info, a pair
-        loaded = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, output_loading_info=True, attn_implementation=attention
+        config = read_config(directory, trust_remote_code)
+        loaded = loader_of(config, trust_remote_code).from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attention,
         )
         model, info = loaded
     # transformers would go on with random values in their place.

@@ -57,7 +57,7 @@ class products(TorchFunctionMode, Generic[T]):
         operands = None
         if func is nn.functional.linear or func in _PRODUCTS:
             operands = (*args, *kwargs.values())[:2]
-        elif func is torch.addmm:
+        elif func is torch.addmm or func is torch.baddbmm:
             operands = args[1:3]
         if operands is not None:
             inputs, weight = operands

@@ -16,19 +16,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from besa.model.architecture import new_model
 
-def skeleton_of(config: Any, dtype: torch.dtype) -> nn.Module:
+
+def skeleton_of(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The model of a transformers config in evaluation mode, its parameters on the meta device.
 
     Its buffers are real: no file has them.
     """
     with _parameters_on_meta():
-        skeleton: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, experts_implementation="eager"
-        )
+        skeleton = new_model(config, trust_remote_code, dtype=dtype, experts_implementation="eager")
     return skeleton.eval()
 
 
@@ -76,17 +75,34 @@ def targets_of(
         targets: the parameter that each goes into, the first if there are several.
         converted: those that are cut up, stacked or turned on the way, as experts are.
     """
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    names = model.state_dict()
-    targets, converted = {}, set()
+    found = all_targets_of(keys, model, conversions)
+    targets = {key: names[0] for key, (names, _) in found.items()}
+    return targets, {key for key, (_, converted) in found.items() if converted}
+
+
+def all_targets_of(
+    keys: Iterable[str], model: nn.Module, conversions: list[Any]
+) -> dict[str, tuple[list[str], bool]]:
+    """All parameters that each stored tensor goes into, and whether it is converted on the way."""
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    known, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, tuple[list[str], bool]] = {}
     for key in keys:
-        target, converter = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, names
-        )
-        if target not in names and key in names:
-            target = key
-        elif converter is not None:
-            converted.add(key)
-        targets[key] = target
-    return targets, converted
+        target, pattern = rename_source_key(key, renamings, converters, prefix, known)
+        if target not in known and key in known:
+            found[key] = [key], False
+            continue
+        several = by_pattern[pattern].target_patterns if pattern else [""]
+        names = [target.replace(several[0], other) for other in several]
+        found[key] = names, pattern is not None
+    return found
+
+
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """The other names of each parameter that has several, as of a head or a shared block."""
+    groups: dict[str, list[str]] = {}
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        groups.setdefault(source, [source]).append(name)
+    return {name: [n for n in group if n != name] for group in groups.values() for name in group}

@@ -112,7 +112,7 @@ class BlockRun:
     hessians: Hessians | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.block = _copy_to(self.stored, self.device, self.dtype)
+        self.block = copy_to(self.stored, self.device, self.dtype)
         self.weights = self._matrices(self.block)
         self.norms = InputNorms(self.linears, self.device)
         # Where they are the same, those on the device are, which spares a copy for each `put`.
@@ -142,17 +142,18 @@ class BlockRun:
         self.norms = InputNorms(self.linears, self.device)
         self.hessians = Hessians(self.linears, self.device) if hessians else None
 
-        def on_input(linear: Linear, group: int, inputs: Tensor) -> None:
-            self.norms.add(linear, group, inputs)
-            if self.hessians is not None:
-                self.hessians.add(linear, group, inputs)
-
         self.expect(range(len(self.calls)), targets=False)
-        with observe(self.block, self.linears, on_input):
+        with observe(self.block, self.linears, self.add_inputs):
             for i in range(self.seen):
                 on_output(i, self.output(i))
         for i in range(self.seen, len(self.calls)):
             on_output(i, self.output(i))
+
+    def add_inputs(self, linear: Linear, group: int, inputs: Tensor) -> None:
+        """Adds inputs [tokens, cols] of one group to the statistics of a linear."""
+        self.norms.add(linear, group, inputs)
+        if self.hessians is not None:
+            self.hessians.add(linear, group, inputs)
 
     def expect(self, order: Sequence[int], targets: bool = True) -> None:
         """Says in which order batches are read next, so that they are on the device by then.
@@ -321,7 +322,7 @@ def _expect(batches: Sequence[Tensor], order: Sequence[int]) -> None:
         batches.expect(order)
 
 
-def _copy_to(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def copy_to(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A copy of a block on a device, its floating weights in `dtype`.
 
     Weights go there in one step: a copy of a module is a second one on its own device first.

@@ -163,6 +163,9 @@ class PruneConfig:
         "keep the calibration stream in host memory or on disk (default: %(default)s)",
         choices=("host", "disk"),
     )
+    trust_remote_code: bool = setting(
+        False, "run code that lies beside the model (auto_map in its config.json): read it before"
+    )
     overwrite: bool = setting(False, "replace what is at --out")
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
 from besa.model.finite import FiniteCheck, check_finite
 from besa.model.loading import fitting_in_memory, pick_device
+from besa.model.observe import observe
 from besa.model.prune_record import BlockRecord, BlockUpdate, PruneRecord
 from besa.model.record import read_record
 from besa.model.replay import Call, capture
@@ -38,7 +39,7 @@ from besa.model.workspace import Workspace
 from besa.progress import REPLAY, WRITTEN, Event, Tell
 from besa.pruning import methods, updates
 from besa.pruning.activations import Activations
-from besa.pruning.block_run import BlockRun, Pruned
+from besa.pruning.block_run import BlockRun, Pruned, copy_to
 from besa.pruning.budget import Budget, budgets
 from besa.pruning.config import PruneConfig
 from besa.pruning.guard import guarded, held_out_of
@@ -47,6 +48,7 @@ from besa.pruning.methods import wanda
 from besa.pruning.plan import plan_of
 from besa.pruning.record import block_record, run_record, settings_of
 from besa.pruning.rotated import Rotated
+from besa.pruning.shared import borrows, later_uses
 from besa.pruning.streams import Streams
 from besa.pruning.transfers import copies_for
 from besa.report.pages import write_pages
@@ -101,7 +103,8 @@ def prune_blocks(
     started = time.monotonic()
     out = Path(config.out)
     device = pick_device(config.device)
-    checkpoint = Checkpoint.open(rotated.directory if rotated else model)
+    place = rotated.directory if rotated else model
+    checkpoint = Checkpoint.open(place, config.trust_remote_code)
     dtype = _dtype(config.dtype, device, checkpoint.dtype)
     plan = plan_of(checkpoint, config)
     known = known_tokens(checkpoint.model)
@@ -168,6 +171,8 @@ class _Pipeline:
     Attributes:
         held_out: the last batches, which nothing is learned from.
         chosen: the updates of the blocks so far, where held-out windows chose them.
+        calls: how the model calls its blocks, `calls[batch][block]`.
+        files: where each tensor is now, of what blocks share the pruned one.
     """
 
     checkpoint: Checkpoint
@@ -179,9 +184,12 @@ class _Pipeline:
     tell: Tell
     held_out: int = field(init=False, default=0)
     chosen: list[BlockUpdate] = field(init=False, default_factory=list)
+    calls: list[list[Call]] = field(init=False, default_factory=list)
+    files: dict[str, Path] = field(init=False)
     loading: LoadAhead = field(init=False)
 
     def __post_init__(self) -> None:
+        self.files = dict(self.checkpoint.files)
         self.loading = LoadAhead(self._load)
 
     @torch.no_grad()
@@ -190,13 +198,12 @@ class _Pipeline:
         shards = [self._copy_others()]
         batches, self.held_out = _batches(windows, held_out_of(self.config))
         with self.checkpoint.loaded_base() as base:
-            hidden, calls = capture(base, list(self.checkpoint.blocks), batches)
+            hidden, self.calls = capture(base, list(self.checkpoint.blocks), batches)
         streams = self._streams(hidden)
         del hidden
         with self.loading:
             for index in range(len(self.plan)):
-                block_calls = self._on_device([batch[index] for batch in calls])
-                shards.append(self._finish_block(index, streams, block_calls))
+                shards.append(self._finish_block(index, streams, self._calls_of(index)))
                 give_memory_back()
         streams.close()
         return shards
@@ -226,13 +233,16 @@ class _Pipeline:
         else:
             self._replay(index, finished, streams, calls)
         streams.advance_dense()
+        lent = set(finished["keys"]) & set(self.checkpoint.borrowed.values())
+        self.files |= dict.fromkeys(lent, self.workspace.path / finished["file"])
         block: BlockRecord = from_json(BlockRecord, finished["record"])
         if block.update is not None:
             self.chosen.append(block.update)
         return finished
 
-    def _on_device(self, calls: list[Call]) -> list[Call]:
-        """The calls on the device; batches that share one there share one here."""
+    def _calls_of(self, index: int) -> list[Call]:
+        """The calls of a block on the device; batches that share one there share one here."""
+        calls = [batch[index] for batch in self.calls]
         moved = {id(call): call.to(self.device, self.dtype) for call in calls}
         return [moved[id(call)] for call in calls]
 
@@ -289,8 +299,8 @@ class _Pipeline:
             self._send(index, "teacher", run, streams.dense, streams.targets, self._name(index))
         kind = self.config.update
         assert kind is not None  # its default depends on the method
-        if kind == "none" or not run.linears:
-            return pruned, None
+        if kind == "none" or not run.linears or later_uses(self.checkpoint, index, run.linears):
+            return pruned, None  # what suits one use of shared weights may not suit the others
         if kind in ("auto", "learn"):
             if not self.held_out:
                 return pruned, None
@@ -302,14 +312,16 @@ class _Pipeline:
     def _take(self, index: int) -> nn.Module:
         """A loaded block, while the next one begins to load."""
         block = self.loading.take(index)
-        if _loads_ahead(self.device) and index + 1 < len(self.plan):
-            self.loading.begin(index + 1)
+        following = index + 1
+        ahead = _loads_ahead(self.device) and following < len(self.plan)
+        if ahead and not borrows(self.checkpoint, following):  # what is not pruned yet
+            self.loading.begin(following)
         return block
 
     @torch.no_grad()  # threads do not inherit it
     def _load(self, index: int) -> nn.Module:
         """A block as the checkpoint has it, without NaN or Inf."""
-        block = self.checkpoint.load_block(index)
+        block = self.checkpoint.load_block(index, self.files)
         for parameter, value in block.named_parameters():
             check_finite(value, f"{self._name(index)}.{parameter}", "mend the checkpoint")
         return block
@@ -356,6 +368,33 @@ class _Pipeline:
 
         run.observe(hessians, on_output)
         check.finish()
+        if uses := later_uses(self.checkpoint, index, run.linears):
+            self._observe_later(index, run, uses)
+
+    def _observe_later(
+        self, index: int, run: BlockRun, uses: Mapping[int, Mapping[Linear, Linear]]
+    ) -> None:
+        """Adds what the block's linears read where later blocks use them, in the dense model."""
+        self.loading.drop()
+        hidden = [run.output(i).cpu() for i in range(run.seen)]
+        for later in range(index + 1, max(uses) + 1):
+            block = copy_to(self._load(later), self.device, self.dtype)
+            calls, pairs = self._calls_of(later), uses.get(later, {})
+
+            def add(
+                linear: Linear,
+                group: int,
+                inputs: Tensor,
+                pairs: Mapping[Linear, Linear] = pairs,
+            ) -> None:
+                run.add_inputs(pairs[linear], group, inputs)
+
+            with observe(block, list(pairs), add):
+                hidden = [
+                    call.run(block, x.to(self.device)).cpu()
+                    for call, x in zip(calls, hidden, strict=False)
+                ]
+            self.checkpoint.unload_block(later)
 
     def _hand_on(self, index: int, phase: str, run: BlockRun, streams: Streams) -> None:
         """Sends the stream through a pruned block."""
@@ -389,7 +428,8 @@ class _Pipeline:
             run = self._block_run(index, self._load(index), [], streams, calls)
             self._send(index, "teacher", run, streams.dense, streams.targets, self._name(index))
         shard = self.workspace.path / finished["file"]
-        stored = self.checkpoint.load_block(index, dict.fromkeys(finished["keys"], shard))
+        own = dict.fromkeys(finished["keys"], shard)
+        stored = self.checkpoint.load_block(index, {**self.files, **own})
         run = self._block_run(index, stored, [], streams, calls)
         self.checkpoint.unload_block(index)
         self._hand_on(index, REPLAY, run, streams)

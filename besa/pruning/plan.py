@@ -14,6 +14,7 @@ from besa.errors import BesaError
 from besa.model.blocks import Linear, expert_count, find_linears
 from besa.model.checkpoint import Checkpoint
 from besa.pruning.config import PruneConfig
+from besa.pruning.shared import own_linears
 
 
 def plan_of(checkpoint: Checkpoint, config: PruneConfig) -> list[list[Linear]]:
@@ -27,6 +28,7 @@ def plan_of(checkpoint: Checkpoint, config: PruneConfig) -> list[list[Linear]]:
     for index, block in enumerate(checkpoint.blocks):
         name = f"{checkpoint.blocks_name}.{index}"
         linears = find_linears(block, name, experts, config.exclude)
+        linears = own_linears(checkpoint, index, linears)
         if config.include:
             linears = [x for x in linears if re.search(config.include, f"{name}.{x.name}")]
         for linear in linears:

@@ -55,7 +55,7 @@ def rotated_copy(
     # It brings the loading of whole models, which other runs are to be spared.
     from besa.rotation.rotate import rotate
 
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model, config.trust_remote_code)
     known = known_tokens(checkpoint.model)
     windows = draw_samples(checkpoint.directory, config.calibration, config, known)
     made_of = {

@@ -82,6 +82,7 @@ def _pruned_and_recovered(
         seed=config.seed,
         device=config.device,
         dtype="auto" if config.dtype == "float16" else config.dtype,
+        trust_remote_code=config.trust_remote_code,
         overwrite=config.overwrite,
     )
     try:

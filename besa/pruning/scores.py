@@ -40,13 +40,16 @@ class InputNorms:
     def of(self, linear: Linear) -> Tensor:
         """||X_j||_2 as float32 [groups, cols]; ones for a group that saw no token."""
         norms = self.squares[linear.name].sqrt()
-        unseen = self.tokens[linear.name] == 0
-        norms[unseen.to(norms.device)] = 1.0
+        norms[self._saw_nothing(linear)] = 1.0
         return norms
 
     def unseen(self, linear: Linear) -> list[int]:
         """The groups that no token was routed to: their scores are plain magnitudes."""
-        return (self.tokens[linear.name] == 0).nonzero().flatten().tolist()
+        return self._saw_nothing(linear).nonzero().flatten().tolist()
+
+    def _saw_nothing(self, linear: Linear) -> Tensor:
+        """bool [groups]. Some models give each expert every token, zeros where it is another's."""
+        return (self.squares[linear.name] == 0).all(1)
 
 
 class Hessians:

@@ -70,6 +70,9 @@ class RecoverConfig:
         "(default: %(default)s)",
         choices=DTYPES,
     )
+    trust_remote_code: bool = setting(
+        False, "run code that lies beside the model (auto_map in its config.json): read it before"
+    )
     overwrite: bool = setting(False, "replace what is at --out")
 
     def __post_init__(self) -> None:

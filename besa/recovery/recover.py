@@ -67,7 +67,7 @@ def recover(pruned: str | Path, config: RecoverConfig, tell: Tell = lambda event
     check_free(out, config.overwrite)
     check_accelerate()
     device = _device(config.device)
-    checkpoint = Checkpoint.open(pruned)
+    checkpoint = Checkpoint.open(pruned, config.trust_remote_code)
     record = _record_of(checkpoint.directory)
     teacher_directory = resolve(config.teacher)
     known = known_tokens(checkpoint.model)
@@ -192,7 +192,7 @@ def _write(
 ) -> list[dict[str, Any]]:
     """Writes all tensors in the layout of the pruned model's; gives the shards' records."""
     count = len(checkpoint.blocks) + 1
-    trained = dict(student.named_parameters())
+    trained = dict(student.named_parameters(remove_duplicate=False))
     with checkpoint.other_tensors() as tensors:
         shards = [workspace.finish("others", workspace.shard(1, count), tensors, {})]
     for index in range(len(checkpoint.blocks)):

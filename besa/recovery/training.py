@@ -76,7 +76,8 @@ def train(
     Raises:
         BesaError: the teacher has other words, or the disk is full.
     """
-    dense = load_model(teacher, str(dtype).removeprefix("torch."), device)
+    trust = config.trust_remote_code
+    dense = load_model(teacher, str(dtype).removeprefix("torch."), device, trust)
     seen = len(windows) - config.held_out
 
     def on_step(done: int, total: int, held_out: float | None) -> None:
@@ -88,7 +89,7 @@ def train(
         folder = directory / f"{step:g}"
         if is_harmful(folder):  # an earlier run found out
             continue
-        student = load_model(checkpoint.directory, "float32", device)
+        student = load_model(checkpoint.directory, "float32", device, trust)
         _check_words(student, dense, teacher)
         blocks = student.get_submodule(checkpoint.blocks_name)
         student.requires_grad_(False)

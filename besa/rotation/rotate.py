@@ -122,7 +122,8 @@ def rotate(
 
 def _loaded(checkpoint: Checkpoint, device: torch.device | str) -> Any:
     """The model in float32, its experts by products that can be seen."""
-    model = load_model(checkpoint.directory, "float32", device).requires_grad_(False)
+    trust = checkpoint.trust_remote_code
+    model = load_model(checkpoint.directory, "float32", device, trust).requires_grad_(False)
     model.set_experts_implementation("eager")
     return model
 

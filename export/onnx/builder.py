@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from transformers import AutoConfig
 
 from besa.errors import BesaError
 from besa.export.onnx.runtime import genai
+from besa.model.architecture import read_config
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 
@@ -42,6 +42,7 @@ def build(
     precision: str,
     change: Callable[[ir.Model], None] | None = None,
     device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> None:
     """Writes the graph of a checkpoint to `out`.
 
@@ -49,6 +50,7 @@ def build(
         precision: fp32, int8 and int4 for CPUs; fp16, bf16 and int4 for NVIDIA GPUs.
         change: is given the graph, an onnx_ir.Model, before it is written.
         device: "cpu" or "cuda", ONNX Runtime's execution provider.
+        trust_remote_code: whether code that lies beside the checkpoint may run.
 
     Raises:
         GraphError: the builder does not know the architecture, or failed.
@@ -57,7 +59,7 @@ def build(
     arguments = ("", str(source), str(out), precision, device, str(cache))
     with (
         _builder() as (builder, base),
-        _changed(base, change, source),
+        _changed(base, change, read_config(source, trust_remote_code)),
         _known(source),
     ):
         # A local folder needs no token, and must not look for one. Layers that look at a window
@@ -106,7 +108,7 @@ def _builder() -> Iterator[tuple[Any, Any]]:
 
 
 @contextmanager
-def _changed(base: Any, change: Callable[[ir.Model], None] | None, source: Path) -> Iterator[None]:
+def _changed(base: Any, change: Callable[[ir.Model], None] | None, config: Any) -> Iterator[None]:
     """The builder's models as besa needs them.
 
     Graphs are changed before they are written. And where a config has a window but no list of
@@ -119,7 +121,6 @@ def _changed(base: Any, change: Callable[[ir.Model], None] | None, source: Path)
             change(model.model)
         save_model(model, out)
 
-    config = AutoConfig.from_pretrained(source)
     everywhere = bool(getattr(config, "sliding_window", None)) and not getattr(
         config, "layer_types", None
     )

@@ -68,11 +68,12 @@ def float_graph(
     Raises:
         BesaError: there is no such graph, or none that can be made into what was asked for.
     """
+    trust = config.trust_remote_code
     if config.onnx_graph == "standard":
-        _standard(source, out, expected)
+        _standard(source, out, expected, trust)
         return "standard"
     try:
-        build_float_graph(source, out, "genai", expected)
+        build_float_graph(source, out, "genai", expected, trust)
         return "genai"
     except CannotRunError as error:
         if device == "cuda":  # its provider knows more operators
@@ -85,28 +86,31 @@ def float_graph(
     if precision != "fp32" and not config.sparse:
         raise BesaError(f"{failed}; without --precision it becomes a standard one") from None
     try:
-        _standard(source, out, expected)
+        _standard(source, out, expected, trust)
     except BesaError as error:
         raise BesaError(f"{failed}; and {error}") from None
     warnings.warn(f"{failed}; it becomes a standard one", BesaWarning, stacklevel=2)
     return "standard"
 
 
-def _standard(source: Path, out: Path, expected: Reference) -> None:
+def _standard(source: Path, out: Path, expected: Reference, trust_remote_code: bool) -> None:
     try:
-        build_float_graph(source, out, "standard", expected)
+        build_float_graph(source, out, "standard", expected, trust_remote_code)
     except GraphError as error:
         raise BesaError(
             f"{error}, so there is no ONNX graph of it: serve the checkpoint itself"
         ) from None
 
 
-def build_float_graph(source: Path, out: Path, kind: str, expected: Reference) -> LogitsCheck:
+def build_float_graph(
+    source: Path, out: Path, kind: str, expected: Reference, trust_remote_code: bool = False
+) -> LogitsCheck:
     """Writes a float32 graph to `out`, and tells how far its logits are off.
 
     Args:
         kind: "genai" or "standard".
         expected: transformers' logits.
+        trust_remote_code: whether code that lies beside the checkpoint may run.
 
     Raises:
         GraphError: there is none of that kind, or it is another model's. Nothing is left in `out`.
@@ -114,9 +118,9 @@ def build_float_graph(source: Path, out: Path, kind: str, expected: Reference) -
     """
     try:
         if kind == "genai":
-            build(source, out, "fp32")
+            build(source, out, "fp32", trust_remote_code=trust_remote_code)
         else:
-            build_standard(source, out)
+            build_standard(source, out, trust_remote_code)
         check = check_logits(out, source, expected)
         if not check.error <= _MOST_ERROR.get(check.dtype, _MOST_ERROR_16):
             raise GraphError(

@@ -68,7 +68,7 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
     library = ort_library() if config.sparse else None
     if config.sparse and config.device == "cuda":
         need_nvrtc()
-    checkpoint = open_plain(pruned)
+    checkpoint = open_plain(pruned, config.trust_remote_code)
     directory = checkpoint.directory
     precision, device = _precision(config, checkpoint), _device(config)
     pattern = _pattern(checkpoint, config, tell)
@@ -91,7 +91,7 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
         try:
             with interruptible("run the same command again"):
                 checkpoint.copy_companions(path)
-                expected = _reference(directory, weights)
+                expected = _reference(checkpoint, weights)
                 graph, packed = _write_graph(
                     path, directory, config, precision, device, expected, tell
                 )
@@ -185,9 +185,10 @@ def _write_graph(
     kind = float_graph(directory, floats, config, precision, device, expected)
     if device == "cuda":
         plain = "fp16" if config.sparse and precision == "int8" else precision
-        build(directory, path, plain, pack_weights if config.sparse else None, device)
+        change = pack_weights if config.sparse else None
+        build(directory, path, plain, change, device, config.trust_remote_code)
     elif precision != "fp32" and not config.sparse:
-        build(directory, path, precision)
+        build(directory, path, precision, trust_remote_code=config.trust_remote_code)
     else:
         if config.sparse:
             graph = ir.load(floats / MODEL)
@@ -219,11 +220,12 @@ def _name_library(path: Path) -> None:
     write_text(json.dumps(config, indent=4) + "\n", path)
 
 
-def _reference(directory: Path, weights: int) -> Reference:
+def _reference(checkpoint: Checkpoint, weights: int) -> Reference:
     """transformers' logits, computed in float32 where there is room for two such models."""
     dtype = "float32" if 8 * weights < memory().available else "auto"
     with quiet():
-        expected = reference_of(load_model(directory, dtype, "cpu"))
+        trust = checkpoint.trust_remote_code
+        expected = reference_of(load_model(checkpoint.directory, dtype, "cpu", trust))
     give_memory_back()
     return expected
 

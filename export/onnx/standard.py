@@ -67,14 +67,17 @@ class _Step(nn.Module):
 
 
 @torch.no_grad()
-def build_standard(source: Path, out: Path) -> None:
+def build_standard(source: Path, out: Path, trust_remote_code: bool = False) -> None:
     """Writes the graph of a checkpoint, its data, `genai_config.json` and the tokenizer to `out`.
+
+    Args:
+        trust_remote_code: whether code that lies beside the checkpoint may run.
 
     Raises:
         GraphError: the model's cache is no list of keys and values, or torch cannot trace it.
     """
     for attention in _ATTENTIONS:
-        model = load_model(source, "float32", "cpu", attention)
+        model = load_model(source, "float32", "cpu", trust_remote_code, attention)
         model.set_experts_implementation(ALL_EXPERTS)
         layers, heads, size = _cache_of(model, source)
         positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -91,7 +94,8 @@ def build_standard(source: Path, out: Path) -> None:
     config = _genai_config(model, layers, heads, size, positions)
     write_text(json.dumps(config, indent=4) + "\n", out / "genai_config.json")
     with contextlib.suppress(OSError, ValueError):  # a model may have come without one
-        AutoTokenizer.from_pretrained(source).save_pretrained(out)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer.save_pretrained(out)
 
 
 def _cache_of(model: Any, source: Path) -> tuple[int, int, int]:

@@ -10,7 +10,6 @@ values come back as value × scale, rounded once to the model's dtype.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,22 +18,24 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from besa.errors import BesaError, one_line
+from besa.errors import BesaError
 from besa.export.config import ExportConfig, ExportResult
+from besa.export.packed.bitmask import BitmaskCheckpoint
 from besa.formats import FormatError, PackedConfig, packed_of
 from besa.formats.checkpoint import SUFFIXES
 from besa.machine import give_memory_back, peak_memory
+from besa.model.architecture import read_config
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import UnpackedRecord, UnpackedSizes
 from besa.model.files import resolve, stored_bytes, stored_dtype, weight_files
+from besa.model.quantization import stored_as
 from besa.model.record import read_raw_record, read_record, write_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
 from besa.version import __version__, versions
-from besa.writing import sha256, write_text
+from besa.writing import sha256
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,17 @@ class PackedCheckpoint:
     dtype: torch.dtype
 
     @classmethod
-    def open(cls, model: str | Path) -> PackedCheckpoint:
+    def open(cls, model: str | Path, trust_remote_code: bool = False) -> PackedCheckpoint:
         """Opens a directory or hub id; reads headers only.
+
+        Args:
+            trust_remote_code: whether code that lies beside the checkpoint may run.
 
         Raises:
             BesaError: it is not packed, in another version of the format, or not whole.
         """
         directory = resolve(model)
-        if not (directory / "config.json").is_file():
-            raise BesaError(f"{directory} is no model: it has no config.json")
-        with one_line(f"{directory}/config.json"):
-            config = AutoConfig.from_pretrained(directory)
+        config = read_config(directory, trust_remote_code)
         if getattr(config, "quantization_config", None) is None:
             raise BesaError(f"{directory} is not packed: it is a plain checkpoint already")
         try:
@@ -82,7 +83,7 @@ class PackedCheckpoint:
         plain = {parts.get(name, name): path for name, path in files.items()}
         declared = getattr(config.get_text_config(), "dtype", None)
         dtype = declared if isinstance(declared, torch.dtype) else stored_dtype(files)
-        skeleton = Checkpoint.of(directory, config, plain)
+        skeleton = Checkpoint.of(directory, config, plain, trust_remote_code)
         weights = frozenset(parts.values())
         return cls(directory, packed_config, files, weights, skeleton, dtype)
 
@@ -129,6 +130,15 @@ class PackedCheckpoint:
         weight = packed.unpack(self.dtype if packed.scale is not None else None)
         return weight.T.contiguous() if transposed else weight
 
+    @property
+    def dense_bytes(self) -> int:
+        """What the plain checkpoint will take on the disk."""
+        bytes_of = stored_bytes(self.files)
+        size = sum(count for name, count in bytes_of.items() if _packed_weight(name) is None)
+        dtype = self.dtype if self.config.has_scale else getattr(torch, self.config.values)
+        shapes = (self.layout(weight)[0] for weight in self.weights)
+        return size + sum(rows * cols for rows, cols in shapes) * dtype.itemsize
+
     def layout(self, name: str) -> tuple[torch.Size, bool]:
         """The shape [out, in] of a packed weight, and whether its model stores [in, out]."""
         target = self.skeleton.targets[name]
@@ -144,12 +154,19 @@ class PackedCheckpoint:
         return (torch.Size(shape[::-1]) if transposed else shape), transposed
 
 
+def _open(model: str | Path, trust_remote_code: bool) -> PackedCheckpoint | BitmaskCheckpoint:
+    """What is packed, by besa or by compressed-tensors."""
+    found = stored_as(vars(read_config(resolve(model), trust_remote_code)))
+    kind = BitmaskCheckpoint if found.packed_zeros else PackedCheckpoint
+    return kind.open(model, trust_remote_code)
+
+
 def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> ExportResult:
     """Writes the plain checkpoint; see `besa.export.export`."""
     started = time.monotonic()
     out = Path(config.out)
     check_free(out, config.overwrite)
-    source = PackedCheckpoint.open(packed)
+    source = _open(packed, config.trust_remote_code)
     skeleton = source.skeleton
     source.check_digests()
     settings = {
@@ -159,7 +176,7 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
         "model_fingerprint": skeleton.fingerprint(),
         "besa": __version__,
     }
-    with Workspace.open(out, settings, config.overwrite, _dense_bytes(source)) as workspace:
+    with Workspace.open(out, settings, config.overwrite, source.dense_bytes) as workspace:
         try:
             with workspace.interruptible():
                 shards = _write_shards(source, workspace, tell)
@@ -167,9 +184,6 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
             raise BesaError(f"{source.directory} is damaged: {error}") from None
         workspace.write_index(shards)
         skeleton.copy_companions(workspace.path)
-        model_config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
-        del model_config["quantization_config"]
-        write_text(json.dumps(model_config, indent=2) + "\n", workspace.path / "config.json")
         size = sum((workspace.path / shard["file"]).stat().st_size for shard in shards)
         record = UnpackedRecord(
             besa_version=__version__,
@@ -191,7 +205,7 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
 
 
 def _write_shards(
-    source: PackedCheckpoint, workspace: Workspace, tell: Tell
+    source: PackedCheckpoint | BitmaskCheckpoint, workspace: Workspace, tell: Tell
 ) -> list[dict[str, Any]]:
     """The shards' records: first what belongs to no block, then each block."""
     skeleton = source.skeleton
@@ -218,13 +232,3 @@ def _packed_weight(name: str) -> str | None:
         if name.endswith(f".weight{suffix}"):
             return name.removesuffix(suffix)
     return None
-
-
-def _dense_bytes(source: PackedCheckpoint) -> int:
-    """What the plain checkpoint will take on the disk."""
-    bytes_of = stored_bytes(source.files)
-    size = sum(count for name, count in bytes_of.items() if _packed_weight(name) is None)
-    values = source.config.values
-    dtype = source.dtype if source.config.has_scale else getattr(torch, values)
-    shapes = (source.layout(weight)[0] for weight in source.weights)
-    return size + sum(rows * cols for rows, cols in shapes) * dtype.itemsize

@@ -46,11 +46,13 @@ class TransformersEngine(Engine):
 
     def load_offline(self, directory: str, most: int, longest: int) -> OfflineModel:  # noqa: ARG002
         import torch
-        from transformers import AutoModelForCausalLM
+
+        from besa.model.architecture import loader_of, read_config
 
         torch.set_grad_enabled(False)
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(device).eval()
+        loader = loader_of(read_config(Path(directory)))
+        model = loader.from_pretrained(directory, dtype="auto").to(device).eval()
         return OfflineModel(
             model.config.get_text_config().vocab_size,
             lambda prompts, length: _generate(model, prompts, length),

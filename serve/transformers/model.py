@@ -26,7 +26,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from besa.errors import BesaError
@@ -34,6 +33,7 @@ from besa.formats import FormatError, Packed, PackedConfig, packed_of, packed_we
 from besa.formats.checkpoint import SUFFIXES
 from besa.formats.module import SparseLinear
 from besa.model.blocks import find_blocks
+from besa.model.skeleton import all_targets_of
 
 
 def make_sparse(model: nn.Module, files: Sequence[str], config: PackedConfig) -> None:
@@ -68,12 +68,29 @@ def make_sparse(model: nn.Module, files: Sequence[str], config: PackedConfig) ->
         _check_names([name for name in stored if name in parts], targets, model)
 
 
-def finish_loading(model: nn.Module) -> None:
+def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
+    """What the floating tensors of a model are to be, all but those of its packed weights."""
+    packed = {id(b) for m in model.modules() if isinstance(m, SparseLinear) for b in m.buffers()}
+    return {
+        name: tensor.dtype
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if tensor.is_floating_point() and id(tensor) not in packed
+    }
+
+
+def finish_loading(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     """Checks every packed weight, and finds its row pointers, once all are loaded.
+
+    Args:
+        dtypes: of the other tensors. Where transformers converts or renames one of a checkpoint
+            with a quantization_config, it leaves it as it is stored.
 
     Raises:
         FormatError: a weight that was not loaded, or not as the files have it.
     """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in dtypes and tensor.dtype != dtypes[name]:
+            tensor.data = tensor.data.to(dtypes[name])
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
             try:
@@ -129,19 +146,8 @@ def _opened(files: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def _targets(names: Sequence[str], model: nn.Module) -> dict[str, list[str]]:
     """The model's tensors that each stored one goes into, by transformers' rules."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    known, prefix = model.state_dict(), model.base_model_prefix
-    targets = {}
-    for name in names:
-        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if target not in known and name in known:
-            target, pattern = rename_source_key(name, [], [], prefix, known)
-        several = by_pattern[pattern].target_patterns if pattern else [""]
-        targets[name] = [target.replace(several[0], other) for other in several]
-    return targets
+    found = all_targets_of(names, model, get_model_conversion_mapping(model))
+    return {name: targets for name, (targets, _) in found.items()}
 
 
 def _check_complete(model: Any, stored: set[str]) -> None:

@@ -100,12 +100,13 @@ class BesaQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        from besa.serve.transformers.model import make_sparse
+        from besa.serve.transformers.model import dtypes_of, make_sparse
 
         assert self.quantization_config.packed is not None
         # transformers makes the skeleton on the meta device; what is read of files is real.
         with torch.device("cpu"):
             make_sparse(model, checkpoint_files or [], self.quantization_config.packed)
+        self.dtypes = dtypes_of(model)
 
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
@@ -119,7 +120,7 @@ class BesaQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         from besa.serve.transformers.model import finish_loading, make_dense
 
-        finish_loading(model)
+        finish_loading(model, self.dtypes)
         return make_dense(model) if self.quantization_config.dense else model
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -31,11 +31,12 @@ from typing import Any
 import torch
 import typer
 import uvicorn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.cli import serve as command
 from transformers.cli.serving import chat_completion, completion, model_manager, server, utils
 
 from besa.errors import BesaError
+from besa.model.architecture import loader_of, read_config
 from besa.serve.middleware import Middleware
 from besa.serve.requests import answer_errors
 from besa.serve.transformers.engine import SERVER_VERSIONS
@@ -96,7 +97,8 @@ def _replace(name: str, directory: Path, key: str | None, drain_seconds: int) ->
 
         def _load_model(self, *_: Any, **__: Any) -> Any:
             quantization = self.get_quantization_config()  # None would mean not even packed
-            model, found = AutoModelForCausalLM.from_pretrained(
+            config = read_config(directory, self.trust_remote_code)
+            model, found = loader_of(config, self.trust_remote_code).from_pretrained(
                 directory,
                 dtype=self.dtype,
                 attn_implementation=self.attn_implementation,

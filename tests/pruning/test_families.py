@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from besa.data.samples import draw_samples
 from besa.errors import BesaError
 from besa.methods import METHODS
-from besa.model.blocks import expert_count, find_linears
+from besa.model.blocks import Linear, expert_count, find_linears
 from besa.model.checkpoint import Checkpoint
 from besa.model.observe import observe
 from besa.model.replay import capture
@@ -577,24 +577,35 @@ def test_unknown_matrices_of_a_state_space_model(
     load_strictly(result.out)
 
 
-def test_experts_laid_out_in_an_unknown_way_are_named(
+def test_experts_that_nothing_marks_are_pruned_along_their_inputs(
     tiny_model: Path, calibration: Path, tmp_path: Path
 ):
     settings = {
         **FAMILIES["mixtral"],
         "head_dim": 8,
-        "intermediate_size": 16,  # gate and up: 32 by 32, so that no shape tells
+        "intermediate_size": 16,  # gate and up: 32 by 32, stored [inputs, outputs]
         "intermediate_size_mlp": 48,
         "num_experts_per_tok": 1,
         "interleave_moe_layer_step": 1,
     }
     made = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **settings))
     model = save_with_tokenizer(made, tmp_path / "model", tiny_model)
-    with pytest.raises(BesaError, match=r"feed_forward\.experts\.gate_up_proj is laid out"):
-        prune(model, tmp_path / "out", calibration)
-    result = prune(model, tmp_path / "new", calibration, exclude=r"experts\.")
-    assert result.sparsity == 0.5
+    result = prune(model, tmp_path / "out", calibration, pattern="2:4", method="wanda")
+    experts = {key: value for key, value in stored(result.out).items() if "experts" in key}
+    assert len(experts) == 4
+    for key, tensor in experts.items():
+        assert ((tensor.mT.reshape(-1, 4) == 0).sum(1) == 2).all(), key
     load_strictly(result.out)
+
+
+def test_a_layout_that_the_product_contradicts_is_named():
+    block = nn.Sequential(nn.Linear(16, 16))
+    wrong = Linear("0", "0.weight", groups=1, rows=16, cols=16, transposed=True)
+    with (
+        pytest.raises(BesaError, match=r"how 0 is laid out.*--exclude '0'"),
+        observe(block, [wrong], lambda linear, group, inputs: None),
+    ):
+        block(torch.ones(2, 16))
 
 
 # ------------------------------------------------------------------- how checkpoints are stored

@@ -199,12 +199,13 @@ def test_half_precision_is_as_close_to_the_truth_as_dense(pairs: Callable[..., P
     assert distance(logits(sparse), truth) < 1.5 * distance(logits(dense), truth)
 
 
-def test_values_keep_their_type(pairs: Callable[..., Pair]):
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_neox"])
+def test_values_keep_their_type(pairs: Callable[..., Pair], family: str):
     """`dtype` is of what is dense: the same weights, in a computation of another precision."""
-    pair = pairs("llama", "bfloat16")
+    pair = pairs(family, "bfloat16")
     dense = load_strictly(pair.dense, dtype=torch.float32)
     sparse = load_strictly(pair.sparse, dtype=torch.float32)
-    assert sparse.dtype == torch.float32
+    assert {parameter.dtype for parameter in sparse.parameters()} == {torch.float32}
     assert {m.weight_values.dtype for m in sparse_linears(sparse).values()} == {torch.bfloat16}
     assert distance(logits(sparse), logits(dense)) < EXACT
 

@@ -1,0 +1,80 @@
+"""What a config.json says of how its weights are stored: as floats, or in some other way.
+
+Tools that prune leave notes there beside float weights, too. llm-compressor and SparseML write a
+`sparsity_config`, alone or within what usually says that a model is quantized. Such notes are of
+the weights as they were, and are dropped from what is read and from what is written.
+
+>>> note = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense"}}
+>>> stored_as({"quantization_config": note}).floats
+True
+>>> stored_as({"quantization_config": {"quant_method": "gptq", "bits": 4}})
+StoredAs(method='gptq', floats=False)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from besa.errors import BesaError
+
+# Where such notes stand in a config.json, today's place first.
+NOTES = ("quantization_config", "compression_config", "sparsity_config")
+
+# The method whose configs also describe floats, and what it calls weights that are stored whole.
+_COMPRESSED = "compressed-tensors"
+_WHOLE = (None, "dense")
+_BITMASKS = ("sparse-bitmask", "sparse-24-bitmask")
+
+
+@dataclass(frozen=True)
+class StoredAs:
+    """How weights are stored.
+
+    Attributes:
+        method: what the notes call it; None where there are none.
+        floats: whether each weight is one floating tensor under its own name.
+        packed_zeros: whether it would be, but for zeros that are left out by a bitmask.
+    """
+
+    method: str | None
+    floats: bool
+    packed_zeros: bool = False
+
+
+def stored_as(config: Mapping[str, Any]) -> StoredAs:
+    """Reads the notes of a config.json."""
+    quantization = dict(config.get(NOTES[0]) or config.get(NOTES[1]) or {})
+    sparsity = dict(quantization.get("sparsity_config") or config.get(NOTES[2]) or {})
+    if not quantization and not sparsity:
+        return StoredAs(None, True)
+    method = quantization.get("quant_method", _COMPRESSED)
+    form = sparsity.get("format")
+    if method == _COMPRESSED and not quantization.get("config_groups"):
+        name = method if form in _WHOLE else f"{method}, {form}"
+        return StoredAs(name, form in _WHOLE, form in _BITMASKS)
+    return StoredAs(str(method), False)
+
+
+def without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without what it says of how weights are stored."""
+    return {name: value for name, value in config.items() if name not in NOTES}
+
+
+def check_floats(directory: Path, config: Any) -> None:
+    """Raises a BesaError, with what to do, if a transformers config is of no float weights."""
+    found = stored_as(vars(config))
+    if not found.floats:
+        remedy = "take the float model that it was made from"
+        if found.method == "besa" or found.packed_zeros:
+            remedy = f"unpack it first, with `besa export --format dense {directory} --out DENSE`"
+        raise BesaError(f"{directory} is quantized ({found.method}): {remedy}")
+
+
+def drop_notes(config: Any) -> None:
+    """Takes notes on float weights from a transformers config, which would want their tool."""
+    if stored_as(vars(config)).floats:
+        for name in NOTES:
+            vars(config).pop(name, None)
