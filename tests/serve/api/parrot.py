@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from besa.serve.api.app import application
-from besa.serve.api.backend import GenerationRequest, TokenStream
+from besa.serve.api.backend import Backend, GenerationRequest, TokenStream
 from besa.serve.api.chat import Chat
 from besa.serve.api.endpoints import Service
 from besa.serve.api.metrics import Metrics
@@ -106,7 +106,16 @@ def served(
     defaults: Mapping[str, float] | None = None,
 ) -> App:
     """The application over a parrot."""
-    chat = Chat(engine.tokenizer)
-    return application(
-        Service(engine, chat, NAME, defaults or {}, Metrics(NAME)), key=key, cors=cors
-    )
+    return over(engine, engine.tokenizer, defaults or {}, key, cors)
+
+
+def over(
+    backend: Backend,
+    tokenizer: Any,
+    defaults: Mapping[str, float],
+    key: str | None = None,
+    cors: bool = False,
+) -> App:
+    """The application over any engine."""
+    service = Service(backend, Chat(tokenizer), NAME, defaults, Metrics(NAME))
+    return application(service, key=key, cors=cors)
