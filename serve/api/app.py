@@ -24,10 +24,11 @@ from besa.serve.api.answers import (
     ModelList,
     to_json,
 )
-from besa.serve.api.endpoints import ChatReply, CompletionReply, Reply, Service, no_model
 from besa.serve.api.errors import ApiError, invalid
 from besa.serve.api.middleware import App, Gate, with_cors, with_request_ids
+from besa.serve.api.replies import ChatReply, CompletionReply, Reply
 from besa.serve.api.requests import ChatRequest, CompletionRequest
+from besa.serve.api.service import Service, no_model
 from besa.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {

@@ -27,7 +27,8 @@ from transformers.utils.chat_parsing import ResponseParser
 
 from besa.serve.api.answers import FinishReason
 from besa.serve.api.errors import ApiError
-from besa.serve.api.requests import ChatRequest, Message
+from besa.serve.api.requests import ChatRequest
+from besa.serve.api.values import Message
 
 
 @dataclass(frozen=True)

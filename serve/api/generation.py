@@ -1,7 +1,7 @@
 """A request's answers: one or several streams of tokens, as text, a piece at a time.
 
-`answers_of` makes an `Answer` for each prompt and each of `n`; `pieces` starts them all, and gives
-what comes from whichever. Whoever stops asking stops the engine.
+There is an `Answer` for each prompt and each of `n`. `pieces` starts them all, and gives what comes
+from whichever. Whoever stops asking stops the engine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ class Answer:
     Args:
         index: its place among the request's answers.
         echo: what comes before it.
-
     """
 
     def __init__(

@@ -22,233 +22,32 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from besa.serve.api.errors import ApiError, invalid
-from besa.serve.api.fields import (
-    accepted,
-    check_harmless,
-    honoured,
-    refused,
-    shortened,
-    supports,
-    unsupported,
+from besa.serve.api.fields import accepted, check_harmless, honoured, refused, supports
+from besa.serve.api.values import (
+    MOST_CHOICES,
+    Biases,
+    Messages,
+    Prompts,
+    Stops,
+    StreamOptions,
+    Strict,
+    Tool,
+    wrong,
 )
 
-# A request is that many generations at most: prompts, times answers to each.
-MOST_CHOICES = 128
-_MOST_STOPS = 4
 _INT64 = (1 << 63) - 1
-
-
-def _wrong(words: str) -> PydanticCustomError:
-    # Words are a value of the message, as they may have braces.
-    return PydanticCustomError("wrong_value", "{words}", {"words": words})
-
-
-# ------------------------------------------------------------------------- parts of a request
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class StreamOptions(_Strict):
-    """What a stream has besides its text; `include_obfuscation` is accepted without effect."""
-
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None
-
-
-def _not_strict(value: Any) -> Any:
-    if value is True:
-        raise unsupported("strict=True", "leave it out")
-    return value
-
-
-class Function(_Strict):
-    """A function that a model may call."""
-
-    name: str = Field(min_length=1)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: Annotated[bool | None, BeforeValidator(_not_strict)] = None
-
-
-class Tool(_Strict):
-    """A tool, which is a function."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class CalledFunction(_Strict):
-    """A function that a model has called, its arguments in JSON."""
-
-    name: str
-    arguments: str
-
-
-class ToolCall(_Strict):
-    """A call in an earlier answer."""
-
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: CalledFunction
-    index: int | None = None
-
-
-def _text(content: Any) -> Any:
-    """The text of a content, whose parts become lines as in vLLM."""
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise _wrong("must be a string, or a list of parts of type text")
-    lines = []
-    for part in content:
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise _wrong('must be a list of parts such as {"type": "text", "text": "…"}')
-        if part["type"] != "text":
-            raise unsupported(f"a part of type {shortened(part['type'])}", "it takes text")
-        if not isinstance(part.get("text"), str) or part.keys() != {"type", "text"}:
-            raise _wrong("must have parts with a type and a text, and nothing else")
-        lines.append(part["text"])
-    return "\n".join(lines)
-
-
-_PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    "required": ["type", "text"],
-    "additionalProperties": False,
-}
-_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}]}
-Content = Annotated[str | None, BeforeValidator(_text), WithJsonSchema(_CONTENT)]
-
-
-class Message(_Strict):
-    """A message of a chat. Of an answer that is sent back, what was empty may stay."""
-
-    role: str = Field(min_length=1)
-    content: Content = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    refusal: Literal[None] = None
-    audio: Literal[None] = None
-    function_call: Literal[None] = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Message:
-        if self.content is None and not self.tool_calls:
-            raise _wrong("must have a content, or tool_calls")
-        return self
-
-
-def _stops(value: Any) -> Any:
-    listed = [value] if isinstance(value, str) else value
-    if listed is None:
-        return []
-    if not isinstance(listed, list) or not all(isinstance(s, str) and s for s in listed):
-        raise _wrong("must be a string or a list of strings, none of them empty")
-    if len(listed) > _MOST_STOPS:
-        raise _wrong(f"must have {_MOST_STOPS} strings at most")
-    return listed
-
-
-_STRING = {"type": "string", "minLength": 1}
-_STOP = {
-    "anyOf": [
-        _STRING,
-        {"type": "array", "items": _STRING, "maxItems": _MOST_STOPS},
-        {"type": "null"},
-    ]
-}
-Stops = Annotated[list[str], BeforeValidator(_stops), WithJsonSchema(_STOP)]
-
-
-def _biases(value: Any) -> Any:
-    """By token numbers, which are strings in JSON."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(
-        isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 10
-        for token in value
-    ):
-        raise _wrong('must be an object of token numbers and their biases, as {"5": -100}')
-    biases = value.values()
-    if not all(isinstance(b, int | float) and not isinstance(b, bool) for b in biases):
-        raise _wrong("must have numbers as biases")
-    if not all(-100 <= bias <= 100 for bias in biases):
-        raise _wrong("must have biases from -100 to 100")
-    return {int(token): float(bias) for token, bias in value.items()}
-
-
-_BIAS = {
-    "anyOf": [
-        {
-            "type": "object",
-            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-        },
-        {"type": "null"},
-    ]
-}
-Biases = Annotated[dict[int, float], BeforeValidator(_biases), WithJsonSchema(_BIAS)]
-
-
-def _prompts(value: Any) -> Any:
-    """Always a list: of texts, or of lists of token numbers."""
-    found = [value] if isinstance(value, str) else value
-    if isinstance(found, list) and found:
-        if all(type(one) is int for one in found):
-            found = [found]
-        texts = all(isinstance(one, str) for one in found)
-        tokens = all(
-            isinstance(one, list) and one and all(type(token) is int for token in one)
-            for one in found
-        )
-        if texts or tokens:
-            return found
-    raise _wrong("must be a string, a list of strings, token numbers, or a list of such lists")
-
-
-_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-_PROMPT = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MOST_CHOICES},
-        _TOKENS,
-        {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": MOST_CHOICES},
-    ]
-}
-Prompts = Annotated[list[str] | list[list[int]], BeforeValidator(_prompts), WithJsonSchema(_PROMPT)]
-
-
-def _messages(value: Any) -> Any:
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise _wrong("must be a list of objects with a role and a content")
-    return value
-
-
-# ------------------------------------------------------------------------- both requests
-
 _TORCH = ("transformers",)
 
 
-class Request(_Strict):
+class Request(Strict):
     """What completions and chat completions have in common."""
 
     model: str | None = honoured("the served model's name, or none")
@@ -288,7 +87,7 @@ class Request(_Strict):
         "for tokens that the answer has already", by=_TORCH, harmless=(0,), ge=-2, le=2
     )
     repetition_penalty: float | None = honoured(
-        "for tokens of prompt and answer", gt=0, le=100, allow_inf_nan=False
+        "for tokens of prompt and answer", ge=0.01, le=100, allow_inf_nan=False
     )
     min_tokens: int | None = honoured(
         "so many tokens come before the answer may end", ge=0, le=_INT64
@@ -342,9 +141,9 @@ class Request(_Strict):
         try:
             json.dumps(body, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise _wrong("has text with half of a surrogate pair") from None
+            raise wrong("has text with half of a surrogate pair") from None
         except RecursionError:
-            raise _wrong("is nested too deeply") from None
+            raise wrong("is nested too deeply") from None
         return body
 
     @field_validator("*", mode="before")
@@ -360,7 +159,7 @@ class CompletionRequest(Request):
     prompt: Annotated[Prompts, Field(description="a text, token numbers, or a list of either")] = (
         honoured("a text, several, token numbers, or lists of them", default=...)
     )
-    max_tokens: int | None = honoured("16 if left out; they have to fit", ge=1, le=_INT64)
+    max_tokens: int | None = honoured("16 if left out; as many come as fit", ge=1, le=_INT64)
     echo: bool | None = honoured("the prompt comes before the answer")
     add_special_tokens: bool | None = honoured("the tokenizer's, as its beginning token")
     best_of: Any = refused(1)
@@ -371,11 +170,9 @@ class CompletionRequest(Request):
 class ChatRequest(Request):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], BeforeValidator(_messages)] = honoured(
-        "contents are text, or lists of parts of type text", default=...
-    )
+    messages: Messages = honoured("contents are text, or lists of parts of type text", default=...)
     max_tokens: int | None = honoured(
-        "what is left of the context if left out; they have to fit", ge=1, le=_INT64
+        "what is left of the context if left out; as many come as fit", ge=1, le=_INT64
     )
     max_completion_tokens: int | None = honoured("the newer name of it", ge=1, le=_INT64)
     tools: list[Tool] | None = honoured(

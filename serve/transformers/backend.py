@@ -74,7 +74,7 @@ def batches_for(model: Any, config: ContinuousBatchingConfig | None) -> Batches 
 def _own_processors(model: Any) -> list[Any]:
     """What the model's generation configuration asks for beyond what a request may say."""
     config = copy.deepcopy(model.generation_config)
-    config.do_sample, config.repetition_penalty = False, None
+    config.do_sample, config.repetition_penalty, config._eos_token_tensor = False, None, None
     config.min_length = config.min_new_tokens = config.num_beams = None
     return list(model._get_logits_processor(config))
 

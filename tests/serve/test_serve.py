@@ -19,6 +19,13 @@ import psutil
 import pytest
 
 from tests.serve import serving
+from tests.serve.conformance import (  # noqa: F401 - collected here
+    test_langchain,
+    test_llama_index,
+    test_nodes_client,
+    test_the_same_answers,
+    test_the_same_refusals,
+)
 from tests.serve.serving import NEW_TOKENS, PROMPTS, Served, greedy
 
 pytestmark = pytest.mark.slow

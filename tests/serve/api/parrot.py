@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 from besa.serve.api.app import application
 from besa.serve.api.backend import Backend, GenerationRequest, TokenStream
 from besa.serve.api.chat import Chat
-from besa.serve.api.endpoints import Service
 from besa.serve.api.metrics import Metrics
 from besa.serve.api.middleware import App
+from besa.serve.api.service import Service
 
 NAME = "parrot"
 TEMPLATE = (

@@ -21,6 +21,13 @@ from besa.export.onnx.runtime import NAME, ort_library
 from besa.serve.cpu import threads
 from tests.helpers import run
 from tests.serve import serving
+from tests.serve.conformance import (  # noqa: F401 - collected here
+    test_langchain,
+    test_llama_index,
+    test_nodes_client,
+    test_the_same_answers,
+    test_the_same_refusals,
+)
 from tests.serve.serving import NEW_TOKENS, PROMPTS, Served
 from tests.serve.test_serve import (  # noqa: F401 - collected here
     KEY,
