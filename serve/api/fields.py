@@ -8,7 +8,7 @@ True
 >>> from besa.serve.api.requests import parsed
 >>> parsed(CompletionRequest, {"prompt": "Once", "suffix": "end"})
 Traceback (most recent call last):
-besa.serve.api.errors.ApiError: suffix='end' is not supported by this server: leave it out
+besa.serve.api.errors.ApiError: suffix="end" is not supported by this server: leave it out
 
 The fields of besa.serve.api.requests are made by the functions here. They are the one table that
 both engines, the OpenAPI schema (`x-support`) and docs/serve.md go by.
@@ -126,8 +126,8 @@ def unsupported_by(engine: str, request: BaseModel) -> tuple[str, Any] | None:
 
 
 def shortened(value: Any, most: int = 60) -> str:
-    """A value as Python shows it, cut where it is long, in letters that any answer can carry."""
-    text = repr(value).encode("ascii", "backslashreplace").decode()
+    """A value in JSON, cut where it is long."""
+    text = json.dumps(value)
     return text if len(text) <= most else text[:most] + "…"
 
 

@@ -64,6 +64,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope["path"] = scope["path"].rstrip("/") or "/"
         if (refusal := self._refusal(scope)) is not None:
             await respond(send, refusal.status, refusal.body)
         else:
@@ -71,7 +72,7 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
-        open_to_all = scope["path"].rstrip("/") == "/health" or self.key is None
+        open_to_all = scope["path"] == "/health" or self.key is None
         if not open_to_all and not self._shows_key(headers.get(b"authorization", b"")):
             return ApiError(401, "the API key is missing or wrong", None, "invalid_api_key")
         if scope["method"] == "POST":
@@ -173,7 +174,6 @@ def with_request_ids(app: App, metrics: Metrics) -> App:
 
 def _shown(path: str) -> str:
     """A path for logs and metrics: clients could make up any number of others."""
-    path = path.rstrip("/")
     if path.startswith("/v1/models/"):
         return "/v1/models/{name}"
     return path if path in _PATHS else "other"

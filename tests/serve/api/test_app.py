@@ -425,6 +425,7 @@ def test_models_and_health(client: Client):
     [model] = client.http.get("/v1/models").json()["data"]
     assert (model["id"], model["object"], model["max_model_len"]) == (NAME, "model", 128)
     assert client.http.get(f"/v1/models/{NAME}").json() == model
+    assert client.http.get("/v1/models/").json() == client.http.get("/v1/models").json()
     assert client.http.get("/health").json() == {"status": "ok"}
     assert client.http.head("/health").status_code == 200
 

@@ -152,7 +152,7 @@ def test_what_is_wrong_is_said_in_plain_words(kind: str, wrong: dict[str, Any], 
     ],
 )
 def test_parts_that_are_no_text_are_refused_by_name(part: dict[str, Any]):
-    content = [{"type": "text", "text": "see"}, part]
-    with pytest.raises(ApiError, match=f"{part['type']}'? is not supported") as caught:
+    kind, content = part["type"], [{"type": "text", "text": "see"}, part]
+    with pytest.raises(ApiError, match=rf'"{kind}" is not supported') as caught:
         parsed(ChatRequest, {"messages": [{"role": "user", "content": content}]})
     assert caught.value.param == "messages[0].content"
