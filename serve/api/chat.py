@@ -86,18 +86,18 @@ class Chat:
         Raises:
             ApiError: the template cannot take it.
         """
-        messages = [_plain(message) for message in request.messages]
+        messages = [_plain(*each) for each in enumerate(request.messages)]
         variables = self._variables(request)
         tools = self._tools(request)
         text = self._rendered(request, messages, variables, tools)
         if tools and text == self._rendered(request, messages, variables, None):
-            raise ApiError(
-                400,
-                "tools are not supported by this server: the model's chat template has no place "
-                "for them",
-                "tools",
-                "unsupported_parameter",
-            )
+            raise _no_place("tools", "tools")
+        without = [
+            {name: value for name, value in message.items() if name != "tool_calls"}
+            for message in messages
+        ]
+        if without != messages and text == self._rendered(request, without, variables, tools):
+            raise _no_place("tool_calls", "messages")
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def parser(self, request: ChatRequest, prompt: list[int]) -> Parser | None:
@@ -170,7 +170,17 @@ class Chat:
         return text
 
 
-def _plain(message: Message) -> dict[str, Any]:
+def _no_place(what: str, field: str) -> ApiError:
+    """What a template leaves out, as its text is the same without it."""
+    return ApiError(
+        400,
+        f"{what} are not supported by this server: the model's chat template has no place for them",
+        field,
+        "unsupported_parameter",
+    )
+
+
+def _plain(number: int, message: Message) -> dict[str, Any]:
     """A message as templates take it: without what is empty, and arguments as objects."""
     found = message.model_dump(exclude_none=True, exclude={"annotations"})
     found.setdefault("content", "")
@@ -180,7 +190,7 @@ def _plain(message: Message) -> dict[str, Any]:
         try:
             call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
         except ValueError:
-            path = f"tool_calls[{position}].function.arguments"
+            path = f"messages[{number}].tool_calls[{position}].function.arguments"
             raise ApiError(400, f"{path} must be JSON", path) from None
     return {**found, "tool_calls": calls} if calls else found
 

@@ -25,6 +25,7 @@ from besa.serve.api.backend import GenerationRequest, TokenStream
 from besa.serve.onnx.engine import genai_config
 
 _EVENTS = 64
+_LEAST = 1e-6
 
 
 class OnnxBackend:
@@ -118,9 +119,10 @@ class OnnxBackend:
             sample = asked.temperature > 0 and asked.top_k != 1
             turn.set_do_sample(sample)
             if sample:  # with the likeliest token, it refuses them
-                turn.set_temperature(asked.temperature)
+                # Its numbers are of 32 bits: what is smaller would be 0, which it refuses.
+                turn.set_temperature(max(asked.temperature, _LEAST))
                 turn.set_top_k(asked.top_k)
-                turn.set_top_p(asked.top_p)
+                turn.set_top_p(max(asked.top_p, _LEAST))
             running.turn = running.request.begin_turn(np.array(asked.prompt, np.int32), turn)
         except Exception as error:  # noqa: BLE001
             running.stream.fail(error)

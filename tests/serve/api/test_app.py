@@ -252,6 +252,16 @@ def test_tools_that_the_template_has_no_place_for(tiny_model: Path):
     assert "no place" in error["message"]
 
 
+def test_earlier_calls_that_the_template_has_no_place_for(client: Client):
+    client.engine.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [*HI, {"role": "assistant", "content": "Yes", "tool_calls": [call]}]
+    error = client.refusal(CHAT, messages=messages)
+    assert error["message"].startswith("tool_calls are not supported by this server")
+    messages[1]["tool_calls"] = [{**call, "function": {"name": "f", "arguments": "no JSON"}}]
+    assert "must be JSON" in client.refusal(CHAT, messages=messages)["message"]
+
+
 def test_calls_and_thoughts(tiny_model: Path):
     client = Client(parrot(tiny_model, parses=True))
     client.engine.says = '<t>Hm</t>Well<c>{"name": "f", "arguments": {"a": 1}}</c>'
