@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from besa.serve.api.answers import (
@@ -93,22 +91,11 @@ def routes(service: Service) -> FastAPI:
 async def _answer(reply: Reply[Any], stream: bool | None) -> Response:
     if stream:
         return StreamingResponse(
-            _closing(reply.events()),
+            reply.events(),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-    return _json(await reply.collected())
-
-
-async def _closing(events: AsyncGenerator[str]) -> AsyncGenerator[str]:
-    """The events; a client that goes away closes what they come from, which stops the engine."""
-    async with aclosing(events) as open_events:
-        async for event in open_events:
-            yield event
-
-
-def _json(answer: BaseModel) -> Response:
-    return Response(to_json(answer), media_type="application/json")
+    return Response(to_json(await reply.collected()), media_type="application/json")
 
 
 def _answer_errors(app: FastAPI) -> None:

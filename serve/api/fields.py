@@ -20,6 +20,7 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -79,6 +80,7 @@ def refused(*harmless: Any, says: str = "") -> Any:
     return Field(None, description=says, json_schema_extra=extra)
 
 
+@cache
 def supports(model: type[BaseModel]) -> dict[str, Support]:
     """What becomes of each field of a request, by its name."""
     return {name: _support(info) for name, info in model.model_fields.items()}

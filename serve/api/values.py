@@ -28,11 +28,14 @@ _MOST_STOPS = 4
 
 
 def wrong(words: str) -> PydanticCustomError:
+    """An error of a value, in words that follow its name."""
     # Words are a value of the message, as they may have braces.
     return PydanticCustomError("wrong_value", "{words}", {"words": words})
 
 
 class Strict(BaseModel):
+    """An object of known fields, whose types are taken as they are: "5" is no number."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
