@@ -7,10 +7,10 @@ besa serve SPARSE --engine transformers
 
 SPARSE is what `besa export` wrote; any other model is served as it is. vLLM serves it where it is
 installed, else transformers; an ONNX model is served by ONNX Runtime GenAI. Flags after SPARSE that
-are not below go to the engine as they are: `vllm serve --help=all` and `transformers serve --help`
-list them. For several GPUs or machines, vLLM's --tensor-parallel-size, --pipeline-parallel-size and
---distributed-executor-backend; --dry-run prints what would be started, for a cluster's own way of
-starting things.
+are not below go to the engine as they are: `vllm serve --help=all` lists vLLM's, docs/serve.md
+those of the others. For several GPUs or machines, vLLM's --tensor-parallel-size,
+--pipeline-parallel-size and --distributed-executor-backend; --dry-run prints what would be started,
+for a cluster's own way of starting things.
 """
 
 from __future__ import annotations

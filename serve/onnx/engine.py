@@ -35,8 +35,8 @@ class OnnxEngine(Engine):
         return None if package is None else version(package)
 
     def check(self) -> None:
-        packages = ("fastapi", "openai", "uvicorn", "onnx", "onnxruntime", "onnxruntime_genai")
-        need("ONNX Runtime", packages, "onnx,serve")
+        server = ("fastapi", "prometheus_client", "uvicorn")
+        need("ONNX Runtime", (*server, "onnx", "onnxruntime", "onnxruntime_genai"), "onnx,serve")
 
     def launch(self, config: ServeConfig, directory: Path) -> Launch:  # noqa: ARG002
         return Launch(() if config.verbose else ("--log-level", "error"))

@@ -1,6 +1,6 @@
 """ONNX Runtime GenAI in a thread of its own: requests in, tokens out to their streams.
 
-A server makes one `GenerationThread` for its model, and calls its `start(request, stream)` for each
+A server makes one `OnnxBackend` for its model, and calls its `start(request)` for each
 `GenerationRequest`, in an event loop.
 
 On a CPU GenAI's engine batches statically: up to four of the requests that wait begin together, and
@@ -13,7 +13,6 @@ import json
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,48 +21,30 @@ import numpy as np
 from besa.errors import BesaError
 from besa.export.onnx.check import load_whole
 from besa.export.onnx.runtime import genai
+from besa.serve.api.backend import GenerationRequest, TokenStream
 from besa.serve.onnx.engine import genai_config
-from besa.serve.stream import Stream
 
 _EVENTS = 64
+_LEAST = 1e-6
 
 
-@dataclass(frozen=True)
-class GenerationRequest:
-    """What is to be generated; None for what genai_config.json says.
-
-    Attributes:
-        prompt: token numbers.
-        max_tokens: new tokens, at most.
-        min_tokens: new tokens before an end-of-text token may come.
-        temperature, top_p, top_k: how tokens are drawn; temperature 0 takes the likeliest.
-    """
-
-    prompt: list[int]
-    max_tokens: int
-    min_tokens: int = 0
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-
-
-class GenerationThread:
-    """Generates for all requests.
-
-    Attributes:
-        longest: how many tokens a request may have, prompt and answer.
+class OnnxBackend:
+    """A model that generates for all requests.
 
     Raises:
         BesaError: the model or its operators cannot be loaded.
     """
+
+    name = "onnx"
 
     def __init__(self, directory: Path, threads: int) -> None:
         self._og = genai()
         described = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))
         load_whole(directory / described["model"]["decoder"]["filename"])
         self.longest: int = described["model"]["context_length"]
+        self.vocabulary: int = described["model"]["vocab_size"]
         ends = described["model"]["eos_token_id"]
-        self._ends = set(ends if isinstance(ends, list) else [ends])
+        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._running: list[_Generation] = []
         self._engine: Any = None
@@ -77,11 +58,13 @@ class GenerationThread:
             lines = str(error).splitlines() or [type(error).__name__]
             raise BesaError(f"{directory} cannot be loaded: {lines[0]}") from None
 
-    def start(self, asked: GenerationRequest, stream: Stream) -> None:
-        """Has a prompt continued; what comes of it arrives in the stream's queue."""
-        running = _Generation(asked, stream)
+    def start(self, request: GenerationRequest) -> TokenStream:
+        """Has a prompt continued; to be called in an event loop."""
+        stream = TokenStream()
+        running = _Generation(request, stream)
         stream.on_cancel = lambda: self._work.put(lambda: self._cancel(running))
         self._work.put(lambda: self._begin(running))
+        return stream
 
     def stop(self) -> None:
         """Ends the thread once it has nothing left to do, and lets go of the model."""
@@ -132,12 +115,14 @@ class GenerationThread:
             turn = og.TurnOptions(running.request)
             turn.set_max_generated_tokens(asked.max_tokens)
             turn.set_min_generated_tokens(asked.min_tokens)
-            if asked.temperature is not None:
-                turn.set_do_sample(asked.temperature > 0)
-                turn.set_temperature(asked.temperature)
-                turn.set_top_k(asked.top_k or 0)
-            if asked.top_p is not None:
-                turn.set_top_p(asked.top_p)
+            turn.set_repetition_penalty(asked.repetition_penalty)
+            sample = asked.temperature > 0 and asked.top_k != 1
+            turn.set_do_sample(sample)
+            if sample:  # with the likeliest token, it refuses them
+                # Its numbers are of 32 bits: what is smaller would be 0, which it refuses.
+                turn.set_temperature(max(asked.temperature, _LEAST))
+                turn.set_top_k(asked.top_k)
+                turn.set_top_p(max(asked.top_p, _LEAST))
             running.turn = running.request.begin_turn(np.array(asked.prompt, np.int32), turn)
         except Exception as error:  # noqa: BLE001
             running.stream.fail(error)
@@ -150,16 +135,14 @@ class GenerationThread:
         if running is None:  # it was cancelled
             return
         stream = running.stream
-        if flags & og.EngineEventFlags.TOKEN and event.token not in self._ends:
-            stream.extend([event.token])
+        if flags & og.EngineEventFlags.TOKEN:
+            stream.put([event.token])
         if flags & og.EngineEventFlags.FAILED:
             stream.fail(f"the engine failed: {event.error_code.name}")
             self._forget(running)
         elif flags & og.EngineEventFlags.TURN_FINISHED:
             stream.end()
             self._forget(running)
-        elif stream.stopped:
-            self._cancel(running)
 
     def _cancel(self, running: _Generation) -> None:
         """Ends a request early; its place in the batch is free when the others have ended."""
@@ -177,7 +160,7 @@ class GenerationThread:
 class _Generation:
     """A request on its way."""
 
-    def __init__(self, asked: GenerationRequest, stream: Stream) -> None:
+    def __init__(self, asked: GenerationRequest, stream: TokenStream) -> None:
         self.asked, self.stream = asked, stream
         self.request: Any = None
         self.turn = 0

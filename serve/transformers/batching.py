@@ -1,7 +1,7 @@
 """Continuous batching on a CPU: requests join and leave a running batch token by token.
 
-A server makes one `Batches` for its model, and calls its `start(prompt, config, stream)` for each
-request, in an event loop.
+A server makes one `Batches` for its model, and calls its `start` for each request, in an event
+loop.
 
 The batching is transformers' own, paged attention and all, with what it needs on a CPU and in a
 server: a cache of a size that fits; sampling as each request asks (transformers gives all of them
@@ -27,16 +27,16 @@ from __future__ import annotations
 import copy
 import threading
 import uuid
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from fastapi import HTTPException
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from besa.machine import memory
+from besa.serve.api.backend import TokenStream
 from besa.serve.cpu import longest_sequence
-from besa.serve.stream import Stream
+from besa.serve.transformers.sampling import Sampling
 
 # A page is of so many tokens: what a sequence wastes at its end is half of it.
 _PAGE = 32
@@ -84,37 +84,36 @@ class Batches:
         """Generates once: models with layers that cannot be paged fail with their first token."""
         self.manager.add_request([0, 0], max_new_tokens=2, eos_token_id=-1)
         while (result := self.manager.get_result(timeout=1)) is None:
-            if not self.is_alive():
-                raise self.manager.background_thread_status.fatal_error
+            if (error := self.manager.background_thread_status.fatal_error) is not None:
+                raise error
         if result.error is not None:
             raise RuntimeError(result.error)
 
-    def is_alive(self) -> bool:
-        return self.manager.background_thread_status.fatal_error is None
+    @property
+    def failed(self) -> str | None:
+        """Why no request is answered any more; None if they are."""
+        error = self.manager.background_thread_status.fatal_error
+        return None if error is None else str(error)
 
-    def start(self, prompt: list[int], gen_config: Any, stream: Stream) -> None:
-        """Has a prompt continued; to be called in an event loop.
-
-        Raises:
-            HTTPException: the thread has ended.
-            ValueError: what `sampling` raises.
-        """
-        if not self.is_alive():
-            raise HTTPException(503, "the engine has failed and takes no more requests")
-        name, asked = uuid.uuid4().hex, sampling(self.model, gen_config)
+    def start(
+        self, prompt: list[int], most: int, ends: Collection[int], sampling: Sampling
+    ) -> TokenStream:
+        """Has a prompt continued, by so many tokens at most; to be called in an event loop."""
+        stream, name = TokenStream(), uuid.uuid4().hex
+        told = 0
 
         def forget() -> None:
             self.manager.output_router.result_handlers.pop(name, None)
             self.manager.cancel_request(name)
 
         def take(output: Any) -> None:
-            stream.extend(output.generated_tokens[len(stream.tokens) :])
+            nonlocal told
+            stream.put(output.generated_tokens[told:])
+            told = len(output.generated_tokens)
             if output.error is not None:
                 stream.fail(output.error)
             elif output.is_finished():
-                stream.end()
-            elif stream.stopped:
-                forget()
+                stream.on_cancel = lambda: None
                 stream.end()
 
         stream.on_cancel = forget
@@ -123,47 +122,18 @@ class Batches:
             prompt,
             request_id=name,
             streaming=True,
-            max_new_tokens=gen_config.max_new_tokens,
-            eos_token_id=gen_config.eos_token_id,
-            sampling=asked,
+            max_new_tokens=most,
+            eos_token_id=sorted(ends) or -1,
+            sampling=sampling,
         )
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a request's tokens are chosen.
-
-    Attributes:
-        processors: transformers' own, for what the request asks: `generate` would use the same.
-        sample: whether by chance.
-        generator: of chance; None for the one that all share.
-    """
-
-    processors: Any
-    sample: bool
-    generator: torch.Generator | None
-
-
-def sampling(model: Any, gen_config: Any) -> Sampling:
-    """What a request's configuration says; `seed` is besa's own.
-
-    Raises:
-        ValueError: a processor's, tried here, as amid a batch it would end everyone's answers.
-    """
-    seed = getattr(gen_config, "seed", None)
-    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-    processors = model._get_logits_processor(gen_config)
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    size = model.config.get_text_config().vocab_size
-    processors(token, torch.zeros(1, size, device=model.device))
-    return Sampling(processors, bool(gen_config.do_sample), generator)
+        return stream
 
 
 class Sampler:
     """Samples for each request as it asks, with the methods of transformers' batch processors.
 
-    The batch takes the largest of each row's scores. Where a row is to be sampled, that is done
-    here, and the chosen token's score left as the only one.
+    The batch takes the largest of each row's scores. Where a request asks for another token, that
+    token's score is left as the only one.
     """
 
     do_processing = True
@@ -184,14 +154,12 @@ class Sampler:
         """Scores [requests, vocabulary], changed row by row where a request asks for it."""
         for row, state in enumerate(self.states):
             asked: Sampling | None = state.logit_processor_kwargs.get("sampling")
-            if asked is None or not (asked.processors or asked.sample):
+            if asked is None or asked.is_plain:
                 continue
             tokens = torch.tensor([state.initial_tokens + state.generated_tokens]).to(scores.device)
-            processed = asked.processors(tokens, scores[row : row + 1])
-            if asked.sample:
-                chosen = torch.multinomial(processed.softmax(-1), 1, generator=asked.generator)
-                processed = torch.full_like(processed, -torch.inf).scatter(1, chosen, 0.0)
-            scores[row] = processed[0]
+            chosen = asked.choose(tokens, scores[row : row + 1])
+            scores[row] = -torch.inf
+            scores[row, chosen] = 0.0
         return scores
 
 

@@ -1,4 +1,4 @@
-"""transformers, which serves everywhere: `transformers serve` with what a server needs around it.
+"""transformers, which serves everywhere: its models behind besa's API.
 
 >>> engine = TransformersEngine()
 >>> engine.launch(ServeConfig("path/to/sparse"), Path("path/to/sparse")).flags[-2:]
@@ -18,12 +18,9 @@ from besa.machine import has_nvidia_gpu
 from besa.serve.engines import Engine, Generated, Launch, OfflineModel, need
 from besa.serve.settings import ServeConfig
 
-# The versions whose server has the parts that besa replaces; see besa.serve.transformers.server.
-SERVER_VERSIONS = "5.19 to 5.24"
-
 
 class TransformersEngine(Engine):
-    """`transformers serve`, changed in its process where clients count on more."""
+    """besa's server on transformers."""
 
     name = "transformers"
 
@@ -31,7 +28,7 @@ class TransformersEngine(Engine):
         return importlib.metadata.version("transformers")
 
     def check(self) -> None:
-        need("transformers", ("fastapi", "openai", "typer", "uvicorn"), "serve")
+        need("transformers", ("fastapi", "prometheus_client", "uvicorn"), "serve")
 
     def launch(self, config: ServeConfig, directory: Path) -> Launch:  # noqa: ARG002
         flags = [] if has_nvidia_gpu() else ["--continuous-batching"]

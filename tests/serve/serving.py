@@ -72,7 +72,8 @@ def packed(dense: Path, directory: Path) -> Path:
 
 
 @cache
-def _dense(directory: Path) -> tuple[Any, Any]:
+def dense_model(directory: Path) -> tuple[Any, Any]:
+    """The model in float32, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(directory)
 
@@ -80,7 +81,7 @@ def _dense(directory: Path) -> tuple[Any, Any]:
 @cache
 def greedy(directory: Path, prompt: str, tokens: int = NEW_TOKENS) -> str:
     """What a dense model says, by transformers' own `generate`."""
-    model, tokenizer = _dense(directory)
+    model, tokenizer = dense_model(directory)
     ids = tokenizer(prompt, return_tensors="pt")
     output = model.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
     text: str = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -89,7 +90,7 @@ def greedy(directory: Path, prompt: str, tokens: int = NEW_TOKENS) -> str:
 
 def logprobs(directory: Path, prompt: str, tokens: int = NEW_TOKENS) -> list[float]:
     """Of the tokens of `greedy`."""
-    model, tokenizer = _dense(directory)
+    model, tokenizer = dense_model(directory)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         output = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)

@@ -19,6 +19,13 @@ import psutil
 import pytest
 
 from tests.serve import serving
+from tests.serve.conformance import (  # noqa: F401 - collected here
+    test_langchain,
+    test_llama_index,
+    test_nodes_client,
+    test_the_same_answers,
+    test_the_same_refusals,
+)
 from tests.serve.serving import NEW_TOKENS, PROMPTS, Served, greedy
 
 pytestmark = pytest.mark.slow
@@ -27,7 +34,7 @@ KEY = "a key of the environment's"
 POSITIONS = 256
 
 
-# transformers' server batches requests on a CPU, and answers one after the other elsewhere.
+# transformers' engine batches requests on a CPU, and answers one after the other elsewhere.
 WAYS = [*serving.ENGINES, "transformers --no-continuous-batching"]
 
 
@@ -228,11 +235,9 @@ def test_models_health_and_metrics(server: Served):
     assert model.id == "sparse"
     assert server.request("GET", "/health")[0] == 200
     status, text = server.request("GET", "/metrics")
-    if server.engine == "vllm":
-        assert status == 200
-        assert "vllm:num_requests_running" in text
-    else:
-        assert status == 404
+    assert status == 200
+    name = "vllm:num_requests_running" if server.engine == "vllm" else "besa_answers_running"
+    assert name in text
 
 
 def test_flags_of_the_engine_reach_it(server: Served):

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible API of besa's own servers: one application over two engines."""
