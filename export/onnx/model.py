@@ -55,6 +55,9 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # Bytes of a weight on the disk, about.
 _BYTES = {"fp32": 4.0, "bf16": 2.2, "fp16": 2.2, "int8": 1.4, "int4": 1.0}
 
+# Bytes from which on a constant of a standard graph is in the file of data.
+_EXTERNAL = 256
+
 # The relative error of the logits beyond which a graph is no longer the model: roundings stay far
 # below, and a part that is missing or in the wrong place gives about 1.
 _MOST_ERROR = {"fp32": 0.05, "bf16": 0.05, "fp16": 0.05, "int8": 0.35, "int4": 0.8}
@@ -194,7 +197,9 @@ def _write_graph(
             graph = ir.load(floats / MODEL)
             pack_weights(graph)
             graph.graph.sort()
-            ir.save(graph, path / MODEL, external_data=DATA, size_threshold_bytes=0)
+            # As the one and the other write it: a standard graph's shapes have to be within it.
+            least = 0 if kind == "genai" else _EXTERNAL
+            ir.save(graph, path / MODEL, external_data=DATA, size_threshold_bytes=least)
             for name in (MODEL, DATA):
                 (floats / name).unlink()
         for file in floats.iterdir():
