@@ -1,6 +1,6 @@
 """The model builder of ONNX Runtime GenAI: a checkpoint as a graph of its fused operators.
 
->>> build("path/to/pruned", Path("onnx"), precision="int8")
+>>> build(Path("path/to/pruned"), Path("onnx"), precision="int8")
 >>> sorted(path.name for path in Path("onnx").glob("*.onnx*"))
 ['model.onnx', 'model.onnx.data']
 

@@ -7,7 +7,7 @@ needs, and no more memory for a long prompt than for its widest layer; to look u
 experts instead would copy their weights for every token.
 
 >>> from besa.model.loading import load_model
->>> model = load_model("path/to/model", "float32", "cpu")
+>>> model = load_model(Path("path/to/model"), "float32", "cpu")
 >>> model.set_experts_implementation(ALL_EXPERTS)
 """
 

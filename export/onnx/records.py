@@ -3,7 +3,7 @@
 >>> import onnx_ir
 >>> from pathlib import Path
 >>> from besa.export.onnx.builder import build
->>> build("path/to/pruned", Path("onnx"), precision="fp16", device="cuda")
+>>> build(Path("path/to/pruned"), Path("onnx"), precision="fp16", device="cuda")
 >>> graph = onnx_ir.load("onnx/model.onnx")
 >>> products = pack_for_cuda(graph, OnnxPacking(values="float16"), torch.float16)
 

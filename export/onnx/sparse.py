@@ -3,7 +3,7 @@
 >>> import onnx_ir
 >>> from pathlib import Path
 >>> from besa.export.onnx.builder import build
->>> build("path/to/pruned", Path("onnx"), precision="fp32")
+>>> build(Path("path/to/pruned"), Path("onnx"), precision="fp32")
 >>> products = pack_graph(onnx_ir.load("onnx/model.onnx"), OnnxPacking(values="bfloat16"))
 
 A MatMul or Gemm whose weight has zeros enough becomes `ai.besa::SparseMatMul` on the values that
