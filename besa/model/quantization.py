@@ -8,7 +8,7 @@ the weights as they were, and are dropped from what is read and from what is wri
 >>> stored_as({"quantization_config": note}).floats
 True
 >>> stored_as({"quantization_config": {"quant_method": "gptq", "bits": 4}})
-StoredAs(method='gptq', floats=False)
+StoredAs(method='gptq', floats=False, packed_zeros=False)
 """
 
 from __future__ import annotations
