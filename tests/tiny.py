@@ -20,7 +20,7 @@ from tests.helpers import VOCABULARY
 _RULES: tuple[tuple[str, Any], ...] = (
     (r"^(bos|eos)_token_id$", 0),
     (r"^(pad|sep|cls|decoder_start)_token_id$", 1),
-    (r"_token_(id|index)$|^im_\w+_id$", None),  # see `_token_id`
+    (r"_token_(id|index)$|^im_\w+_id$", None),  # see `_small`
     (r"^rotary_dim$", 4),
     (r"rope_head_dim", 8),
     (r"nope_head_dim|v_head_dim|index_head_dim|resampler_head_dim|resampler_dim_head", 8),
@@ -56,17 +56,16 @@ def _merged(settings: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
-# What the rules do not make of a family's config, by model_type; nested by the config's parts.
 _HEADS = {"head_dim": 8}
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_ROPES = {"sliding_attention": _ROPE, "full_attention": _ROPE}
 _MROPE = {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}}}
 _COMPASS = {"rope_parameters": {"full_attention": {**_ROPE, "mrope_section": [1, 1, 2]}}}
 _VQ = {"channel_multiplier": [1, 1], "num_embeddings": 64}
 _MOE = {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1}
 _GEMMA_3N = {**_MIXED, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]}
 _HYBRID = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
+# What the rules do not make of a family's config, by model_type; nested by the config's parts.
 OWN: dict[str, dict[str, Any]] = {
     "chameleon": {"vq_config": _VQ, "vocabulary_map": {"<image>": 4}},
     "cohere_compass": {"text_config": _COMPASS},
@@ -164,6 +163,10 @@ def tiny_settings(kind: type[Any]) -> dict[str, Any]:
 
 
 def _small(name: str) -> int | None:
+    """The value of a field by the rules; None where there is none.
+
+    Token ids that mean something to a wrapper are letters that no text of the tests has.
+    """
     for expression, small in _RULES:
         if re.search(expression, name):
             return small if small is not None else 200 + sum(name.encode()) % 50

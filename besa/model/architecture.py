@@ -31,7 +31,7 @@ from besa.model.quantization import drop_notes
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
 
 
-def read_config(directory: Path, trust_remote_code: bool = False) -> Any:
+def read_config(directory: str | Path, trust_remote_code: bool = False) -> Any:
     """The transformers config of a checkpoint.
 
     Args:
@@ -41,6 +41,7 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> Any:
         BesaError: no config.json that can be read, a model type that transformers does not know, or
             code that may not run.
     """
+    directory = Path(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise BesaError(f"{directory} is no model: it has no config.json")
