@@ -6,6 +6,7 @@ token, and what the router did not choose counts nothing. That takes more arithm
 needs, and no more memory for a long prompt than for its widest layer; to look up each token's own
 experts instead would copy their weights for every token.
 
+>>> from pathlib import Path
 >>> from besa.model.loading import load_model
 >>> model = load_model(Path("path/to/model"), "float32", "cpu")
 >>> model.set_experts_implementation(ALL_EXPERTS)
