@@ -25,6 +25,7 @@ class Record:
         besa_version: of the besa that ran.
         model: the directory or hub id that it was given.
         architecture: the name of the model's class.
+        loader: the name of transformers' class that loads it.
         settings: all that the result depends on, as the run was given it.
         versions: of besa, Python and the libraries.
         seconds: from start to end; of a run that was resumed, of its last part.
@@ -35,6 +36,7 @@ class Record:
     besa_version: str = ""
     model: str
     architecture: str = ""
+    loader: str = field(default="AutoModelForCausalLM", metadata=ABSENT_IF_DEFAULT)
     settings: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0

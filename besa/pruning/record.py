@@ -14,6 +14,7 @@ from torch import Tensor
 from besa.data.held_out import HELD_OUT
 from besa.data.samples import samples_digest
 from besa.machine import peak_memory
+from besa.model.architecture import loader_of
 from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
 from besa.model.conditions import conditions
@@ -174,6 +175,7 @@ def run_record(
         besa_version=__version__,
         model=settings["model"],
         architecture=type(checkpoint.model).__name__,
+        loader=loader_of(checkpoint.model.config, checkpoint.trust_remote_code).__name__,
         settings=dict(settings),
         versions=versions(),
         seconds=round(seconds, 3),

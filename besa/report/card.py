@@ -64,6 +64,7 @@ def model_card(record: PruneRecord) -> str:
             command=fenced(command(public(record))),
             notes=notes,
             version=escape_markdown(record.besa_version),
+            loader=record.loader,
         )
     )
     return printable(card)

@@ -54,6 +54,7 @@ def packed_card(record: PackedRecord) -> str:
             exactly="" if record.values in WHOLE else ", bit for bit",
             versions=versions_line(record.versions),
             version=escape_markdown(record.besa_version),
+            loader=record.loader,
         )
     )
     return printable(card)

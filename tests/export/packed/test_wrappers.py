@@ -30,6 +30,9 @@ def test_a_wrapper_is_packed_but_for_its_tower(
     assert towers
     assert all(same_bytes(pruned[name], packed[name]) for name in towers)
     assert len([name for name in packed if name.endswith("_bitmask")]) >= 8
+    for folder in ("pruned", "packed"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert "model = AutoModelForImageTextToText.from_pretrained(folder" in card
 
     tokens = torch.arange(3, 19).view(1, -1)
     ours, theirs = (load_model(tmp_path / p, "float32", "cpu") for p in ("packed", "pruned"))
