@@ -13,6 +13,7 @@ StoredAs(method='gptq', floats=False, packed_zeros=False)
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +64,22 @@ def without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in NOTES}
 
 
+def dequantizing(method: str | None) -> type | None:
+    """transformers' config for a method, if it can load such weights as floats on any machine."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    kind: type | None = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    if kind is None or "dequantize" not in inspect.signature(kind).parameters:
+        return None
+    return kind
+
+
 def check_floats(directory: Path, config: Any) -> None:
     """Raises a BesaError, with what to do, if a transformers config is of no float weights."""
     found = stored_as(vars(config))
     if not found.floats:
         remedy = "take the float model that it was made from"
-        if found.method == "besa" or found.packed_zeros:
+        if found.method == "besa" or found.packed_zeros or dequantizing(found.method):
             remedy = f"unpack it first, with `besa export --format dense {directory} --out DENSE`"
         raise BesaError(f"{directory} is quantized ({found.method}): {remedy}")
 

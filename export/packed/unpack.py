@@ -23,14 +23,15 @@ from transformers.pytorch_utils import Conv1D
 from besa.errors import BesaError
 from besa.export.config import ExportConfig, ExportResult
 from besa.export.packed.bitmask import BitmaskCheckpoint
+from besa.export.packed.dequantize import QuantizedCheckpoint
 from besa.formats import FormatError, PackedConfig, packed_of
 from besa.formats.checkpoint import SUFFIXES
 from besa.machine import give_memory_back, peak_memory
-from besa.model.architecture import read_config
+from besa.model.architecture import loader_of, read_config
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import UnpackedRecord, UnpackedSizes
 from besa.model.files import resolve, stored_bytes, stored_dtype, weight_files
-from besa.model.quantization import stored_as
+from besa.model.quantization import check_floats, dequantizing, stored_as
 from besa.model.record import read_raw_record, read_record, write_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
@@ -154,11 +155,21 @@ class PackedCheckpoint:
         return (torch.Size(shape[::-1]) if transposed else shape), transposed
 
 
-def _open(model: str | Path, trust_remote_code: bool) -> PackedCheckpoint | BitmaskCheckpoint:
-    """What is packed, by besa or by compressed-tensors."""
-    found = stored_as(vars(read_config(resolve(model), trust_remote_code)))
-    kind = BitmaskCheckpoint if found.packed_zeros else PackedCheckpoint
-    return kind.open(model, trust_remote_code)
+Source = PackedCheckpoint | BitmaskCheckpoint | QuantizedCheckpoint
+
+
+def _open(model: str | Path, trust_remote_code: bool) -> Source:
+    """What is packed, by besa or by compressed-tensors, or quantized."""
+    directory = resolve(model)
+    config = read_config(directory, trust_remote_code)
+    found = stored_as(vars(config))
+    if found.floats or found.method == "besa":
+        return PackedCheckpoint.open(model, trust_remote_code)
+    if found.packed_zeros:
+        return BitmaskCheckpoint.open(model, trust_remote_code)
+    if dequantizing(found.method) is None:
+        check_floats(directory, config)
+    return QuantizedCheckpoint.open(model, trust_remote_code)
 
 
 def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> ExportResult:
@@ -189,6 +200,7 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
             besa_version=__version__,
             model=str(packed),
             architecture=type(skeleton.model).__name__,
+            loader=loader_of(skeleton.model.config, skeleton.trust_remote_code).__name__,
             settings=settings,
             versions=versions(),
             seconds=round(time.monotonic() - started, 3),
@@ -204,9 +216,7 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
     return ExportResult(out, record)
 
 
-def _write_shards(
-    source: PackedCheckpoint | BitmaskCheckpoint, workspace: Workspace, tell: Tell
-) -> list[dict[str, Any]]:
+def _write_shards(source: Source, workspace: Workspace, tell: Tell) -> list[dict[str, Any]]:
     """The shards' records: first what belongs to no block, then each block."""
     skeleton = source.skeleton
     parts = [("others", skeleton.other_keys)]
