@@ -15,7 +15,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from besa.errors import BesaError
@@ -28,7 +30,7 @@ from besa.model.files import open_tensors
 from besa.model.finite import check_finite
 from besa.progress import Event, Tell
 
-# What a packed linear stands for: modules that multiply in a way of their own need their weight.
+# What a packed linear stands for.
 _PRODUCTS = (nn.Linear.forward, Conv1D.forward)
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -189,7 +191,7 @@ def _read_block(checkpoint: Checkpoint, index: int) -> tuple[list[PackedLinear],
                 reason = "experts are not packed yet"
             elif key in lent:
                 reason = "several blocks share it"
-            elif type(block.get_submodule(linear.name)).forward not in _PRODUCTS:
+            elif not _is_product(block.get_submodule(linear.name)):
                 reason = "its module multiplies in a way of its own"
             elif key is None and _owner(parameter) not in converted:
                 raise BesaError(f"{checkpoint.directory} lacks the weight {parameter}")
@@ -207,6 +209,32 @@ def _read_block(checkpoint: Checkpoint, index: int) -> tuple[list[PackedLinear],
             size = linear.size * checkpoint.dtype.itemsize
             dense.append(DenseLinear(name=name, kind=linear.name, bytes=size, reason=reason or ""))
     return packable, dense
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether a linear is x W^T + b: one that multiplies in a way of its own needs its weight.
+
+    A class with a forward of its own is asked by random numbers, on a skeleton as on a real module.
+    """
+    if type(module).forward in _PRODUCTS:
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    chance = torch.Generator().manual_seed(0)
+    real = {
+        name: torch.randn(parameter.shape, generator=chance)
+        for name, parameter in module.named_parameters()
+    }
+    if not {"weight"} <= real.keys() <= {"weight", "bias"}:
+        return False
+    x = torch.randn(2, module.in_features, generator=chance)
+    expected = F.linear(x, real["weight"], real.get("bias"))
+    try:
+        with torch.no_grad():
+            found = functional_call(module, real, (x,))
+    except Exception:  # noqa: BLE001 - what another shape raises is its own affair
+        return False
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def _obstacle(key: str | None) -> str | None:

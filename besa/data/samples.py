@@ -90,8 +90,7 @@ def draw_samples(
         limit=limit,
     )
     windows = calibration_windows(stream, samples, seqlen, settings.seed, token)
-    if known_tokens is not None:
-        check_known(windows, known_tokens)
+    check_known(windows, known_tokens)
     return windows
 
 

@@ -120,9 +120,12 @@ def evaluation_windows(stream: Tensor, seqlen: int, bos: int | None = None) -> T
     return windows if bos is None else functional.pad(windows, (1, 0), value=bos)
 
 
-def check_known(windows: Tensor, tokens: int) -> None:
-    """Raises a BesaError if windows hold a token that a model of so many tokens has no row for."""
-    if int(windows.max()) >= tokens:
+def check_known(windows: Tensor, tokens: int | None) -> None:
+    """Raises a BesaError if windows hold a token that a model of so many tokens has no row for.
+
+    None is a model that does not tell.
+    """
+    if tokens is not None and int(windows.max()) >= tokens:
         raise BesaError(
             f"the tokenizer gives tokens beyond the model's {tokens}: it is another's, so copy the "
             "model's own tokenizer beside it"

@@ -48,10 +48,17 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def known_tokens(model: nn.Module) -> int:
-    """How many tokens a model has embeddings for; its config may say another number."""
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    return int(embeddings.weight.shape[0])
+def known_tokens(model: nn.Module) -> int | None:
+    """How many tokens a model has embeddings for; its config may say another number.
+
+    None for a model whose embeddings transformers does not find.
+    """
+    try:
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        return None
+    weight = getattr(embeddings, "weight", None)
+    return None if weight is None else int(weight.shape[0])
 
 
 def free_parameters(module: nn.Module) -> None:

@@ -388,7 +388,9 @@ def test_a_graph_that_is_another_model_does_not_appear(
     from besa.export.onnx import float_graph
     from besa.export.onnx.builder import build as real
 
-    monkeypatch.setattr(float_graph, "build", lambda _source, *rest: real(other, *rest))
+    monkeypatch.setattr(
+        float_graph, "build", lambda _source, *rest, **options: real(other, *rest, **options)
+    )
     with pytest.raises(BesaError, match=r"logits are off by .* without --precision it becomes"):
         export(pruned, ExportConfig(out=tmp_path / "x", format="onnx", precision="int4"))
     assert not list(tmp_path.iterdir())
