@@ -94,7 +94,7 @@ class Direct {
                 if constexpr (Traits::kOffsetAtRowEnd)
                     offset[r] = Traits::add_offset(offset[r], w);
                 each<T>([&](auto t) BESA_INLINE {
-                    acc[u][r][t] = Traits::dot(acc[u][r][t], w, x + t * in_.stride + col);
+                    acc[u][r][t] = dot<Traits>(acc[u][r][t], w, x + t * in_.stride + col);
                 });
             });
         };

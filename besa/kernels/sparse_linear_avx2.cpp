@@ -52,10 +52,6 @@ struct FloatProducts : FloatSums {
     BESA_INLINE static Acc dot_part(Acc acc, const W& w, const X* x) {
         return _mm256_fmadd_ps(w[kPart], _mm256_load_ps(x + 8 * kPart), acc);
     }
-    BESA_INLINE static Acc dot(Acc acc, const W& w, const X* x) {
-        each<kParts>([&](auto part) BESA_INLINE { acc = dot_part<part>(acc, w, x); });
-        return acc;
-    }
 };
 
 template <class Lanes, bool kGrouped = false>
@@ -144,10 +140,6 @@ struct Int8Dot : Int32Sums {
     BESA_INLINE static Acc dot_part(Acc acc, const W& w, const X* x) {
         return add_pairs(acc, w[kPart], x + 16 * kPart);
     }
-    BESA_INLINE static Acc dot(Acc acc, const W& w, const X* x) {
-        each<kParts>([&](auto part) BESA_INLINE { acc = dot_part<part>(acc, w, x); });
-        return acc;
-    }
 };
 
 // The same with a scale per group of columns: sums of 32 columns are scaled before they are added up.
@@ -174,9 +166,6 @@ struct Int8GroupDot : FloatSums {
                              _mm256_madd_epi16(w.w[2 * kPart + 1], load256(x + 32 * kPart + 16)));
         return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), w.scale[kPart], acc);
     }
-    BESA_INLINE static Acc dot(Acc acc, const W& w, const X* x) {
-        return dot_part<1>(dot_part<0>(acc, w, x), w, x);
-    }
 };
 
 // int4 values the same way: half of a register after the other.
@@ -200,10 +189,6 @@ struct Int4Dot : Int32Sums {
     template <int kPart>
     BESA_INLINE static Acc dot_part(Acc acc, const W& w, const X* x) {
         return add_pairs(acc, w[kPart], x + 16 * kPart);
-    }
-    BESA_INLINE static Acc dot(Acc acc, const W& w, const X* x) {
-        each<kParts>([&](auto part) BESA_INLINE { acc = dot_part<part>(acc, w, x); });
-        return acc;
     }
 };
 

@@ -49,9 +49,6 @@ struct Int8Dot : Int32Sums {
     BESA_INLINE static Acc dot_part(Acc acc, const W& w, const X* x) {
         return add_products(acc, w[kPart], load256(x + 32 * kPart));
     }
-    BESA_INLINE static Acc dot(Acc acc, const W& w, const X* x) {
-        return dot_part<1>(dot_part<0>(acc, w, x), w, x);
-    }
     BESA_INLINE static Acc add_offset(Acc acc, const W& w) {
         each<2>([&](auto i) BESA_INLINE { acc = add_offsets(acc, w[i]); });
         return acc;
@@ -87,9 +84,6 @@ struct Int8GroupDot : FloatSums {
             add_products(Int32x8{}, w.w[kPart], load256(x + 32 * kPart)) - w.offset[kPart];
         return _mm256_fmadd_ps(_mm256_cvtepi32_ps((__m256i)sums), w.scale[kPart], acc);
     }
-    BESA_INLINE static Acc dot(Acc acc, const W& w, const X* x) {
-        return dot_part<1>(dot_part<0>(acc, w, x), w, x);
-    }
 };
 
 struct Int4Dot : Int32Sums {
@@ -111,10 +105,6 @@ struct Int4Dot : Int32Sums {
     template <int kPart>
     BESA_INLINE static Acc dot_part(Acc acc, const W& w, const X* x) {
         return add_products(acc, w[kPart], load256(x + 32 * kPart));
-    }
-    BESA_INLINE static Acc dot(Acc acc, const W& w, const X* x) {
-        each<kParts>([&](auto part) BESA_INLINE { acc = dot_part<part>(acc, w, x); });
-        return acc;
     }
     BESA_INLINE static Acc add_offset(Acc acc, const W& w) {
         each<kParts>([&](auto i) BESA_INLINE { acc = add_offsets(acc, w[i]); });

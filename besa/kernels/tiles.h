@@ -138,16 +138,6 @@ class Tiles {
         offset_in_memory = offset;
     }
 
-    // A part of a step's products. It goes through all rows and tokens before the next one does: of a
-    // step of several registers only one is needed at a time.
-    template <int kPart>
-    BESA_INLINE static Acc dot_part(Acc acc, const W& w, const X* x) {
-        if constexpr (Traits::kParts > 1)
-            return Traits::template dot_part<kPart>(acc, w, x);
-        else
-            return Traits::dot(acc, w, x);
-    }
-
     // Adds the tile times T tokens to their sums, [T, kTileRows]; meanwhile fetches `bytes` a step.
     template <int T>
     void multiply(const X* x, int width, Sum* to, const Value* fetched, std::int64_t bytes) const {
@@ -158,11 +148,13 @@ class Tiles {
         });
         for (int s = 0; s < width; ++s) {
             __builtin_prefetch(reinterpret_cast<const void*>(Rows::address(fetched) + s * bytes));
+            // A part goes through all rows and tokens before the next one does: of a step of several
+            // registers only one is needed at a time.
             each<Traits::kParts>([&](auto part) BESA_INLINE {
                 each<kTileRows>([&](auto r) BESA_INLINE {
                     each<T>([&](auto t) BESA_INLINE {
-                        acc[r][t] = dot_part<part>(acc[r][t], w[r * kTileSteps + s],
-                                                   x + t * in_.stride + s * kStep);
+                        acc[r][t] = dot_part<Traits, part>(acc[r][t], w[r * kTileSteps + s],
+                                                           x + t * in_.stride + s * kStep);
                     });
                 });
             });

@@ -19,7 +19,7 @@
 //                      (kNibbles: two pointers, to low and to high nibbles; see nibbles.h)
 //     count(mask)      its bits
 //     dot(acc, w, x)   acc + w * x                   zero()     an Acc of zeros
-//     dot_part<i>(acc, w, x)        part i of kParts of that, if kParts > 1
+//     dot_part<i>(acc, w, x)        part i of kParts of that, in its place if kParts > 1
 //     add(a, b)        a + b                         sum(acc)   the Sum of all lanes
 //     add_sums(acc, to)      adds the sums of 8 accumulators to `to`, if kSumsOf8
 //     add_offset(acc, w)     adds what kOffset adds to the products of w, if kOffsetAtRowEnd
@@ -27,6 +27,8 @@
 #pragma once
 
 #include <cstdint>
+
+#include "common.h"
 
 namespace besa {
 namespace {
@@ -64,6 +66,25 @@ struct DefaultTraits {
             return __builtin_popcount(mask);
     }
 };
+
+// Part kPart of acc + w * x.
+template <class Traits, int kPart>
+BESA_INLINE inline typename Traits::Acc dot_part(typename Traits::Acc acc,
+                                                 const typename Traits::W& w,
+                                                 const typename Traits::X* x) {
+    if constexpr (Traits::kParts > 1)
+        return Traits::template dot_part<kPart>(acc, w, x);
+    else
+        return Traits::dot(acc, w, x);
+}
+
+// acc + w * x, all parts of it.
+template <class Traits>
+BESA_INLINE inline typename Traits::Acc dot(typename Traits::Acc acc, const typename Traits::W& w,
+                                            const typename Traits::X* x) {
+    each<Traits::kParts>([&](auto part) BESA_INLINE { acc = dot_part<Traits, part>(acc, w, x); });
+    return acc;
+}
 
 }  // namespace
 }  // namespace besa
