@@ -8,6 +8,7 @@ A field that is not set is left out, so that a chunk of a stream has what a chun
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -152,6 +153,4 @@ def to_json(answer: BaseModel) -> str:
 
 def sse(answer: BaseModel | dict[str, Any]) -> str:
     """An event of a stream."""
-    import json
-
     return f"data: {json.dumps(answer) if isinstance(answer, dict) else to_json(answer)}\n\n"

@@ -22,7 +22,7 @@ from besa.serve.api.answers import (
     ModelList,
     to_json,
 )
-from besa.serve.api.errors import ApiError, invalid
+from besa.serve.api.errors import ApiError, ascii_only, invalid
 from besa.serve.api.middleware import App, Gate, with_cors, with_request_ids
 from besa.serve.api.replies import ChatReply, CompletionReply, Reply
 from besa.serve.api.requests import ChatRequest, CompletionRequest
@@ -127,7 +127,7 @@ def _answer_errors(app: FastAPI) -> None:
 def _worded(
     status: int, request: Request, paths: list[str], headers: Mapping[str, str]
 ) -> ApiError:
-    path = request.url.path.encode("ascii", "backslashreplace").decode()[:200]
+    path = ascii_only(request.url.path)
     if status == 404:
         return ApiError(404, f"there is no {path} here, only {', '.join(paths)}")
     if status == 405:

@@ -26,7 +26,7 @@ from transformers.cli.serving.utils import get_response_template
 from transformers.utils.chat_parsing import ResponseParser
 
 from besa.serve.api.answers import FinishReason
-from besa.serve.api.errors import ApiError
+from besa.serve.api.errors import ApiError, ascii_only
 from besa.serve.api.requests import ChatRequest
 from besa.serve.api.values import Message
 
@@ -130,10 +130,10 @@ class Chat:
         own = inspect.signature(self.tokenizer.apply_chat_template).parameters
         for name in asked:
             if name in own or not re.search(rf"\b{re.escape(name)}\b", self._template()):
-                shown = name.encode("ascii", "backslashreplace").decode()[:60]
+                path = f"chat_template_kwargs.{ascii_only(name, 60)}"
                 raise ApiError(
                     400,
-                    f"chat_template_kwargs.{shown} is no variable of the model's chat template",
+                    f"{path} is no variable of the model's chat template",
                     "chat_template_kwargs",
                 )
         return {**self.defaults, **asked}

@@ -102,6 +102,11 @@ def _limits(context: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def ascii_only(text: str, most: int = 200) -> str:
+    """What a client sent, for a message: in letters that any answer can carry, and not too long."""
+    return text.encode("ascii", "backslashreplace").decode()[:most]
+
+
 def path_of(location: Sequence[int | str]) -> str:
     """A place in a request: `messages[0].content`."""
     path = ""
@@ -110,4 +115,4 @@ def path_of(location: Sequence[int | str]) -> str:
             path += f"[{step}]"
         else:
             path += f".{step}" if path else step
-    return path.encode("ascii", "backslashreplace").decode()[:200]
+    return ascii_only(path)

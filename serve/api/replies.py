@@ -21,6 +21,7 @@ from besa.serve.api.answers import (
     Completion,
     CompletionChoice,
     ToolCall,
+    Usage,
     sse,
 )
 from besa.serve.api.backend import BackendError
@@ -89,7 +90,7 @@ class Reply(ABC, Generic[R]):
                 async for answer, delta in found:
                     whole[answer.index] += delta
         except BackendError as error:
-            raise ApiError(500, f"the engine failed: {error}") from error
+            raise _failed(error) from error
         return self.whole(whole)
 
     async def events(self) -> AsyncGenerator[str]:
@@ -104,8 +105,13 @@ class Reply(ABC, Generic[R]):
             if self._tells_usage:
                 yield sse(self.usage_chunk())
         except BackendError as error:
-            yield sse(ApiError(500, f"the engine failed: {error}").body)
+            yield sse(_failed(error).body)
         yield "data: [DONE]\n\n"
+
+    @property
+    def usage(self) -> Usage:
+        """The request's tokens so far."""
+        return usage_of(self.answers, self.n)
 
     @property
     def _tells_usage(self) -> bool:
@@ -117,7 +123,7 @@ class Reply(ABC, Generic[R]):
         options = self.request.stream_options
         if self._tells_usage:
             always = options is not None and options.continuous_usage_stats
-            chunk.usage = usage_of(self.answers, self.n) if always else None
+            chunk.usage = self.usage if always else None
         return chunk
 
 
@@ -151,13 +157,13 @@ class CompletionReply(Reply[CompletionRequest]):
 
     def whole(self, deltas: list[Delta]) -> Completion:
         choices = [self._choice(a, d) for a, d in zip(self.answers, deltas, strict=True)]
-        return self._completion(choices, usage=usage_of(self.answers, self.n))
+        return self._completion(choices, usage=self.usage)
 
     def chunk(self, answer: Answer, delta: Delta) -> Completion:
         return self._completion([self._choice(answer, delta)])
 
     def usage_chunk(self) -> Completion:
-        return self._completion([], usage=usage_of(self.answers, self.n))
+        return self._completion([], usage=self.usage)
 
     def _completion(self, choices: list[CompletionChoice], **more: Any) -> Completion:
         return Completion(object="text_completion", choices=choices, **self.head, **more)
@@ -198,8 +204,9 @@ class ChatReply(Reply[ChatRequest]):
             choices.append(
                 ChatChoice(index=answer.index, message=message, logprobs=None, finish_reason=reason)
             )
-        usage = usage_of(self.answers, self.n)
-        return ChatCompletion(object="chat.completion", choices=choices, usage=usage, **self.head)
+        return ChatCompletion(
+            object="chat.completion", choices=choices, usage=self.usage, **self.head
+        )
 
     def opening(self) -> list[ChatChunk]:
         return [
@@ -213,12 +220,15 @@ class ChatReply(Reply[ChatRequest]):
         return self._chunk(answer.index, message, delta.finish_reason)
 
     def usage_chunk(self) -> ChatChunk:
-        usage = usage_of(self.answers, self.n)
-        return ChatChunk(object="chat.completion.chunk", choices=[], usage=usage, **self.head)
+        return ChatChunk(object="chat.completion.chunk", choices=[], usage=self.usage, **self.head)
 
     def _chunk(self, index: int, delta: AnswerMessage, reason: Any = None) -> ChatChunk:
         choice = ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=reason)
         return ChatChunk(object="chat.completion.chunk", choices=[choice], **self.head)
+
+
+def _failed(error: BackendError) -> ApiError:
+    return ApiError(500, f"the engine failed: {error}")
 
 
 def _add(message: AnswerMessage, delta: Delta) -> None:

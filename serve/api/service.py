@@ -13,7 +13,7 @@ from typing import Any
 
 from besa.serve.api.backend import Backend, GenerationRequest
 from besa.serve.api.chat import Chat
-from besa.serve.api.errors import ApiError
+from besa.serve.api.errors import ApiError, ascii_only
 from besa.serve.api.fields import shortened, unsupported_by
 from besa.serve.api.metrics import Metrics
 from besa.serve.api.requests import Request
@@ -136,5 +136,5 @@ class Service:
 
 def no_model(asked: str, served: str) -> ApiError:
     """Another model than the one that is served."""
-    shown = asked.encode("ascii", "backslashreplace").decode()[:200]
-    return ApiError(404, f"there is no model {shown}, only {served}", "model", "model_not_found")
+    message = f"there is no model {ascii_only(asked)}, only {served}"
+    return ApiError(404, message, "model", "model_not_found")

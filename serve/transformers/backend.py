@@ -39,12 +39,12 @@ class TransformersBackend:
         self.model, self.batches = model, batches
         text = model.config.get_text_config()
         self.vocabulary: int = text.vocab_size
-        limits = [getattr(text, "max_position_embeddings", None) or _ENDLESS]
-        self.longest = min([*limits, *([] if batches is None else [batches.tokens])])
+        longest: int = getattr(text, "max_position_embeddings", None) or _ENDLESS
+        self.longest = longest if batches is None else min(longest, batches.tokens)
         ends = model.generation_config.eos_token_id
         self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
         self._own = _own_processors(model)
-        self._one_by_one = None if batches is not None else OneByOne(model, compiled)
+        self._runner = OneByOne(model, compiled) if batches is None else batches
 
     @property
     def failed(self) -> str | None:
@@ -53,10 +53,7 @@ class TransformersBackend:
     def start(self, request: GenerationRequest) -> TokenStream:
         """Has a prompt continued; to be called in an event loop."""
         sampling = Sampling.of(request, self.ends, self.model.device, self._own)
-        if self.batches is not None:
-            return self.batches.start(request.prompt, request.max_tokens, self.ends, sampling)
-        assert self._one_by_one is not None
-        return self._one_by_one.start(request.prompt, request.max_tokens, self.ends, sampling)
+        return self._runner.start(request.prompt, request.max_tokens, self.ends, sampling)
 
 
 def batches_for(model: Any, config: ContinuousBatchingConfig | None) -> Batches | None:
