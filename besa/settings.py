@@ -109,6 +109,13 @@ def given(settings: type[Any], args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def trust_remote_code_setting() -> Any:
+    """Whether code that lies beside a model may run."""
+    return setting(
+        False, "run code that lies beside the model (auto_map in its config.json): read it before"
+    )
+
+
 def check_choices(settings: Any) -> None:
     """Raises a BesaError if a setting is none of its choices."""
     for each in fields(settings):

@@ -15,7 +15,7 @@ from pathlib import Path
 from besa.errors import BesaError
 from besa.kernels.abi import GROUP_SIZES, WHOLE
 from besa.model.export_record import ExportRecord
-from besa.settings import check_choices, described, either, setting
+from besa.settings import check_choices, described, either, setting, trust_remote_code_setting
 
 FORMATS = ("vllm", "dense", "onnx")
 GRAPHS = ("genai", "standard")
@@ -71,9 +71,7 @@ class ExportConfig:
         metavar="KIND",
         choices=GRAPHS,
     )
-    trust_remote_code: bool = setting(
-        False, "run code that lies beside the model (auto_map in its config.json): read it before"
-    )
+    trust_remote_code: bool = trust_remote_code_setting()
     overwrite: bool = setting(False, "replace what is at --out")
 
     def __post_init__(self) -> None:

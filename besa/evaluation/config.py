@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from besa.data.beginning import CHOICES
-from besa.data.texts import SEPARATORS, has_columns
+from besa.data.settings import column_setting, separator_setting
+from besa.data.texts import has_columns
 from besa.errors import BesaError
-from besa.settings import DTYPES, check_choices, setting
+from besa.settings import DTYPES, check_choices, setting, trust_remote_code_setting
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -35,17 +36,8 @@ class EvalConfig:
         name="--text",
         metavar="SOURCE",
     )
-    column: str | None = setting(
-        None,
-        "the column of the texts' rows (default: text, or else messages, which hold chats)",
-        metavar="NAME",
-    )
-    separator: str = setting(
-        "auto",
-        "between documents: %(choices)s; auto: the end-of-sequence token where a text has rows "
-        "(default: %(default)s)",
-        choices=SEPARATORS,
-    )
+    column: str | None = column_setting("the texts' rows")
+    separator: str = separator_setting("a text")
     seqlen: int | None = setting(
         None, "tokens in a window (default: 2048, or what all the models take)", metavar="N"
     )
@@ -60,9 +52,7 @@ class EvalConfig:
         "auto", "float32, bfloat16, float16, or auto for the checkpoint's own (default)"
     )
     device: str | None = setting(None, "cpu, cuda, cuda:1, … (default: the GPU if there is one)")
-    trust_remote_code: bool = setting(
-        False, "run code that lies beside the model (auto_map in its config.json): read it before"
-    )
+    trust_remote_code: bool = trust_remote_code_setting()
     limit: int | None = setting(None, "only the first N windows of each text", metavar="N")
     tasks: tuple[str, ...] = setting(
         (),

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from besa.data.beginning import CHOICES
 from besa.data.held_out import HELD_OUT
-from besa.data.texts import SEPARATORS
+from besa.data.settings import column_setting, separator_setting
 from besa.errors import BesaError
 from besa.methods import METHODS, UPDATES
 from besa.pruning.grid import Grid
-from besa.settings import DTYPES, check_choices, described, setting
+from besa.settings import DTYPES, check_choices, described, setting, trust_remote_code_setting
 
 GRANULARITIES = ("row", "layer")
 TEACHERS = ("dense", "pruned")
@@ -127,17 +127,8 @@ class PruneConfig:
         ".txt, .jsonl, .csv or .parquet file, data set id, or builtin (default: %(default)s)",
         metavar="TEXT",
     )
-    column: str | None = setting(
-        None,
-        "the column of the text's rows (default: text, or else messages, which hold chats)",
-        metavar="NAME",
-    )
-    separator: str = setting(
-        "auto",
-        "between documents: %(choices)s; auto: the end-of-sequence token where the text has rows "
-        "(default: %(default)s)",
-        choices=SEPARATORS,
-    )
+    column: str | None = column_setting()
+    separator: str = separator_setting()
     samples: int | None = setting(
         None, f"calibration samples (default: {SAMPLES}, with high effort {3 * SAMPLES})"
     )
@@ -163,9 +154,7 @@ class PruneConfig:
         "keep the calibration stream in host memory or on disk (default: %(default)s)",
         choices=("host", "disk"),
     )
-    trust_remote_code: bool = setting(
-        False, "run code that lies beside the model (auto_map in its config.json): read it before"
-    )
+    trust_remote_code: bool = trust_remote_code_setting()
     overwrite: bool = setting(False, "replace what is at --out")
 
     def __post_init__(self) -> None:

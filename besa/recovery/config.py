@@ -11,9 +11,9 @@ from pathlib import Path
 
 from besa.data.beginning import CHOICES
 from besa.data.held_out import HELD_OUT
-from besa.data.texts import SEPARATORS
+from besa.data.settings import column_setting, separator_setting
 from besa.errors import BesaError
-from besa.settings import DTYPES, check_choices, described, setting
+from besa.settings import DTYPES, check_choices, described, setting, trust_remote_code_setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +33,8 @@ class RecoverConfig:
         ".txt, .jsonl, .csv or .parquet file, data set id, or builtin (default: %(default)s)",
         metavar="TEXT",
     )
-    column: str | None = setting(
-        None,
-        "the column of the text's rows (default: text, or else messages, which hold chats)",
-        metavar="NAME",
-    )
-    separator: str = setting(
-        "auto",
-        "between documents: %(choices)s; auto: the end-of-sequence token where the text has rows "
-        "(default: %(default)s)",
-        choices=SEPARATORS,
-    )
+    column: str | None = column_setting()
+    separator: str = separator_setting()
     samples: int = setting(512, "samples of the text (default: %(default)s)")
     seqlen: int | None = setting(None, "tokens in a sample (default: 2048, or the model's most)")
     bos: str = setting(
@@ -70,9 +61,7 @@ class RecoverConfig:
         "(default: %(default)s)",
         choices=DTYPES,
     )
-    trust_remote_code: bool = setting(
-        False, "run code that lies beside the model (auto_map in its config.json): read it before"
-    )
+    trust_remote_code: bool = trust_remote_code_setting()
     overwrite: bool = setting(False, "replace what is at --out")
 
     def __post_init__(self) -> None:
