@@ -91,7 +91,6 @@ def methods(comparison: Comparison, recipes: Iterable[str] = NAMES) -> str:
     margins = ", ".join(
         f"{rows[DEFAULT, s].margin:.3f} ± {rows[DEFAULT, s].margin_se:.3f} at {s}" for s in settings
     )
-    begun = ", each after a beginning token" if comparison.bos else ""
     samples = comparison.settings.get("samples", 128)
     high = any(row.effort == "high" for row in comparison.rows)
     more = ", three times as many with high effort" if high else ""
@@ -99,7 +98,7 @@ def methods(comparison: Comparison, recipes: Iterable[str] = NAMES) -> str:
         "",
         f"The default's margin over Wanda in nats a token: {margins}. {samples} samples of "
         f"{comparison.seqlen} tokens to calibrate{more}; "
-        f"{comparison.tokens:,} tokens of {comparison.text}, windows of {comparison.seqlen}{begun};"
+        f"{comparison.tokens:,} tokens of {comparison.text}, {comparison.windows};"
         f" {comparison.machine}; torch {comparison.versions['torch']}. "
         "By `benchmarks/table.py`, which says how.",
     ]
@@ -112,7 +111,7 @@ def _closed(row: ComparedRun | None) -> str:
         return "–"
     cell = f"{row.perplexity:.2f}"
     if row.recovered is not None and row.method != "magnitude":
-        cell += f" (closed {row.recovered:.0%})"
+        cell += f" (closed {row.recovered:.0%})".replace("-", "\N{MINUS SIGN}")
     return cell
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from besa.bench.statistics import Gain, Spread
 from besa.errors import BesaError
+from besa.report.formatting import in_windows
 from besa.typed_json import ABSENT_IF_DEFAULT, ShapeError, from_json, to_json
 
 SCHEMA_VERSION = 1
@@ -128,8 +129,7 @@ class Perplexity:
     @property
     def read(self) -> str:
         """What was read and how, for people."""
-        begun = ", each after a beginning token" if self.bos else ""
-        return f"{self.text}, {self.tokens:,} tokens in windows of {self.seqlen:,}{begun}"
+        return f"{self.text}, {self.tokens:,} tokens {in_windows(self.seqlen, self.bos)}"
 
 
 @dataclass(frozen=True)

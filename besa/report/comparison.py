@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from besa.report.formatting import in_windows
 from besa.report.names import recipe_name
 from besa.typed_json import ABSENT_IF_DEFAULT, from_json, to_json
 from besa.writing import write_text
@@ -99,8 +100,7 @@ class Comparison:
     @property
     def windows(self) -> str:
         """How the text was read, for people."""
-        begun = ", each after a beginning token" if self.bos else ""
-        return f"in windows of {self.seqlen:,}{begun}"
+        return in_windows(self.seqlen, self.bos)
 
 
 def read_comparison(path: Path) -> Comparison:

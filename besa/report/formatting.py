@@ -56,3 +56,8 @@ def size(count: float | None) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def in_windows(seqlen: int, bos: bool) -> str:
+    """How a text was read: tokens in a window, and whether each began with a beginning token."""
+    return f"in windows of {seqlen:,}{', each after a beginning token' if bos else ''}"
