@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -524,6 +524,31 @@ def byte_tokenizer() -> Any:
     )
 
 
+TASK = """
+task: own_task
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+"""
+
+
+def write_task(directory: Path, questions: Sequence[dict[str, Any]]) -> Path:
+    """A folder with the task `own_task` of lm-evaluation-harness, which asks these questions."""
+    data, folder = directory / "questions.jsonl", directory / "own"
+    data.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    folder.mkdir()
+    (folder / "own.yaml").write_text(TASK.format(data=data))
+    return folder
+
+
 def begin_texts(tokenizer: Any) -> Any:
     """The tiny model's tokenizer, which from now on puts its token 0 before each text."""
     from tokenizers import processors
@@ -559,16 +584,18 @@ def save_with_tokenizer(model: Any, directory: Path, tiny_model: Path, **options
     return directory
 
 
-def load_strictly(directory: Path, **options: Any) -> Any:
-    """The stock model; no weight is missing, left over or of another shape."""
+def load_strictly(directory: Path, loader: Any = None, **options: Any) -> Any:
+    """The stock model; no weight is missing, left over or of another shape.
+
+    Args:
+        loader: transformers' class that loads it; None for AutoModelForCausalLM.
+    """
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory, output_loading_info=True, **options
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert not info["mismatched_keys"]
+    loader = loader or AutoModelForCausalLM
+    model, info = loader.from_pretrained(directory, output_loading_info=True, **options)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info[kind], (kind, info[kind])
     assert not info.get("error_msgs")
     return model.eval()
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from besa.cli import main
-from tests.helpers import begin_texts
+from tests.helpers import begin_texts, write_task
 
 Besa = Callable[..., "CompletedProcess[str]"]
 
@@ -338,22 +338,6 @@ def test_a_process_says_its_one_line(
     assert_one_line(besa("eval", model, "--json", *arguments), message)
 
 
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - metric: acc
-"""
-
-
 def test_tasks_run_the_harness(
     tiny_model: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -362,11 +346,7 @@ def test_tasks_run_the_harness(
         {"question": "fox", "choices": [" jumps", " sleeps"], "answer": index % 2}
         for index in range(4)
     ]
-    data = tmp_path / "questions.jsonl"
-    data.write_text("".join(json.dumps(question) + "\n" for question in questions))
-    folder = tmp_path / "own"
-    folder.mkdir()
-    (folder / "own.yaml").write_text(TASK.format(name="own_task", data=data))
+    folder = write_task(tmp_path, questions)
     command = (
         "eval", tiny_model, "--text", text, "--limit", 2,
         "--tasks", "own_task", "--task-path", folder, "--num-fewshot", 0,

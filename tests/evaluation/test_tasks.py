@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +9,16 @@ import pytest
 
 from besa.evaluation import tasks
 from besa.model.loading import load_model, load_tokenizer
-from tests.helpers import begin_texts
+from tests.helpers import begin_texts, write_task
 
 BOS = 0  # of the tiny model's tokenizer
-
-TASK = """
-task: own_task
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - metric: acc
-"""
 
 
 @pytest.fixture
 def manager(tmp_path: Path) -> Any:
     pytest.importorskip("lm_eval")
     question = {"question": "fox", "choices": [" jumps", " sleeps"], "answer": 0}
-    (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n")
-    folder = tmp_path / "own"
-    folder.mkdir()
-    (folder / "own.yaml").write_text(TASK.format(data=tmp_path / "questions.jsonl"))
-    return tasks.find(["own_task"], folder)
+    return tasks.find(["own_task"], write_task(tmp_path, [question]))
 
 
 @pytest.mark.parametrize(
