@@ -33,6 +33,9 @@ from besa.progress import Event, Tell
 # What a packed linear stands for.
 _PRODUCTS = (nn.Linear.forward, Conv1D.forward)
 
+# Outputs that tell how a module multiplies.
+_OUTPUTS = 8
+
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -214,7 +217,8 @@ def _read_block(checkpoint: Checkpoint, index: int) -> tuple[list[PackedLinear],
 def _is_product(module: nn.Module) -> bool:
     """Whether a linear is x W^T + b: one that multiplies in a way of its own needs its weight.
 
-    A class with a forward of its own is asked by random numbers, on a skeleton as on a real module.
+    A class with a forward of its own is asked by random numbers, on a skeleton as on a real module,
+    for a few outputs.
     """
     if type(module).forward in _PRODUCTS:
         return True
@@ -222,7 +226,7 @@ def _is_product(module: nn.Module) -> bool:
         return False
     chance = torch.Generator().manual_seed(0)
     real = {
-        name: torch.randn(parameter.shape, generator=chance)
+        name: torch.randn(parameter[:_OUTPUTS].shape, generator=chance)
         for name, parameter in module.named_parameters()
     }
     if not {"weight"} <= real.keys() <= {"weight", "bias"}:
