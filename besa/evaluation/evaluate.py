@@ -145,7 +145,7 @@ def evaluate(
                 config.batch_size,
                 config.bos,
             )
-            tasks_bos = bos_token(config.bos, tokenizer) is not None
+            tasks_bos = tokens[index] is not None
         zeros = sparsity(model) if (directory / "besa.json").is_file() else None
         of_model = []
         for index, (text, perplexity) in enumerate(zip(config.texts, measured, strict=True)):

@@ -78,11 +78,10 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = _lists(model, "", _text_config(model), inside=False)
     if not lists:  # a model of one part, or one that does not say which part is for text
         lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    sizes = [sum(p.numel() for p in module.parameters()) for _, module in lists if len(module)]
-    if not sizes:
-        raise BesaError(f"{type(model).__name__} has no list of blocks: besa prunes decoders only")
     filled = [entry for entry in lists if len(entry[1])]
-    return filled[sizes.index(max(sizes))]
+    if not filled:
+        raise BesaError(f"{type(model).__name__} has no list of blocks: besa prunes decoders only")
+    return max(filled, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
 
 
 def _text_config(model: nn.Module) -> type[Any] | None:
