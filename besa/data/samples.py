@@ -1,16 +1,15 @@
 """The samples of a text that a model is pruned or trained on.
 
+>>> from besa.model.checkpoint import Checkpoint
 >>> class Settings:
-...     sample_count, seqlen, bos, seed, trust_remote_code = 4, 32, "auto", 0, False
-...     column, separator = None, "auto"
->>> draw_samples(Path("path/to/model"), "builtin", Settings).shape
+...     sample_count, seqlen, bos, seed, column, separator = 4, 32, "auto", 0, None, "auto"
+>>> draw_samples(Checkpoint.open("path/to/model"), "builtin", Settings).shape
 torch.Size([4, 32])
 """
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -19,7 +18,9 @@ from besa.data.beginning import bos_token
 from besa.data.stream import stream_of
 from besa.data.windows import calibration_windows, check_known
 from besa.errors import BesaError
-from besa.model.loading import load_tokenizer, max_positions
+from besa.model.checkpoint import Checkpoint
+from besa.model.loading import load_tokenizer, positions_of
+from besa.model.skeleton import known_tokens
 
 # Tokens in a sample where neither the user nor the model says how many.
 _SEQLEN = 2048
@@ -38,7 +39,6 @@ class Drawing(Protocol):
         column: of the text's rows; None for the usual ones.
         separator: what stands between its documents, see `besa.data.stream`.
         seed: draws them.
-        trust_remote_code: whether code that lies beside the model may run, for its tokenizer.
     """
 
     @property
@@ -53,31 +53,25 @@ class Drawing(Protocol):
     def separator(self) -> str: ...
     @property
     def seed(self) -> int: ...
-    @property
-    def trust_remote_code(self) -> bool: ...
 
 
-def draw_samples(
-    directory: Path, text: str, settings: Drawing, known_tokens: int | None = None
-) -> Tensor:
+def draw_samples(checkpoint: Checkpoint, text: str, settings: Drawing) -> Tensor:
     """Token ids int64 [samples, seqlen]; the same settings give the same ones.
 
     Args:
-        directory: of the model, whose tokenizer cuts the text.
+        checkpoint: of the model, whose tokenizer cuts the text.
         text: a source of `besa.data.texts`, of which the calibration split is read.
         settings: which of its windows.
-        known_tokens: how many tokens the model has embeddings for; None not to look.
 
     Raises:
         BesaError: the model takes fewer tokens at once, the text has too few, or the tokenizer has
             no token to begin windows with, or tokens that the model does not know.
     """
-    trust = settings.trust_remote_code
-    most = max_positions(directory, trust) or _SEQLEN
+    most = positions_of(checkpoint.config) or _SEQLEN
     samples, seqlen = settings.sample_count, settings.seqlen or min(_SEQLEN, most)
     if seqlen > most:
-        raise BesaError(f"{directory} takes {most} tokens at once: lower --seqlen")
-    tokenizer = load_tokenizer(directory, trust)
+        raise BesaError(f"{checkpoint.directory} takes {most} tokens at once: lower --seqlen")
+    tokenizer = load_tokenizer(checkpoint.directory, checkpoint.trust_remote_code)
     token = bos_token(settings.bos, tokenizer)
     limit = _WINDOWS_PER_SAMPLE * samples * seqlen
     stream = stream_of(
@@ -90,7 +84,7 @@ def draw_samples(
         limit=limit,
     )
     windows = calibration_windows(stream, samples, seqlen, settings.seed, token)
-    check_known(windows, known_tokens)
+    check_known(windows, known_tokens(checkpoint.model))
     return windows
 
 

@@ -1,5 +1,6 @@
 """The settings by which every command that reads a text has it read.
 
+>>> from dataclasses import dataclass
 >>> @dataclass(frozen=True)
 ... class Example:
 ...     column: str | None = column_setting()

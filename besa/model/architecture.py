@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from besa.errors import BesaError, one_line
-from besa.model.quantization import drop_notes
+from besa.model.quantization import drop_notes, stored_as
 
 # The heads that predict text. A config may have both: then its `architectures` says which.
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
@@ -49,7 +49,8 @@ def read_config(directory: str | Path, trust_remote_code: bool = False) -> Any:
         raise _untrusted(directory)
     with one_line(str(path)):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    drop_notes(config)
+    if stored_as(vars(config)).floats:  # or transformers would want the tool that left the notes
+        drop_notes(config)
     return config
 
 

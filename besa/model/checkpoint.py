@@ -37,11 +37,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from besa.errors import BesaError, one_line
-from besa.model.architecture import read_config
+from besa.model.architecture import loader_of, read_config
 from besa.model.blocks import find_blocks
 from besa.model.companions import copy_companions
 from besa.model.completeness import check_complete
-from besa.model.files import open_tensors, resolve, stored_dtype, weight_files
+from besa.model.files import open_tensors, resolve, stored_dtype, stored_shapes, weight_files
 from besa.model.finite import check_finite
 from besa.model.quantization import check_floats, without_notes
 from besa.model.skeleton import free_parameters, skeleton_of, targets_of, tied_names
@@ -101,8 +101,10 @@ class Checkpoint:
         transformers_logging.disable_progress_bar()
         config = read_config(directory, trust_remote_code)
         check_floats(directory, config)
-        checkpoint = cls.of(directory, config, weight_files(directory), trust_remote_code)
-        check_complete(directory, checkpoint.model, checkpoint.files, checkpoint.conversions)
+        files = weight_files(directory)
+        checkpoint = cls.of(directory, config, files, trust_remote_code)
+        shapes = stored_shapes(files)
+        check_complete(directory, checkpoint.model, files, checkpoint.conversions, shapes)
         return checkpoint
 
     @classmethod
@@ -149,6 +151,11 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The dtype that the weights are stored in."""
         return self.model.dtype  # type: ignore[return-value]
+
+    @property
+    def loader(self) -> str:
+        """The name of transformers' class that loads the model."""
+        return str(loader_of(self.model.config, self.trust_remote_code).__name__)
 
     @property
     def nbytes(self) -> int:

@@ -5,7 +5,7 @@ that the config is of another model. Both are named all at once, before any work
 
 >>> from besa.model.checkpoint import Checkpoint
 >>> checkpoint = Checkpoint.open("path/to/model")
->>> check_complete(checkpoint.directory, checkpoint.model, checkpoint.files, conversions=[])
+>>> check_complete(checkpoint.directory, checkpoint.model, checkpoint.files, [], shapes=None)
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 from torch import nn
 
 from besa.errors import BesaError, BesaWarning
-from besa.model.files import stored_shapes
 from besa.model.skeleton import all_targets_of, tied_names
 
 # Buffers of old checkpoints that transformers computes by now, and drops without a word.
@@ -33,34 +32,21 @@ _OLD_BUFFERS = (
 
 
 def check_complete(
-    directory: Path, model: nn.Module, files: Mapping[str, Path], conversions: list[Any]
+    directory: Path,
+    model: nn.Module,
+    files: Iterable[str],
+    conversions: list[Any],
+    shapes: Mapping[str, tuple[int, ...]] | None,
 ) -> None:
-    """Compares the headers of the files with the skeleton of the model; warns of surplus tensors.
+    """Compares the stored tensors with the skeleton of the model; warns of surplus ones.
+
+    Args:
+        files: the names of the stored tensors.
+        shapes: of theirs; None where these are not the model's, which leaves the names.
 
     Raises:
         BesaError: names all tensors that are missing, or that have another shape.
     """
-    _check(directory, model, files, conversions, stored_shapes(files))
-
-
-def check_named(
-    directory: Path, model: nn.Module, files: Mapping[str, Path], conversions: list[Any]
-) -> None:
-    """The same by the names alone, where the shapes in the headers are not those of the model.
-
-    Raises:
-        BesaError: names all tensors that are missing.
-    """
-    _check(directory, model, files, conversions, None)
-
-
-def _check(
-    directory: Path,
-    model: nn.Module,
-    files: Mapping[str, Path],
-    conversions: list[Any],
-    shapes: Mapping[str, tuple[int, ...]] | None,
-) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     whole: dict[str, str] = {}  # the stored tensor that a parameter is
     parts: dict[str, int] = defaultdict(int)  # the numbers stored for those that are put together

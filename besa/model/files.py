@@ -161,12 +161,22 @@ def stored_dtype(files: Mapping[str, Path]) -> torch.dtype:
 
 def stored_shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
     """The shape of each stored tensor, from the headers."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in set(files.values()):
-        with safe_open(path, framework="pt") as opened:
-            keys = set(opened.keys())
-            shapes |= {k: tuple(opened.get_slice(k).get_shape()) for k in keys if k in files}
-    return shapes
+    with open_tensors(files, list(files)) as tensors:
+        return {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+
+
+def read_tensor(path: Path, name: str, remedy: str) -> Tensor:
+    """A stored tensor, whole.
+
+    Args:
+        remedy: what to do if its file cannot be read, for the message.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+    except (SafetensorError, OSError) as error:
+        raise BesaError(f"{path} is damaged ({error}): {remedy}") from None
 
 
 def stored_bytes(files: Mapping[str, Path]) -> dict[str, int]:

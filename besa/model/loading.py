@@ -52,8 +52,12 @@ def max_positions(directory: Path, trust_remote_code: bool = False) -> int | Non
         BesaError: a config that transformers cannot read.
     """
     with quiet():
-        config = read_config(directory, trust_remote_code).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+        return positions_of(read_config(directory, trust_remote_code))
+
+
+def positions_of(config: Any) -> int | None:
+    """The same, of a config that is read already."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
@@ -92,24 +96,37 @@ def load_model(
         BesaError: transformers cannot load it, weights are missing, or it does not fit.
     """
     with quiet(), one_line(f"{directory} cannot be loaded"):
-        loaded: Any  # with output_loading_info, a pair
-        config = read_config(directory, trust_remote_code)
-        loaded = loader_of(config, trust_remote_code).from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attention,
+        model = whole_model(
+            directory, trust_remote_code, dtype=dtype, attn_implementation=attention
         )
-        model, info = loaded
-    # transformers would go on with random values in their place.
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise BesaError(f"{directory} lacks {len(missing)} weights of the model, as {missing[0]}")
     with fitting_in_memory(f"{directory}", "choose a smaller dtype or another device"):
         model.to(device)
     return model.eval()
+
+
+def whole_model(directory: Path, trust_remote_code: bool, **options: Any) -> Any:
+    """The model as transformers loads it, where it leaves no weight to chance.
+
+    Args:
+        options: of `from_pretrained`.
+
+    Raises:
+        BesaError: weights are missing. What transformers raises comes as it is.
+    """
+    config = read_config(directory, trust_remote_code)
+    loaded: Any  # with output_loading_info, a pair
+    loaded = loader_of(config, trust_remote_code).from_pretrained(
+        directory,
+        config=config,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise BesaError(f"{directory} lacks {len(missing)} weights of the model, as {missing[0]}")
+    return model
 
 
 @contextmanager

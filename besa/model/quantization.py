@@ -78,14 +78,18 @@ def check_floats(directory: Path, config: Any) -> None:
     """Raises a BesaError, with what to do, if a transformers config is of no float weights."""
     found = stored_as(vars(config))
     if not found.floats:
-        remedy = "take the float model that it was made from"
-        if found.method == "besa" or found.packed_zeros or dequantizing(found.method):
-            remedy = f"unpack it first, with `besa export --format dense {directory} --out DENSE`"
-        raise BesaError(f"{directory} is quantized ({found.method}): {remedy}")
+        raise not_floats(directory, found)
+
+
+def not_floats(directory: Path, found: StoredAs) -> BesaError:
+    """What is wrong with weights that are no floats, and what to do."""
+    remedy = "take the float model that it was made from"
+    if found.method == "besa" or found.packed_zeros or dequantizing(found.method):
+        remedy = f"unpack it first, with `besa export --format dense {directory} --out DENSE`"
+    return BesaError(f"{directory} is quantized ({found.method}): {remedy}")
 
 
 def drop_notes(config: Any) -> None:
-    """Takes notes on float weights from a transformers config, which would want their tool."""
-    if stored_as(vars(config)).floats:
-        for name in NOTES:
-            vars(config).pop(name, None)
+    """Takes what a transformers config says of how weights are stored from it."""
+    for name in NOTES:
+        vars(config).pop(name, None)

@@ -34,7 +34,6 @@ from besa.model.observe import observe
 from besa.model.prune_record import BlockRecord, BlockUpdate, PruneRecord
 from besa.model.record import read_record
 from besa.model.replay import Call, capture
-from besa.model.skeleton import known_tokens
 from besa.model.workspace import Workspace
 from besa.progress import REPLAY, WRITTEN, Event, Tell
 from besa.pruning import methods, updates
@@ -107,8 +106,7 @@ def prune_blocks(
     checkpoint = Checkpoint.open(place, config.trust_remote_code)
     dtype = _dtype(config.dtype, device, checkpoint.dtype)
     plan = plan_of(checkpoint, config)
-    known = known_tokens(checkpoint.model)
-    windows = draw_samples(checkpoint.directory, config.calibration, config, known)
+    windows = draw_samples(checkpoint, config.calibration, config)
     settings = settings_of(model, config, checkpoint, windows, device, dtype)
     if may_be_there and (found := _made_before(out, settings)):
         return found

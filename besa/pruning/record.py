@@ -14,7 +14,6 @@ from torch import Tensor
 from besa.data.held_out import HELD_OUT
 from besa.data.samples import samples_digest
 from besa.machine import peak_memory
-from besa.model.architecture import loader_of
 from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
 from besa.model.conditions import conditions
@@ -175,7 +174,7 @@ def run_record(
         besa_version=__version__,
         model=settings["model"],
         architecture=type(checkpoint.model).__name__,
-        loader=loader_of(checkpoint.model.config, checkpoint.trust_remote_code).__name__,
+        loader=checkpoint.loader,
         settings=dict(settings),
         versions=versions(),
         seconds=round(seconds, 3),

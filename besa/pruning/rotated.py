@@ -19,7 +19,6 @@ from besa.data.samples import draw_samples, samples_digest
 from besa.errors import BesaError
 from besa.model.checkpoint import Checkpoint
 from besa.model.loading import fitting_in_memory, pick_device
-from besa.model.skeleton import known_tokens
 from besa.progress import Event, Tell
 from besa.pruning.config import PruneConfig
 from besa.version import __version__
@@ -56,8 +55,7 @@ def rotated_copy(
     from besa.rotation.rotate import rotate
 
     checkpoint = Checkpoint.open(model, config.trust_remote_code)
-    known = known_tokens(checkpoint.model)
-    windows = draw_samples(checkpoint.directory, config.calibration, config, known)
+    windows = draw_samples(checkpoint, config.calibration, config)
     made_of = {
         "model": checkpoint.fingerprint(),
         "text": samples_digest(windows),

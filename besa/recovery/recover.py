@@ -33,7 +33,6 @@ from besa.model.files import resolve
 from besa.model.loading import fitting_in_memory, pick_device
 from besa.model.prune_record import PruneRecord, Recovery
 from besa.model.record import read_record
-from besa.model.skeleton import known_tokens
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Tell
 from besa.recovery.config import RecoverConfig, check_accelerate
@@ -70,8 +69,7 @@ def recover(pruned: str | Path, config: RecoverConfig, tell: Tell = lambda event
     checkpoint = Checkpoint.open(pruned, config.trust_remote_code)
     record = _record_of(checkpoint.directory)
     teacher_directory = resolve(config.teacher)
-    known = known_tokens(checkpoint.model)
-    windows = draw_samples(checkpoint.directory, config.text, config, known)
+    windows = draw_samples(checkpoint, config.text, config)
     dtype = _dtype(config.dtype, device)
     settings = _settings(pruned, config, checkpoint, windows, device, dtype)
     needed = checkpoint.nbytes + _CHECKPOINTS * 12 * _parameters(checkpoint)

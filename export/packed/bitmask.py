@@ -15,18 +15,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from besa.errors import BesaError
 from besa.formats import FormatError
-from besa.model.architecture import read_config
 from besa.model.checkpoint import Checkpoint
-from besa.model.completeness import check_named
-from besa.model.files import resolve, stored_bytes, weight_files
-from besa.model.quantization import NOTES
+from besa.model.completeness import check_complete
+from besa.model.files import read_tensor, stored_bytes, weight_files
+from besa.model.quantization import drop_notes
 
 _PARTS = (".compressed", ".bitmask", ".shape", ".row_offsets")
 
@@ -66,21 +64,19 @@ class BitmaskCheckpoint:
     skeleton: Checkpoint
 
     @classmethod
-    def open(cls, model: str | Path, trust_remote_code: bool = False) -> BitmaskCheckpoint:
-        """Opens a directory or hub id; reads headers only.
+    def of(cls, directory: Path, config: Any, trust_remote_code: bool) -> BitmaskCheckpoint:
+        """The model in a directory, with this config; reads headers only.
 
         Raises:
             BesaError: it is not whole.
         """
-        directory = resolve(model)
-        config = read_config(directory, trust_remote_code)
-        for name in NOTES:
-            vars(config).pop(name, None)
+        drop_notes(config)
         files = weight_files(directory)
         parts = {name: weight for name in files if (weight := _packed_weight(name, files))}
         plain = {parts.get(name, name): path for name, path in files.items()}
         skeleton = Checkpoint.of(directory, config, plain, trust_remote_code)
-        check_named(directory, skeleton.model, skeleton.files, skeleton.conversions)
+        # The shapes in the headers are those of the parts.
+        check_complete(directory, skeleton.model, plain, skeleton.conversions, shapes=None)
         return cls(directory, files, frozenset(parts.values()), skeleton)
 
     def check_digests(self) -> None:
@@ -111,12 +107,7 @@ class BitmaskCheckpoint:
         path = self.files.get(name)
         if path is None:
             raise FormatError(f"{name} is missing")
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as error:
-            raise BesaError(f"{path} is damaged ({error}): download the model again") from None
+        return read_tensor(path, name, "download the model again")
 
 
 def _packed_weight(name: str, files: dict[str, Path]) -> str | None:

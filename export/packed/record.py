@@ -16,7 +16,6 @@ from besa.export.packed.sizes import read_per_token
 from besa.export.plan import PackingPlan
 from besa.formats import PackedConfig
 from besa.machine import peak_memory
-from besa.model.architecture import loader_of
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import PackedLinearRecord, PackedRecord, PackedSizes
 from besa.model.record import read_raw_record
@@ -52,7 +51,7 @@ def packed_record(
         besa_version=__version__,
         model=settings["model"],
         architecture=type(checkpoint.model).__name__,
-        loader=loader_of(checkpoint.model.config, checkpoint.trust_remote_code).__name__,
+        loader=checkpoint.loader,
         settings=dict(settings),
         versions=versions(),
         seconds=round(seconds, 3),

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,11 +26,11 @@ from besa.export.packed.dequantize import QuantizedCheckpoint
 from besa.formats import FormatError, PackedConfig, packed_of
 from besa.formats.checkpoint import SUFFIXES
 from besa.machine import give_memory_back, peak_memory
-from besa.model.architecture import loader_of, read_config
+from besa.model.architecture import read_config
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import UnpackedRecord, UnpackedSizes
-from besa.model.files import resolve, stored_bytes, stored_dtype, weight_files
-from besa.model.quantization import check_floats, dequantizing, stored_as
+from besa.model.files import read_tensor, resolve, stored_bytes, stored_dtype, weight_files
+from besa.model.quantization import dequantizing, not_floats, stored_as
 from besa.model.record import read_raw_record, read_record, write_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
@@ -106,13 +105,7 @@ class PackedCheckpoint:
             BesaError: its file cannot be read.
         """
         path = self.files.get(name)
-        if path is None:
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise BesaError(f"{path} is damaged ({error}): export the model again") from None
+        return None if path is None else read_tensor(path, name, "export the model again")
 
     def dense(self, name: str) -> Tensor:
         """A tensor of the plain checkpoint, unpacked if need be.
@@ -164,12 +157,13 @@ def _open(model: str | Path, trust_remote_code: bool) -> Source:
     config = read_config(directory, trust_remote_code)
     found = stored_as(vars(config))
     if found.floats or found.method == "besa":
-        return PackedCheckpoint.open(model, trust_remote_code)
+        return PackedCheckpoint.open(directory, trust_remote_code)
     if found.packed_zeros:
-        return BitmaskCheckpoint.open(model, trust_remote_code)
-    if dequantizing(found.method) is None:
-        check_floats(directory, config)
-    return QuantizedCheckpoint.open(model, trust_remote_code)
+        return BitmaskCheckpoint.of(directory, config, trust_remote_code)
+    method = dequantizing(found.method)
+    if method is None:
+        raise not_floats(directory, found)
+    return QuantizedCheckpoint.of(directory, config, method, trust_remote_code)
 
 
 def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> ExportResult:
@@ -200,7 +194,7 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
             besa_version=__version__,
             model=str(packed),
             architecture=type(skeleton.model).__name__,
-            loader=loader_of(skeleton.model.config, skeleton.trust_remote_code).__name__,
+            loader=skeleton.loader,
             settings=settings,
             versions=versions(),
             seconds=round(time.monotonic() - started, 3),

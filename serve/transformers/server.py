@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig, ContinuousBatchingConfig, set_seed
 from transformers.utils import logging
 
 from besa.errors import BesaError
-from besa.model.architecture import loader_of, read_config
+from besa.model.loading import whole_model
 from besa.serve.api import server
 from besa.serve.transformers.backend import TransformersBackend, batches_for
 
@@ -79,17 +79,13 @@ def load(args: argparse.Namespace) -> Any:
         raise BesaError(f"--dtype {args.dtype} is no type of torch's, as float32 or bfloat16")
     quantization = _QUANTIZATIONS.get(args.quantization)  # None would mean not even packed
     more = {"quantization_config": BitsAndBytesConfig(**quantization)} if quantization else {}
-    loader = loader_of(read_config(directory, args.trust_remote_code), args.trust_remote_code)
-    model, found = loader.from_pretrained(
+    model = whole_model(
         directory,
+        args.trust_remote_code,
         dtype=dtype,
         attn_implementation=args.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
-        output_loading_info=True,
         **more,
     )
-    if missing := sorted(found["missing_keys"]):
-        raise BesaError(f"{directory} lacks {len(missing)} weights, as {missing[0]}")
     return model.to(_device(args.device)).eval()
 
 

@@ -75,7 +75,7 @@ def prune(model: Path, out: Path, calibration: Path, **options: Any) -> PruneRes
 def windows_of(model: Path, calibration: Path) -> Tensor:
     """The calibration that `prune` uses."""
     config = PruneConfig(out="-", samples=SAMPLES, seqlen=SEQLEN)
-    return draw_samples(model, str(calibration), config)
+    return draw_samples(Checkpoint.open(model), str(calibration), config)
 
 
 def is_prunable(key: str, tensor: Tensor) -> bool:
