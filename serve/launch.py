@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 
 from besa.errors import BesaError, BesaWarning, one_line
-from besa.formats.checkpoint import QUANT_METHOD, PackedConfig
+from besa.formats import QUANT_METHOD, PackedConfig
 from besa.model.files import is_onnx, model_directory
 from besa.serve.command import EngineCommand, command_for
 from besa.serve.engines import engine_named

@@ -10,15 +10,17 @@
 True
 """
 
-from besa.formats.checkpoint import (
-    QUANT_METHOD,
-    PackedConfig,
-    packed_of,
-    packed_weights,
-    tensors_of,
-)
-from besa.formats.int4 import quantize_int4
-from besa.formats.packed import FormatError, Packed, pack, quantize_int8
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from besa.formats.config import QUANT_METHOD, PackedConfig
+
+if TYPE_CHECKING:
+    from besa.formats.checkpoint import packed_of, packed_weights, tensors_of
+    from besa.formats.int4 import quantize_int4
+    from besa.formats.packed import FormatError, Packed, pack, quantize_int8
 
 __all__ = [
     "QUANT_METHOD",
@@ -32,3 +34,13 @@ __all__ = [
     "quantize_int8",
     "tensors_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch, once asked for: `besa serve` reads `PackedConfig`, and leaves torch be."""
+    if name in __all__:
+        for module in ("packed", "int4", "checkpoint"):
+            found = import_module(f"besa.formats.{module}")
+            if hasattr(found, name):
+                return getattr(found, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -93,7 +93,7 @@ class PackedRecord(ExportRecord):
     """What `besa export --format vllm` leaves.
 
     Attributes:
-        format_version: of the packed format (besa.formats.checkpoint).
+        format_version: of the packed format (besa.formats.config).
         values: what the values are stored as; `group_size` columns share a scale, or a whole row.
         pattern: of the zeros, "unstructured" or "N:M".
         dense: the linears that are stored as they were.

@@ -1,5 +1,7 @@
 """The files of a checkpoint: found, checked, opened lazily, and written.
 
+torch is imported by what needs it: a command that only looks for a model starts without it.
+
 >>> files = weight_files(Path("path/to/model"))
 >>> with open_tensors(files, ["model.norm.weight"]) as tensors:
 ...     write_tensors({"norm": tensors["model.norm.weight"][...]}, Path("norm.safetensors"))
@@ -14,16 +16,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from besa.errors import BesaError, one_line, reason_of
 from besa.model.companions import WEIGHTS
 from besa.writing import atomic
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -106,7 +109,7 @@ def weight_files(directory: Path) -> dict[str, Path]:
         if not path.is_file():
             raise BesaError(f"{path} is missing: the download of the model is not complete")
         try:
-            with safe_open(path, framework="pt") as opened:
+            with safe_open(path, framework="np") as opened:  # "pt" would import torch
                 found.update(dict.fromkeys(opened.keys(), path))
         except (SafetensorError, OSError) as error:
             raise BesaError(
@@ -147,6 +150,8 @@ def open_tensors(files: Mapping[str, Path], names: list[str]) -> Iterator[dict[s
 
 def stored_dtype(files: Mapping[str, Path]) -> torch.dtype:
     """The floating dtype that most stored tensors have."""
+    import torch
+
     counts: dict[str, int] = defaultdict(int)
     for path in set(files.values()):
         with safe_open(path, framework="pt") as opened:
@@ -194,6 +199,8 @@ def stored_bytes(files: Mapping[str, Path]) -> dict[str, int]:
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes a safetensors file atomically: it is there whole, or not at all."""
+    from safetensors.torch import save_file
+
     with atomic(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode

@@ -30,8 +30,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from besa.errors import BesaError
-from besa.formats import PackedConfig
-from besa.formats.checkpoint import QUANT_METHOD, SUFFIXES
+from besa.formats import QUANT_METHOD, PackedConfig
+from besa.formats.checkpoint import SUFFIXES
 
 # What follows is imported by transformers in the midst of its own import: the parts of transformers
 # that work on whole models are not there yet, and `besa.serve.transformers.model` is left for

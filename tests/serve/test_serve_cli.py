@@ -93,7 +93,9 @@ def test_bad_options(options: list[str], words: str, sparse: Path, tmp_path: Pat
 def test_no_vllm(sparse: Path, tmp_path: Path):
     code = (
         "import sys; sys.modules['vllm'] = None; from besa.cli import main\n"
-        f"sys.exit(main(['serve', {str(sparse)!r}, *sys.argv[1:]]))"
+        f"code = main(['serve', {str(sparse)!r}, *sys.argv[1:]])\n"
+        "assert 'torch' not in sys.modules  # it takes seconds to import\n"
+        "sys.exit(code)"
     )
 
     def without(*arguments: str) -> subprocess.CompletedProcess[str]:
