@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,10 @@ class Expected:
     new_tokens: int = 0
 
 
-def expected(dense: Path, body: dict[str, Any]) -> Expected:
-    """By a loop over the dense model's logits."""
-    _, tokenizer = dense_model(dense)
+@cache
+def expected(dense: Path, name: str) -> Expected:
+    """Of a body in `ASKED`, by a loop over the dense model's logits: once for all servers."""
+    body, (_, tokenizer) = ASKED[name], dense_model(dense)
     found = Expected()
     for prompt, shown in _prompts(tokenizer, body):
         most = body.get("max_completion_tokens") or body.get("max_tokens")
@@ -143,7 +145,8 @@ def _continued(
     new: list[int] = []
     while len(new) < most:
         with torch.no_grad():
-            scores = model(torch.tensor([[*prompt, *new]])).logits[0, -1].double()
+            logits = model(torch.tensor([[*prompt, *new]]), logits_to_keep=1).logits
+        scores = logits[0, -1].double()
         for token, bias in body.get("logit_bias", {}).items():
             scores[int(token)] += bias
         factor = body.get("repetition_penalty", 1.0)
@@ -196,7 +199,7 @@ def test_the_same_answers(server: Served, dense: Path, name: str):
         assert json.loads(text)["error"]["param"] == refused
         return
     assert status == 200, text
-    answer, right = json.loads(text), expected(dense, body)
+    answer, right = json.loads(text), expected(dense, name)
     choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
     texts = [c["message"]["content"] if "message" in c else c["text"] for c in choices]
     assert texts == right.texts
