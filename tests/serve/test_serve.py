@@ -50,6 +50,7 @@ def server(
         tmp_path_factory.mktemp(engine),
         *("--dtype", "float32", *own),
         BESA_API_KEY=KEY,
+        **serving.ONE_PROCESS,
     )
     served.key = KEY
     try:
