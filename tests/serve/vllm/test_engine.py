@@ -110,7 +110,7 @@ def run(jobs: list[dict[str, Any]], directory: Path, **environment: str) -> list
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function goes to each rank
         "VLLM_CACHE_ROOT": str(directory.parent / "vllm-cache"),  # one for all tests of a run
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",  # a second one spends as much again on waiting for the first
         **environment,
     }
     finished = subprocess.run(
