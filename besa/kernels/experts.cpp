@@ -2,11 +2,11 @@
 
 #include "experts.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <memory>
+#include <deque>
 #include <new>
-#include <utility>
 #include <vector>
 
 #include "grouped.h"
@@ -51,81 +51,81 @@ Pairs sorted(const Experts& layer) {
     return pairs;
 }
 
-// The two products of some groups.
-struct Products {
-    Grouped gate_up, down;
-};
-
-// How many groups from the first on have kPairs pairs together, at least one.
-std::int64_t taken(const std::vector<Group>& groups, std::size_t first) {
-    std::size_t end = first + 1;
-    while (end < groups.size() && groups[end].end - groups[first].first <= kPairs) ++end;
-    return static_cast<std::int64_t>(end - first);
+// How many groups are worked on at a time: as many as have kPairs pairs, at least one.
+std::vector<std::int64_t> parts_of(const std::vector<Group>& groups) {
+    std::vector<std::int64_t> parts;
+    std::int64_t first = 0;  // pair of the part
+    for (const Group& group : groups) {
+        if (parts.empty() || group.end - first > kPairs) {
+            parts.push_back(0);
+            first = group.first;
+        }
+        ++parts.back();
+    }
+    return parts;
 }
 
-int run(const Experts& layer) {
-    const Job &gate_up = layer.gate_up, &down = layer.down;
+int run(const Experts& experts) {
+    const Job &gate_up = experts.gate_up, &down = experts.down;
     const std::int64_t size = float_size(down.input_dtype);
-    const Pairs pairs = sorted(layer);
+    const Pairs pairs = sorted(experts);
     if (pairs.groups.empty()) {
-        if (gate_up.tokens && down.rows) std::memset(down.output, 0, gate_up.tokens * down.rows * size);
+        if (gate_up.tokens && down.rows)
+            std::memset(down.output, 0, gate_up.tokens * down.rows * size);
         return kOk;
     }
-    std::vector<std::unique_ptr<Products>> products;
+    const std::vector<std::int64_t> parts = parts_of(pairs.groups);
+    const auto count = static_cast<std::int64_t>(pairs.token.size());
     std::int64_t most = 0;  // pairs at a time
-    for (std::size_t first = 0; first < pairs.groups.size();) {
-        const std::int64_t count = taken(pairs.groups, first);
-        products.push_back(std::make_unique<Products>());
-        for (Grouped* g : {&products.back()->gate_up, &products.back()->down}) {
-            g->layer = &layer;
-            g->groups = &pairs.groups[first];
-            g->count = count;
-            g->token = pairs.token.data();
-            g->pair = pairs.pair.data();
-        }
-        products.back()->down.is_down = true;
-        first += count;
-        const std::int64_t here = pairs.groups[first - 1].end - products.back()->down.groups->first;
-        most = here > most ? here : most;
+    const Group* group = pairs.groups.data();
+    for (const std::int64_t groups : parts) {
+        most = std::max(most, group[groups - 1].end - group->first);
+        group += groups;
     }
-    products.back()->down.is_last = true;
 
-    // Room for activations of any type, and the two cache lines that a row may have more.
-    const std::int64_t cols = gate_up.cols > down.cols ? gate_up.cols : down.cols;
-    const auto x = buffer<float>(most * (cols + 256)), scale = buffer<float>(most);
+    // Room for activations of any type, and the cache lines that a row may have more.
+    const auto x = buffer<float>(most * (std::max(gate_up.cols, down.cols) + 256));
+    const auto scale = buffer<float>(most);
     const auto between = buffer<char>(most * gate_up.rows * size);
-    const auto outputs = buffer<char>(static_cast<std::int64_t>(pairs.token.size()) * down.rows * size);
+    const auto outputs = buffer<char>(count * down.rows * size);
     if (!x || !scale || !between || !outputs) return kNoMemory;
-    for (const auto& both : products)
-        for (Grouped* g : {&both->gate_up, &both->down}) {
-            g->x = x.get();
-            g->scale = scale.get();
-            g->between = between.get();
-            g->outputs = outputs.get();
+    const Layer layer{experts,     pairs.token.data(), pairs.pair.data(), x.get(),
+                      scale.get(), between.get(),      outputs.get()};
+
+    std::deque<Grouped> products;  // gate_up and down of each part in turn
+    group = pairs.groups.data();
+    for (const std::int64_t groups : parts) {
+        for (const bool is_down : {false, true}) {
+            Grouped& g = products.emplace_back();
+            g.layer = &layer;
+            g.groups = group;
+            g.count = groups;
+            g.is_down = is_down;
         }
+        group += groups;
+    }
+    products.back().is_last = true;
 
     const std::int64_t weights = gate_up.rows * gate_up.cols + down.rows * down.cols;
-    const int threads =
-        worthwhile_threads(gate_up, weights * static_cast<std::int64_t>(pairs.token.size()));
+    const int threads = worthwhile_threads(gate_up, weights * count);
     std::atomic<int> status{kOk};
     in_lanes(gate_up, threads, [&] {
-        for (const auto& both : products)
-            for (const auto& [weight, g] : {std::pair(&gate_up, &both->gate_up),
-                                            std::pair(&down, &both->down)}) {
-                Job job = *weight;
-                job.threads = threads;
-                job.grouped = g;
-                if (const int result = sparse_linear(job)) status = result;
-            }
+        for (Grouped& g : products) {
+            Job job = g.is_down ? down : gate_up;
+            job.tokens = 0;  // each group has its own
+            job.threads = threads;
+            job.grouped = &g;
+            if (const int result = sparse_linear(job)) status = result;
+        }
     });
     return status;
 }
 
 }  // namespace
 
-int sparse_experts(const Experts& layer) {
+int sparse_experts(const Experts& experts) {
     try {
-        return run(layer);
+        return run(experts);
     } catch (const std::bad_alloc&) {
         return kNoMemory;
     }

@@ -7,6 +7,6 @@
 namespace besa {
 
 // By the instruction set that the jobs name; returns a Status.
-int sparse_experts(const Experts& layer);
+int sparse_experts(const Experts& experts);
 
 }  // namespace besa

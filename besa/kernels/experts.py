@@ -133,7 +133,7 @@ def sparse_experts(
         ValueError: if shapes, types or devices do not fit.
         BesaError: if a packed weight is corrupt.
     """
-    if weight_input and x.ndim == 2 and expert_weights.shape == expert_ids.shape:
+    if weight_input:  # as many tokens as there are pairs, with an expert each
         tokens, chosen = expert_ids.shape
         x = (x.unsqueeze(1) * expert_weights.unsqueeze(2)).to(x.dtype).flatten(0, 1)
         expert_ids = expert_ids.reshape(-1, 1)
