@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, conditions, gain, spread, table, write_json
+from common import RESULTS, conditions, gain, spread, write_json
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -144,7 +144,7 @@ def row_of(tokens: int, times: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def experts_table(record: dict[str, Any]) -> str:
-    """The section of docs/kernels.md."""
+    """Times, and times faster than the last of the dense ones."""
     shape, there = record["shape"], record["conditions"]
     dense = [name for name in DENSE if name in record["results"][0]["contenders"]]
     ours = [name for name in record["results"][0]["contenders"] if name not in dense]
@@ -197,8 +197,6 @@ def main() -> None:
     for tokens in args.tokens:
         times = measure(made, args.experts, args.hidden, args.chosen, tokens, args.rounds)
         results.append(row_of(tokens, times))
-        cells = [[name, f"{spread(own)['median'] * 1e3:.2f}"] for name, own in times.items()]
-        print(f"\n{tokens} tokens\n{table(['', 'ms'], cells)}", flush=True)
     record = {
         "conditions": {**conditions(), "isa": chosen_isa()[0]},
         "shape": shape,
@@ -206,6 +204,7 @@ def main() -> None:
         "results": results,
     }
     write_json(args.json, record, quiet=True)
+    print(experts_table(record))
 
 
 if __name__ == "__main__":
