@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
@@ -13,7 +14,7 @@ namespace {
 
 // X of some tokens: [tokens, stride], with zeros past cols. The memory is another's.
 template <class Traits>
-struct Activations {
+struct TokenRows {
     using X = typename Traits::X;
     static constexpr int kStep = Traits::kStep;
 
@@ -32,12 +33,12 @@ struct Activations {
     const X* at(std::int64_t t, std::int64_t col) const { return x + t * stride + col; }
 
     // Those of token t and after it.
-    Activations from(std::int64_t t) const {
+    TokenRows from(std::int64_t t) const {
         return {x + t * stride, Traits::kInt8Input ? scale + t : nullptr, stride};
     }
 
     // Makes token t of `cols` floats of a type.
-    void prepare(const void* row, int dtype, std::int64_t cols, std::int64_t t) const {
+    void make(const void* row, int dtype, std::int64_t cols, std::int64_t t) const {
         X* to = x + t * stride;
         const std::int64_t tail = cols / kStep * kStep;
         std::memset(to + tail, 0, (stride - tail) * sizeof(X));
@@ -92,6 +93,31 @@ struct Activations {
         }
         return finite ? most / 127 : __builtin_nanf("");
     }
+};
+
+// X of all tokens of a job. Made once for a call, by all its threads.
+template <class Traits>
+struct Activations : TokenRows<Traits> {
+    // False if there is no memory.
+    bool prepare(const Job& job) {
+        this->stride = this->stride_of(job.cols);
+        all_ = buffer<typename Traits::X>(job.tokens * this->stride);
+        if (Traits::kInt8Input) scales_ = buffer<float>(job.tokens);
+        if (!all_ || (Traits::kInt8Input && !scales_)) return false;
+        this->x = all_.get();
+        this->scale = scales_.get();
+        const std::int64_t size = job.cols * float_size(job.input_dtype);
+        std::atomic<std::int64_t> next{0};
+        in_lanes(job, worthwhile_threads(job, job.tokens * job.cols), [&] {
+            for (std::int64_t t; (t = next++) < job.tokens;)
+                this->make(offset(job.input, t * size), job.input_dtype, job.cols, t);
+        });
+        return true;
+    }
+
+   private:
+    Buffer<typename Traits::X> all_;
+    Buffer<float> scales_;
 };
 
 }  // namespace

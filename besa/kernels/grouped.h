@@ -112,7 +112,7 @@ inline Job job_of(const Job& job, const Group& group, void* output) {
 
 // Rows [first, end) of W, times the job's tokens.
 template <class Product, class Traits>
-int rows_of(const Job& job, const Activations<Traits>& in, std::int64_t first, std::int64_t end) {
+int rows_of(const Job& job, const TokenRows<Traits>& in, std::int64_t first, std::int64_t end) {
     Product product(job, in);
     if (!product.has_memory()) return kNoMemory;
     for (; first < end; first += kRowsPerPiece)
@@ -127,14 +127,14 @@ int run_grouped(const Job& job) {
     const Layer& layer = *g.layer;
     const Job& gate_up = layer.experts.gate_up;
     const std::int64_t start = g.groups[0].first, size = float_size(job.input_dtype);
-    const Activations<Traits> in{static_cast<typename Traits::X*>(layer.x), layer.scale,
-                                 Activations<Traits>::stride_of(job.cols)};
+    const TokenRows<Traits> in{static_cast<typename Traits::X*>(layer.x), layer.scale,
+                                 TokenRows<Traits>::stride_of(job.cols)};
     share(g.prepare, g.groups[g.count - 1].end - start, [&](std::int64_t i) {
         void* const between = offset(layer.between, i * gate_up.rows * size);
         if (g.is_down) activate(layer.experts, between);
         const void* row = between;
         if (!g.is_down) row = offset(gate_up.input, layer.token[start + i] * job.cols * size);
-        in.prepare(row, job.input_dtype, job.cols, i);
+        in.make(row, job.input_dtype, job.cols, i);
     });
 
     // Pieces small enough that all threads are busy to the end, and large enough for long streams.
@@ -148,7 +148,7 @@ int run_grouped(const Job& job) {
         void* const to = g.is_down ? offset(layer.outputs, group.first * job.rows * size)
                                    : offset(layer.between, (group.first - start) * job.rows * size);
         const Job own = job_of(job, group, to);
-        const Activations<Traits> own_in = in.from(group.first - start);
+        const TokenRows<Traits> own_in = in.from(group.first - start);
         const int result = own.tokens >= least(Traits::kTileFrom, kTileFromGroup)
                                ? rows_of<Tiles<Traits, false>>(own, own_in, first, end)
                                : rows_of<Direct<Traits, false>>(own, own_in, first, end);

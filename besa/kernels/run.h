@@ -39,17 +39,8 @@ int share_out(const Job& job, const Activations<Traits>& in, int threads,
 
 template <class Traits, bool kDense>
 int run_as(const Job& job) {
-    using Inputs = Activations<Traits>;
-    const std::int64_t stride = Inputs::stride_of(job.cols), row = job.cols * float_size(job.input_dtype);
-    const auto x = buffer<typename Traits::X>(job.tokens * stride);
-    const auto scale = buffer<float>(Traits::kInt8Input ? job.tokens : 0);
-    if (!x || !scale) return kNoMemory;
-    const Inputs in{x.get(), scale.get(), stride};
-    std::atomic<std::int64_t> next{0};
-    in_lanes(job, worthwhile_threads(job, job.tokens * job.cols), [&] {
-        for (std::int64_t t; (t = next++) < job.tokens;)
-            in.prepare(offset(job.input, t * row), job.input_dtype, job.cols, t);
-    });
+    Activations<Traits> in;
+    if (!in.prepare(job)) return kNoMemory;
     const int threads = worthwhile_threads(job, job.rows * job.cols * job.tokens);
     if (job.tokens >= Traits::kTileFrom)
         return share_out<Tiles<Traits, kDense>>(job, in, threads, kRowsPerPiece);
