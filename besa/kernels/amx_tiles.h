@@ -97,6 +97,7 @@ class AmxTiles {
     static constexpr int kStep = Traits::kStep;
     static constexpr int kLinesOfStep = sizeof(W) / kLine;
     static constexpr int kRegisters = 4;  // of W
+    static constexpr int kAtOnce = Traits::kNibbles ? 1 : kRegisters;
     static constexpr int kTileRows = kRegisters * kRegisterRows, kMostRows = 4 * kTileRows;
     static constexpr int kRegisterSums = kRegisterRows * kRegisterRows;
     // A tile takes 512 KiB at most, and so do the activations that it is multiplied with, which are
@@ -135,12 +136,17 @@ class AmxTiles {
     }
 
     // Expands the next `width` steps of a row for each register, from step s on: four rows at once,
-    // which keep more reads on their way than one.
+    // which keep more reads on their way than one, or one of int4, which needs more registers.
     void expand(Row* rows, char* to, std::int64_t s, std::int64_t width) const {
-        Row row[kRegisters];  // copies, which stay in registers
-        each<kRegisters>([&](auto r) BESA_INLINE { row[r] = rows[r * kRegisterRows]; });
+        for (int r = 0; r < kRegisters; r += kAtOnce)
+            expand_at_once(rows + r * kRegisterRows, to + r * kMostLines * kRegisterBytes, s, width);
+    }
+
+    void expand_at_once(Row* rows, char* to, std::int64_t s, std::int64_t width) const {
+        Row row[kAtOnce];  // copies, which stay in registers
+        each<kAtOnce>([&](auto r) BESA_INLINE { row[r] = rows[r * kRegisterRows]; });
         const auto step = [&](std::int64_t i, auto whole) BESA_INLINE {
-            each<kRegisters>([&](auto r) BESA_INLINE {
+            each<kAtOnce>([&](auto r) BESA_INLINE {
                 const W w = weight_.template next<whole>(row[r], (s + i) * kStep);
                 const __m512i* line = reinterpret_cast<const __m512i*>(&w);
                 each<kLinesOfStep>([&](auto k) BESA_INLINE {
@@ -152,7 +158,7 @@ class AmxTiles {
         const std::int64_t whole = least(width, job_.cols / kStep - s);
         for (std::int64_t i = 0; i < whole; ++i) step(i, std::true_type{});
         if (whole < width) step(whole, std::false_type{});
-        each<kRegisters>([&](auto r) BESA_INLINE {
+        each<kAtOnce>([&](auto r) BESA_INLINE {
             rows[r * kRegisterRows].p = row[r].p;
             rows[r * kRegisterRows].high = row[r].high;
         });

@@ -23,7 +23,7 @@
 //                             amx_tiles.h    the same on AMX, whose registers are matrices
 //
 // An instruction set says from how many tokens on it takes tiles (17; int8 with AVX-512's VNNI: 8;
-// AVX2: 5, as its registers hold the sums of no more than 4; AMX: 7, int8 8).
+// AVX2: 5, as its registers hold the sums of no more than 4; AMX: 7, int8 9).
 //
 // A third way was tried and dropped: AVX-512 with tiles for any number of tokens above four. Decoding
 // a few sequences then was 1.2 to 1.8 times slower at 6 and 8 tokens, because the tile is written and

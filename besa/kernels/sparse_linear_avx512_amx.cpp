@@ -21,7 +21,7 @@ template <class Traits>
 struct Int8Matrices : Traits {
     using X = std::int8_t;
     using Sum = std::int32_t;
-    static constexpr int kTileFrom = 8, kOffset = 0;
+    static constexpr int kTileFrom = 9, kOffset = 0;
 
     template <int kSums, int kW, int kX>
     BESA_INLINE static void multiply() {
