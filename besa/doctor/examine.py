@@ -22,7 +22,14 @@ from besa import machine
 from besa.doctor import speed
 from besa.doctor.advice import advice
 from besa.doctor.gpu import examine_gpus
-from besa.doctor.report import DoctorReport, Kernel, NativeLibrary, ReadBandwidth, System
+from besa.doctor.report import (
+    DenseAgainstSparse,
+    DoctorReport,
+    Kernel,
+    NativeLibrary,
+    ReadBandwidth,
+    System,
+)
 from besa.errors import BesaError, BesaWarning
 from besa.kernels import native
 from besa.kernels.isa import chosen_isa
@@ -44,9 +51,9 @@ def examine() -> DoctorReport:
     native_library, kernel = _native_library(), _kernel()
     nbytes = speed.bytes_to_measure()
     bandwidth = speed.read_bandwidth(nbytes)
-    figure = None
+    figures: tuple[DenseAgainstSparse, ...] = ()
     if kernel.isa is not None:
-        figure = speed.dense_against_sparse(nbytes, bandwidth)
+        figures = speed.dense_against_sparse(nbytes, bandwidth)
     with warnings.catch_warnings(record=True) as of_gpus:
         warnings.simplefilter("always")
         gpu_kernels = examine_gpus(gpus)
@@ -64,7 +71,7 @@ def examine() -> DoctorReport:
             **{name: _version(name) for name in PACKAGES},
         },
         read_bandwidth=ReadBandwidth(bandwidth, torch.get_num_threads()),
-        dense_against_sparse=figure,
+        dense_against_sparse=figures,
         gpu_kernels=gpu_kernels,
         openmp=machine.openmp_runtimes(),  # at the end, when all that loads one has
         busy_cores=round(max(0.0, others / (time.monotonic() - started)), 2),

@@ -61,9 +61,10 @@ class ReadBandwidth:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseAgainstSparse:
-    """One token through matrices, dense and then packed: median seconds a matrix.
+    """One token through dense matrices of bfloat16 and through packed ones: median seconds each.
 
     Attributes:
+        dtype: of the packed values.
         speedup: the dense time over the sparse one.
         bytes: of a packed matrix.
         share_of_read_bandwidth: how fast its bytes were read, of what the memory allows.
@@ -171,7 +172,7 @@ class DoctorReport:
         cpu_features: whether the processor has each of the extensions that matter.
         prefix: the directory of this Python installation.
         versions: of Python and of packages; None for one that is not installed.
-        dense_against_sparse: on the CPU; None where the kernels cannot run.
+        dense_against_sparse: on the CPU, by type; empty where the kernels cannot run.
         gpu_kernels: None where torch sees no GPU.
         openmp: the OpenMP libraries that this process has loaded.
         busy_cores: how many cores other programs kept busy in the meantime.
@@ -187,9 +188,9 @@ class DoctorReport:
     prefix: str
     versions: dict[str, str | None]
     read_bandwidth: ReadBandwidth
-    dense_against_sparse: DenseAgainstSparse | None
+    dense_against_sparse: tuple[DenseAgainstSparse, ...]
     openmp: list[str]
     busy_cores: float
     gpu_kernels: Gpus | None = None
     warnings: list[str] = field(default_factory=list)
-    record_version: int = 1
+    record_version: int = 2

@@ -1,9 +1,11 @@
-"""How fast this machine is, in two seconds: what memory allows, and what packed weights gain.
+"""How fast this machine is, in some seconds: what memory allows, and what packed weights gain.
 
 >>> nbytes = bytes_to_measure()
->>> figure = dense_against_sparse(nbytes, read_bandwidth(nbytes))
->>> print(f"packed weights are {figure.speedup:.1f} times as fast as dense ones")
-packed weights are ... times as fast as dense ones
+>>> for figure in dense_against_sparse(nbytes, read_bandwidth(nbytes)):
+...     print(f"{figure.dtype} is {figure.speedup:.1f} times as fast as dense weights")
+bfloat16 is ... times as fast as dense weights
+int8 is ... times as fast as dense weights
+int4 is ... times as fast as dense weights
 
 A model generates text at the speed at which its weights are read: for one token each weight is
 used once, and no cache holds them all. So both measure on more memory than the caches have.
@@ -22,12 +24,14 @@ import torch
 from torch import Tensor
 
 from besa.doctor.report import DenseAgainstSparse
-from besa.formats import pack
+from besa.formats import Packed, pack, quantize_int4, quantize_int8
 from besa.kernels import sparse_linear
+from besa.kernels.isa import available
 from besa.machine import cache_size, memory
 
 SIZE = 4096  # rows and columns of the matrices
 SPARSITY = 0.5
+GROUP = 64  # columns that share a step of int4
 
 # The time for each measurement, and the least number of calls.
 _SECONDS, _TIMES = 0.4, 5
@@ -62,8 +66,9 @@ def readers(nbytes: int) -> list[Callable[[], object]]:
 
 
 @torch.no_grad()
-def dense_against_sparse(nbytes: int, bandwidth: float) -> DenseAgainstSparse:
-    """One token through matrices of bfloat16, dense and then packed.
+def dense_against_sparse(nbytes: int, bandwidth: float) -> tuple[DenseAgainstSparse, ...]:
+    """One token through dense matrices of bfloat16, and then through packed ones of each type; of
+    bfloat16 alone where there are no native kernels.
 
     Args:
         nbytes: how much memory the matrices of each kind take.
@@ -71,31 +76,42 @@ def dense_against_sparse(nbytes: int, bandwidth: float) -> DenseAgainstSparse:
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(SIZE, SIZE, dtype=torch.bfloat16, generator=generator)
+    weight += weight.sign()  # none so small that quantizing would make it zero
     weight[torch.rand(SIZE, SIZE, generator=generator) < SPARSITY] = 0
     token = torch.randn(1, SIZE, dtype=torch.bfloat16, generator=generator)
-    packed = pack(weight)
     # The dense ones are gone before there are packed ones.
     dense = _seconds(
         [weight.clone() for _ in range(_count(nbytes, weight.nbytes))],
         lambda matrix: torch.nn.functional.linear(token, matrix),
     )
-    sparse = _seconds(
-        [packed.clone() for _ in range(_count(nbytes, packed.nbytes))],
-        lambda matrix: sparse_linear(token, matrix),
-    )
-    return DenseAgainstSparse(
-        tokens=1,
-        rows=SIZE,
-        cols=SIZE,
-        sparsity=SPARSITY,
-        dtype="bfloat16",
-        threads=torch.get_num_threads(),
-        dense_seconds=dense,
-        sparse_seconds=sparse,
-        speedup=dense / sparse,
-        bytes=packed.nbytes,
-        share_of_read_bandwidth=packed.nbytes / sparse / bandwidth,
-    )
+
+    def figure(dtype: str, packed: Packed) -> DenseAgainstSparse:
+        sparse = _seconds(
+            [packed.clone() for _ in range(_count(nbytes, packed.nbytes))],
+            lambda matrix: sparse_linear(token, matrix),
+        )
+        return DenseAgainstSparse(
+            tokens=1,
+            rows=SIZE,
+            cols=SIZE,
+            sparsity=SPARSITY,
+            dtype=dtype,
+            threads=torch.get_num_threads(),
+            dense_seconds=dense,
+            sparse_seconds=sparse,
+            speedup=dense / sparse,
+            bytes=packed.nbytes,
+            share_of_read_bandwidth=packed.nbytes / sparse / bandwidth,
+        )
+
+    figures = [figure("bfloat16", pack(weight))]
+    if available():  # torch in the kernels' place takes a second for each product of int4
+        numbers, scale, steps = quantize_int4(weight, GROUP)
+        figures += [
+            figure("int8", pack(*quantize_int8(weight))),
+            figure("int4", pack(numbers, scale, GROUP, steps)),
+        ]
+    return tuple(figures)
 
 
 def _count(nbytes: int, each: int) -> int:

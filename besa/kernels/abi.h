@@ -17,12 +17,12 @@ enum Dtype : int { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3, kInt4 = 4 };
 enum Status : int { kOk = 0, kCorrupt = 1, kUnsupported = 2, kNoMemory = 3 };
 
 // Instruction sets, of each family from the least to the most. isa.h says which a CPU has.
-enum Isa : int { kPortable, kAvx2, kAvx2Vnni, kAvx512, kAvx512Bf16, kAvx512Dpbf16, kNeon, kNeonDot,
-                 kNeonBf16, kIsas };
+enum Isa : int { kPortable, kAvx2, kAvx2Vnni, kAvx512, kAvx512Bf16, kAvx512Dpbf16, kAvx512Amx,
+                 kNeon, kNeonDot, kNeonBf16, kIsas };
 
 constexpr const char* kIsaNames[kIsas] = {
     "portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "avx512_dpbf16",
-    "neon", "neon_dot", "neon_bf16"};
+    "avx512_amx", "neon", "neon_dot", "neon_bf16"};
 
 // How many columns may share a scale, other than a whole row.
 constexpr std::int64_t kGroupSizes[] = {32, 64, 128};

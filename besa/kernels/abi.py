@@ -34,6 +34,7 @@ PROBLEMS = {
 # Instruction sets, of each family from the least to the most. isa.h says which a CPU has.
 ISAS = (
     *("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "avx512_dpbf16"),
+    "avx512_amx",
     *("neon", "neon_dot", "neon_bf16"),
 )
 

@@ -10,6 +10,11 @@
 
 #include "abi.h"
 
+#ifdef BESA_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -49,14 +54,29 @@ bool has(const Feature& feature) {
 }  // namespace
 #endif
 
-#ifdef BESA_AVX2_VNNI
+#ifdef __x86_64__
 namespace {
 
 // Not every compiler that has the instructions can also be asked for them by name.
+
+#ifdef BESA_AVX2_VNNI
 bool has_avx_vnni() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
+#endif
+
+#ifdef BESA_AMX
+// With AMX for bfloat16 and int8. Linux saves its registers (8 KiB of them) for those processes only
+// that have asked, once for all their threads. It refuses if it is too old.
+bool may_use_amx() {
+    constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, int8
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // part of Linux's interface
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 }  // namespace
 #endif
@@ -80,6 +100,12 @@ bool has_isa(int isa) {
         case kAvx512Dpbf16:
             return avx512 && __builtin_cpu_supports("avx512vbmi2") &&
                    __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+#ifdef BESA_AMX
+        case kAvx512Amx: {
+            static const bool amx = has_isa(kAvx512Bf16) && may_use_amx();
+            return amx;
+        }
+#endif
     }
 #elif defined(__aarch64__)
     static const bool dot = has(kDotProducts);
@@ -97,6 +123,7 @@ int best_isa() {
 #ifdef __x86_64__
     // AMD's Zen 4 and 5 issue one dpbf16ps in a cycle: twice the products of their float32
     // multiply-adds. Intel's cores issue it every other cycle: half of theirs.
+    if (has_isa(kAvx512Amx)) return kAvx512Amx;
     if (has_isa(kAvx512Bf16)) return __builtin_cpu_is("amd") ? kAvx512Dpbf16 : kAvx512Bf16;
     if (has_isa(kAvx512)) return kAvx512;
     if (has_isa(kAvx2Vnni)) return kAvx2Vnni;

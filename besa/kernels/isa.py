@@ -1,10 +1,11 @@
 """Which instruction set the native kernels use.
 
 One library holds them all. It takes what this CPU is fastest with, or what `BESA_ISA` in the
-environment names: portable, avx2, avx2_vnni, avx512, avx512_bf16 or avx512_dpbf16; on Arm portable,
-neon, neon_dot or neon_bf16. avx512_bf16 and avx512_dpbf16 need the same instructions and differ in
-those that bfloat16 is multiplied with; AMD's CPUs are faster with the second. avx2_vnni is not
-there if the compiler is older than these instructions.
+environment names: portable, avx2, avx2_vnni, avx512, avx512_bf16, avx512_dpbf16 or avx512_amx; on
+Arm portable, neon, neon_dot or neon_bf16. avx512_bf16 and avx512_dpbf16 need the same instructions
+and differ in those that bfloat16 is multiplied with; AMD's CPUs are faster with the second.
+avx2_vnni and avx512_amx are not there if the compiler is older than these instructions, and
+avx512_amx not if the system does not let the process use AMX, as only Linux does.
 
 >>> name, reason = chosen_isa()     # "avx512_bf16", "the best that this CPU has"
 >>> name in (*ISAS, "torch")

@@ -25,7 +25,7 @@ namespace {
 
 #ifdef __x86_64__
 bool isa_has_avx512(int isa) {
-    return isa == besa::kAvx512 || isa == besa::kAvx512Bf16 || isa == besa::kAvx512Dpbf16;
+    return isa >= besa::kAvx512 && isa <= besa::kAvx512Amx;
 }
 #endif
 

@@ -18,8 +18,8 @@ namespace {
 
 // Has threads take pieces of so many rows until there are none left. A row is never split between
 // threads, so results depend on the shape alone.
-template <class Product, class Traits>
-int share_out(const Job& job, const Activations<Traits>& in, int threads,
+template <class Product, class Input>
+int share_out(const Job& job, const Input& in, int threads,
               std::int64_t rows_per_piece) {
     const std::int64_t pieces = (job.rows + rows_per_piece - 1) / rows_per_piece;
     std::atomic<int> status{kOk};

@@ -12,7 +12,8 @@ static bool has_int4(const Job& job) {
         case kAvx2:
         case kAvx2Vnni:
         case kAvx512Bf16:
-        case kAvx512Dpbf16: return job.int8_input;
+        case kAvx512Dpbf16:
+        case kAvx512Amx: return job.int8_input;
         default: return false;
     }
 }
@@ -26,6 +27,9 @@ int sparse_linear(const Job& job) {
     }
     switch (job.isa) {
 #ifdef __x86_64__
+#ifdef BESA_AMX
+        case kAvx512Amx: return sparse_linear_avx512_amx(job);
+#endif
         case kAvx512Dpbf16: return sparse_linear_avx512_dpbf16(job);
         case kAvx512Bf16: return sparse_linear_avx512_bf16(job);
         case kAvx512: return sparse_linear_avx512(job);

@@ -20,9 +20,10 @@
 //     few tokens (decode):    direct.h   each row is expanded in registers and multiplied at once
 //     many tokens (prefill):  tiles.h    a part of some rows is expanded into the first-level
 //                                        cache, and multiplied from there with all tokens
+//                             amx_tiles.h    the same on AMX, whose registers are matrices
 //
 // An instruction set says from how many tokens on it takes tiles (17; int8 with AVX-512's VNNI: 8;
-// AVX2: 5, as its registers hold the sums of no more than 4).
+// AVX2: 5, as its registers hold the sums of no more than 4; AMX: 7, int8 9).
 //
 // A third way was tried and dropped: AVX-512 with tiles for any number of tokens above four. Decoding
 // a few sequences then was 1.2 to 1.8 times slower at 6 and 8 tokens, because the tile is written and
@@ -38,6 +39,7 @@
 //     activations.h    x, converted or quantized to int8
 //     packed_rows.h    reads rows of W, step by step and within bounds
 //     direct.h, tiles.h, outputs.h    the algorithms, and what they end with
+//     amx.h, amx_tiles.h              AMX: its registers, and the algorithm
 //     run.h            picks one and shares out the rows between threads
 //     experts.h, grouped.h, gate.h    a layer of a mixture's experts, each with its own tokens
 //     sparse_linear_<isa>.cpp         the traits of one instruction set; compiled with its flags
@@ -67,6 +69,7 @@ int sparse_linear_avx2_vnni(const Job& job);
 int sparse_linear_avx512(const Job& job);
 int sparse_linear_avx512_bf16(const Job& job);
 int sparse_linear_avx512_dpbf16(const Job& job);
+int sparse_linear_avx512_amx(const Job& job);
 #elif defined(__aarch64__)
 int sparse_linear_neon(const Job& job);
 int sparse_linear_neon_dot(const Job& job);

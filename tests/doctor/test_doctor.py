@@ -96,13 +96,18 @@ def test_json_has_every_key(record: dict[str, Any]):
     assert set(native_record) == {"path", "problem"}
     assert set(native_record.values()) == {TEXT, NONE}
     assert found.pop("busy_cores") in (float, NONE)
+    assert found.pop("dense_against_sparse") is list
     assert found == {
         "record_version": NUMBER,
         "besa": TEXT,
         "prefix": TEXT,
         "kernel": {"isa": TEXT, "reason": TEXT},
         "read_bandwidth": {"bytes_per_second": float, "threads": NUMBER},
-        "dense_against_sparse": {
+    }
+    figures = record["dense_against_sparse"]
+    assert [figure["dtype"] for figure in figures] == ["bfloat16", "int8", "int4"]
+    for figure in figures:
+        assert kind(figure) == {
             "tokens": NUMBER,
             "rows": NUMBER,
             "cols": NUMBER,
@@ -114,8 +119,7 @@ def test_json_has_every_key(record: dict[str, Any]):
             "speedup": float,
             "bytes": NUMBER,
             "share_of_read_bandwidth": float,
-        },
-    }
+        }
 
 
 @pytest.mark.slow
@@ -129,9 +133,9 @@ def test_what_it_says_is_so(record: dict[str, Any]):
     if native.library() is not None:
         assert Path(record["native"]["path"]).name == native.NAME
         assert record["kernel"]["isa"] in ISAS
-    figure = record["dense_against_sparse"]
-    assert figure["speedup"] == figure["dense_seconds"] / figure["sparse_seconds"]
-    assert figure["bytes"] == pytest.approx(4096 * 4096 * (2 * 0.5 + 1 / 8), rel=0.001)
+    for figure, bits in zip(record["dense_against_sparse"], (9, 5, 3.15), strict=True):
+        assert figure["speedup"] == figure["dense_seconds"] / figure["sparse_seconds"]
+        assert figure["bytes"] * 8 / 4096**2 == pytest.approx(bits, rel=0.01)
     assert all(isinstance(line, str) and "\n" not in line for line in record["warnings"])
 
 
@@ -150,7 +154,8 @@ def test_lines_fit_the_terminal_and_besa_isa_is_respected():
     assert "warning: BESA_ISA=portable may hold the kernels back" in shown
     assert re.search(r"reading \d+\.\d GB/s from memory, 1 thread\b", shown)
     assert re.search(
-        r"4096×4096, 50% zeros: F\.linear \S+ ms, besa \S+ ms \(\d+\.\d×, \d+% of the read limit\)",
+        r"4096×4096, 50% zeros: F\.linear \S+ ms bfloat16 \S+ ms "
+        r"\(\d+\.\d×, \d+% of the read limit\) int8 .* int4 \S+ ms \(",
         shown,
     )
     assert f"torch {torch.__version__}" in shown
@@ -161,7 +166,7 @@ def test_a_wrong_besa_isa_is_a_warning_and_no_crash():
     record = json.loads(doctor("--json", BESA_ISA="sse9").stdout)
     if record["native"]["path"]:
         assert record["kernel"]["isa"] is None
-        assert record["dense_against_sparse"] is None
+        assert record["dense_against_sparse"] == []
     assert any("BESA_ISA=sse9" in line for line in record["warnings"])
 
 
@@ -172,7 +177,7 @@ def test_missing_kernels_are_a_warning_and_no_crash():
     problem = "libnone.so was not built with this installation"
     assert record["native"] == {"path": None, "problem": problem}
     assert record["kernel"]["isa"] == "torch"
-    assert record["dense_against_sparse"]["sparse_seconds"] > 0
+    assert record["dense_against_sparse"][0]["sparse_seconds"] > 0
     (line,) = (x for x in record["warnings"] if "native kernels" in x)
     assert problem in line
     assert "install a C++ compiler" in line
@@ -227,7 +232,7 @@ HEALTHY: dict[str, Any] = {
     "prefix": "/usr",
     "versions": {},
     "read_bandwidth": {"bytes_per_second": 1e10, "threads": 8},
-    "dense_against_sparse": None,
+    "dense_against_sparse": [],
     "native": {"path": "/lib.so", "problem": None},
     "kernel": {"isa": "avx2", "reason": "the best that this CPU has"},
     "openmp": ["/torch/libgomp.so.1"],

@@ -237,6 +237,8 @@ def test_the_same_on_any_threads(monkeypatch, path, dtype):
 @pytest.mark.parametrize(
     ("last", "best", "wanted", "used"),
     [
+        ("avx512_amx", "avx512_amx", "avx512_bf16", "avx512_bf16"),
+        ("avx512_amx", "avx512_amx", None, "avx512_amx"),
         ("avx512_dpbf16", "avx512_dpbf16", "portable", "portable"),
         ("avx512_dpbf16", "avx512_dpbf16", "avx2", "avx2"),
         ("avx512_dpbf16", "avx512_dpbf16", "avx512", "avx512"),

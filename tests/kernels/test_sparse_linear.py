@@ -125,6 +125,29 @@ def test_int4_products_are_exact(group_size: int | None, inputs: torch.dtype, in
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("values", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("shape", [(70, 300, 4500), (140, 300, 4500), (1030, 20, 70)])
+def test_more_rows_columns_and_tokens_than_a_tile_has(
+    values: torch.dtype, shape: tuple[int, int, int]
+):
+    tokens, rows, cols = shape
+    weight = uneven(rows, cols, seed=2, most=2).to(values)
+    x = whole(tokens, cols, most=3, seed=3).bfloat16()
+    x[:, 0] = 127  # a token's scale is 1
+    scale = torch.ones(rows, 1) if values == torch.int8 else None
+    assert torch.equal(sparse_linear(x, pack(weight, scale)), exact(x, weight))
+    assert torch.equal(dense_linear(x, weight, scale=scale), exact(x, weight))
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_int8_sums_may_be_larger_than_int32(tokens: int):
+    weight = torch.full((2, 140_000), 127, dtype=torch.int8)
+    x = torch.full((tokens, 140_000), 127.0)
+    assert torch.equal(sparse_linear(x, pack(weight, torch.ones(2, 1))), exact(x, weight))
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("values", [*FLOATS, torch.int8])
 @pytest.mark.parametrize("inputs", FLOATS)
 @pytest.mark.parametrize("tokens", [1, 7, 40])
@@ -179,10 +202,11 @@ def test_leading_shapes_and_layouts():
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("tokens", [1, 5, 30])
-def test_nan_and_infinity_go_through(tokens: int):
-    weight = uneven(12, 70, seed=4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_infinity_go_through(tokens: int, dtype: torch.dtype):
+    weight = uneven(12, 70, seed=4).to(dtype)
     weight[2, 5], weight[3, 69] = float("inf"), float("nan")
-    x = whole(tokens, 70, most=3, seed=5).abs() + 1
+    x = whole(tokens, 70, most=3, seed=5).abs().to(dtype) + 1
     expected = torch.nn.functional.linear(x, weight)
     assert expected[:, 3].isnan().all()
     assert expected[:, 2].isinf().all()
@@ -202,11 +226,12 @@ def test_a_token_of_zeros():
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("tokens", [1, 4, 33])
-def test_bits_do_not_depend_on_threads_or_runs(tokens: int):
-    weight = torch.randn(700, 520, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("tokens", [1, 4, 33, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_threads_or_runs(tokens: int, dtype: torch.dtype):
+    weight = torch.randn(700, 520, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight[weight.abs() < 0.6] = 0
-    packed, x = pack(weight), torch.randn(tokens, 520)
+    packed, x = pack(weight), torch.randn(tokens, 520).to(dtype)
     before = torch.get_num_threads()
     try:
         results = []
@@ -242,6 +267,7 @@ def parts(packed: Packed) -> list[Tensor]:
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "damage",
     [
@@ -254,10 +280,12 @@ def parts(packed: Packed) -> list[Tensor]:
         lambda values, mask, rows: (values, mask | 255, rows),
     ],
 )
-def test_damage_is_an_error(damage: Callable[..., tuple[Tensor, ...]], tokens: int):
-    given = damage(*parts(pack(uneven(16, 64, seed=1))))
+def test_damage_is_an_error(
+    damage: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype, tokens: int
+):
+    given = damage(*parts(pack(uneven(16, 64, seed=1).to(dtype))))
     with pytest.raises(BesaError, match="corrupt"):
-        torch.ops.besa.sparse_linear(torch.ones(tokens, 64), *given)
+        torch.ops.besa.sparse_linear(torch.ones(tokens, 64, dtype=dtype), *given)
 
 
 @pytest.mark.usefixtures("isa")
