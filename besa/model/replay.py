@@ -96,26 +96,30 @@ def capture(
     return hidden, calls
 
 
-class _HandedOnChanged(Exception):
+class _NotReplayed(Exception):
+    """The model fails where stand-ins are its blocks; says why."""
+
+
+class _HandedOnChanged(_NotReplayed):
     """A block did not receive what the one before it handed on."""
 
-    def __str__(self) -> str:
-        return "it changes the hidden states between its blocks"
+    def __init__(self) -> None:
+        super().__init__("it changes the hidden states between its blocks")
 
 
 def _capture_batch(
     model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, least: int
 ) -> tuple[Tensor, list[Call], int]:
     """One batch, with as few values from each block as the model unpacks, and at least `least`."""
-    failures: list[Exception] = []
+    failures: list[_NotReplayed] = []
     for values in range(least, _MOST_VALUES + 1):
         try:
             return (*_capture_with(model, blocks, tokens, values), values)
-        except (_HandedOnChanged, TypeError, ValueError, IndexError, AttributeError) as error:
+        except _NotReplayed as error:
             failures.append(error)  # perhaps the model unpacks more values
     changed = [error for error in failures if isinstance(error, _HandedOnChanged)]
     reason = (changed or failures)[0]
-    raise BesaError(f"{type(model).__name__} is not supported: {reason}")
+    raise BesaError(f"{type(model).__name__} is not supported: {reason}") from reason
 
 
 def _capture_with(
@@ -141,6 +145,9 @@ def _capture_with(
     try:
         with torch.no_grad():
             model(input_ids=tokens, use_cache=False)
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        reason = "its blocks hand on more than hidden states" if seen else "it wants more than text"
+        raise _NotReplayed(reason) from error
     finally:
         for block in blocks:
             del block.forward

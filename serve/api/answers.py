@@ -28,12 +28,21 @@ class Usage(BaseModel):
         return cls(prompt_tokens=prompt, completion_tokens=new, total_tokens=prompt + new)
 
 
+class CompletionLogprobs(BaseModel):
+    """Log probabilities of a completion's tokens; offsets are letters of their texts."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class CompletionChoice(BaseModel):
     """One answer, or what a chunk adds to it."""
 
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
 
 
@@ -74,12 +83,33 @@ class AnswerMessage(BaseModel):
     refusal: None = None
 
 
+class TokenLogprob(BaseModel):
+    """A token and its log probability; no bytes where it is a part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatTokenLogprob(TokenLogprob):
+    """A token of the answer, and the likeliest ones in its place."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Log probabilities of an answer's tokens."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
 class ChatChoice(BaseModel):
     """One answer."""
 
     index: int
     message: AnswerMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReason
 
 
@@ -99,7 +129,7 @@ class ChatChunkChoice(BaseModel):
 
     index: int
     delta: AnswerMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
 
 

@@ -26,6 +26,7 @@ from transformers.cli.serving.utils import get_response_template
 from transformers.utils.chat_parsing import ResponseParser
 
 from besa.serve.api.answers import FinishReason
+from besa.serve.api.backend import Likelihood
 from besa.serve.api.errors import ApiError, ascii_only
 from besa.serve.api.requests import ChatRequest
 from besa.serve.api.values import Message
@@ -48,9 +49,11 @@ class Delta:
     reasoning: str = ""
     calls: list[Call] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    likelihoods: list[Likelihood] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.content or self.reasoning or self.calls or self.finish_reason)
+        said = self.content or self.reasoning or self.calls
+        return bool(said or self.finish_reason or self.likelihoods)
 
     def __add__(self, other: Delta) -> Delta:
         return Delta(
@@ -58,6 +61,7 @@ class Delta:
             self.reasoning + other.reasoning,
             self.calls + other.calls,
             other.finish_reason,
+            self.likelihoods + other.likelihoods,
         )
 
 
@@ -200,6 +204,7 @@ class Parser:
 
     Attributes:
         first: what the prompt has of the answer already.
+        thinks: whether the prompt ends amid a thought.
         calls: how many functions the answer has called.
     """
 
@@ -209,6 +214,9 @@ class Parser:
         self._failed = False
         self.calls = 0
         self.first = self._delta(parser.initial_events)
+        opened = [e for e in parser.initial_events if e["type"] in ("region_open", "region_close")]
+        last = opened[-1] if opened else {}
+        self.thinks = last.get("type") == "region_open" and last.get("field") == "thinking"
 
     def feed(self, text: str) -> Delta:
         """What the next text adds."""

@@ -1,9 +1,9 @@
 """What becomes of each field of a request: honoured, accepted without effect, or refused by name.
 
 >>> from besa.serve.api.requests import CompletionRequest
->>> supports(CompletionRequest)["suffix"].honoured_by
-()
->>> CompletionRequest(prompt="Once", suffix=None, logprobs=None).max_tokens is None
+>>> supports(CompletionRequest)["suffix"].kind
+'refused'
+>>> CompletionRequest(prompt="Once", suffix=None).max_tokens is None
 True
 >>> from besa.serve.api.requests import parsed
 >>> parsed(CompletionRequest, {"prompt": "Once", "suffix": "end"})
@@ -21,13 +21,13 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-ENGINES = ("transformers", "onnx")
+Kind = Literal["honoured", "accepted", "refused"]
 
 
 @dataclass(frozen=True)
@@ -35,32 +35,23 @@ class Support:
     """What becomes of a field.
 
     Attributes:
-        honoured_by: the engines whose answers it changes as asked.
         says: a sentence for the documentation.
-        harmless: values besides null that ask for nothing, so that every engine takes them. None
-            where all values do, as the field says nothing about the answer.
+        harmless: values besides null that ask for nothing, so that a refused field may have them.
     """
 
-    honoured_by: tuple[str, ...]
+    kind: Kind
     says: str
-    harmless: tuple[Any, ...] | None = ()
+    harmless: tuple[Any, ...] = ()
 
 
-def honoured(
-    says: str,
-    default: Any = None,
-    by: tuple[str, ...] = ENGINES,
-    harmless: tuple[Any, ...] = (),
-    **limits: Any,
-) -> Any:
-    """A field that changes the answer.
+def honoured(says: str, default: Any = None, **limits: Any) -> Any:
+    """A field that changes the answer as it asks.
 
     Args:
         says: for the documentation.
-        by: the engines that can; the others take `harmless` values only.
         limits: pydantic's, as `ge`.
     """
-    extra: dict[str, Any] = {"x-support": ", ".join(by), "x-harmless": list(harmless)}
+    extra: dict[str, Any] = {"x-support": "honoured"}
     return Field(default, description=says, json_schema_extra=extra, **limits)
 
 
@@ -70,7 +61,7 @@ def accepted(says: str, default: Any = None) -> Any:
 
 
 def refused(*harmless: Any, says: str = "") -> Any:
-    """A field that no engine honours.
+    """A field that is not honoured.
 
     Args:
         harmless: values that ask for nothing, besides null.
@@ -89,21 +80,17 @@ def supports(model: type[BaseModel]) -> dict[str, Support]:
 def _support(info: FieldInfo) -> Support:
     extra = info.json_schema_extra
     assert isinstance(extra, dict), "a field is made by `honoured`, `accepted` or `refused`"
-    kind, says = str(extra["x-support"]), info.description or ""
-    if kind == "accepted":
-        return Support((), says, harmless=None)
-    harmless: Any = extra["x-harmless"]
-    return Support(() if kind == "refused" else tuple(kind.split(", ")), says, tuple(harmless))
+    kind, harmless = cast(Kind, extra["x-support"]), cast(list[Any], extra.get("x-harmless", []))
+    return Support(kind, info.description or "", tuple(harmless))
 
 
 def check_harmless(support: Support, name: str, value: Any) -> Any:
-    """The value of a field, if the field is honoured or the value asks for nothing.
+    """The value of a field, if the field is not refused or the value asks for nothing.
 
     Raises:
         PydanticCustomError: of type `unsupported`.
     """
-    harmless = support.harmless
-    if support.honoured_by or harmless is None or value is None or _is_one_of(value, harmless):
+    if support.kind != "refused" or value is None or _is_one_of(value, support.harmless):
         return value
     raise unsupported(f"{name}={shortened(value)}", "leave it out")
 
@@ -115,16 +102,6 @@ def unsupported(what: str, advice: str) -> PydanticCustomError:
         "{what} is not supported by this server: {advice}",
         {"what": what, "advice": advice},
     )
-
-
-def unsupported_by(engine: str, request: BaseModel) -> tuple[str, Any] | None:
-    """The first field that a request asks for and that the engine cannot honour, and its value."""
-    for name, support in supports(type(request)).items():
-        value = getattr(request, name)
-        lacks = bool(support.honoured_by) and engine not in support.honoured_by
-        if lacks and value is not None and not _is_one_of(value, support.harmless or ()):
-            return name, value
-    return None
 
 
 def shortened(value: Any, most: int = 60) -> str:
@@ -145,7 +122,7 @@ def table(models: Mapping[str, type[BaseModel]]) -> str:
         models: the requests, by what their answers are called.
     """
     found = {name: supports(model) for name, model in models.items()}
-    lines = ["| field | of | transformers | onnx | |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| field | of | support | |", "| --- | --- | --- | --- |"]
     refused = []
     for name in dict.fromkeys(field for fields in found.values() for field in fields):
         by_support: dict[Support, list[str]] = {}
@@ -154,11 +131,9 @@ def table(models: Mapping[str, type[BaseModel]]) -> str:
                 by_support.setdefault(_hashable(fields[name]), []).append(kind)
         for support, kinds in by_support.items():
             of = "" if len(kinds) == len(found) else f" ({', '.join(kinds)})"
-            if support.honoured_by or support.harmless is None:
-                marks = " | ".join(_mark(support, engine) for engine in ENGINES)
-                lines.append(
-                    f"| `{name}` | {of.strip(' ()') or 'both'} | {marks} | {support.says} |"
-                )
+            if support.kind != "refused":
+                where = of.strip(" ()") or "both"
+                lines.append(f"| `{name}` | {where} | {support.kind} | {support.says} |")
             else:
                 values = " or ".join(f"`{value}`" for value in support.harmless)
                 refused.append(f"`{name}`{of}{' unless ' + values if values else ''}")
@@ -168,12 +143,4 @@ def table(models: Mapping[str, type[BaseModel]]) -> str:
 
 def _hashable(support: Support) -> Support:
     """The same with its values in JSON."""
-    if support.harmless is None:
-        return support
     return replace(support, harmless=tuple(map(json.dumps, support.harmless)))
-
-
-def _mark(support: Support, engine: str) -> str:
-    if support.harmless is None:
-        return "accepted"
-    return "yes" if engine in support.honoured_by else "refused"

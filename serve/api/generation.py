@@ -48,9 +48,12 @@ class Answer:
         stream = backend.start(self.request)
         try:
             yield self._parser.first if self._parser else Delta(self._echo)
-            async for tokens in stream:
-                self._metrics.got(len(tokens))
-                yield self._read(self.text.extend(tokens))
+            async for step in stream:
+                self._metrics.got(len(step.tokens))
+                before = self.text.tokens
+                delta = self._read(self.text.extend(step.tokens))
+                taken = step.likelihoods[: self.text.tokens - before]
+                yield replace(delta, likelihoods=taken)
                 if self.text.stopped:
                     break
             rest = self._read(self.text.rest())

@@ -18,16 +18,19 @@ from besa.serve.api.answers import (
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
+    ChatLogprobs,
     Completion,
     CompletionChoice,
+    CompletionLogprobs,
     ToolCall,
     Usage,
     sse,
 )
 from besa.serve.api.backend import BackendError
-from besa.serve.api.chat import Delta
+from besa.serve.api.chat import Delta, Parser
 from besa.serve.api.errors import ApiError
 from besa.serve.api.generation import Answer, pieces, several, usage_of
+from besa.serve.api.logprobs import for_chat, for_completion
 from besa.serve.api.requests import ChatRequest, CompletionRequest, Request
 from besa.serve.api.service import Service
 from besa.serve.api.values import MOST_CHOICES
@@ -132,6 +135,10 @@ class CompletionReply(Reply[CompletionRequest]):
 
     prefix = "cmpl"
 
+    def __init__(self, service: Service, request: CompletionRequest) -> None:
+        super().__init__(service, request)
+        self._letters = [0] * len(self.answers)  # whose log probabilities are told
+
     def make_answers(self) -> list[Answer]:
         request, service = self.request, self.service
         if len(request.prompt) * self.n > MOST_CHOICES:
@@ -172,9 +179,17 @@ class CompletionReply(Reply[CompletionRequest]):
         return CompletionChoice(
             index=answer.index,
             text=delta.content,
-            logprobs=None,
+            logprobs=self._logprobs(answer, delta),
             finish_reason=delta.finish_reason,
         )
+
+    def _logprobs(self, answer: Answer, delta: Delta) -> CompletionLogprobs | None:
+        if answer.request.logprobs is None:
+            return None
+        letters = self._letters[answer.index]
+        found = for_completion(self.service.tokenizer, delta.likelihoods, letters)
+        self._letters[answer.index] += sum(map(len, found.tokens))
+        return found
 
 
 class ChatReply(Reply[ChatRequest]):
@@ -189,6 +204,9 @@ class ChatReply(Reply[ChatRequest]):
         answers = []
         for index, one in enumerate(several(asked, self.n)):
             parser = service.chat.parser(request, prompt)
+            if one.grammar is not None:  # nothing but what was asked for may come
+                _check_unparsed(request, parser)
+                parser = None
             text = service.text(request, one, parsed=parser is not None)
             answers.append(Answer(index, one, text, service.metrics.answer(), parser))
         return answers
@@ -202,7 +220,12 @@ class ChatReply(Reply[ChatRequest]):
             message = AnswerMessage(role="assistant", content=content, refusal=None)
             _add(message, delta)
             choices.append(
-                ChatChoice(index=answer.index, message=message, logprobs=None, finish_reason=reason)
+                ChatChoice(
+                    index=answer.index,
+                    message=message,
+                    logprobs=self._logprobs(answer, delta),
+                    finish_reason=reason,
+                )
             )
         return ChatCompletion(
             object="chat.completion", choices=choices, usage=self.usage, **self.head
@@ -210,21 +233,44 @@ class ChatReply(Reply[ChatRequest]):
 
     def opening(self) -> list[ChatChunk]:
         return [
-            self._chunk(answer.index, AnswerMessage(role="assistant", content=""))
+            self._chunk(answer, AnswerMessage(role="assistant", content=""), Delta())
             for answer in self.answers
         ]
 
     def chunk(self, answer: Answer, delta: Delta) -> ChatChunk:
         message = AnswerMessage(content=delta.content) if delta.content else AnswerMessage()
         _add(message, delta)
-        return self._chunk(answer.index, message, delta.finish_reason)
+        return self._chunk(answer, message, delta)
 
     def usage_chunk(self) -> ChatChunk:
         return ChatChunk(object="chat.completion.chunk", choices=[], usage=self.usage, **self.head)
 
-    def _chunk(self, index: int, delta: AnswerMessage, reason: Any = None) -> ChatChunk:
-        choice = ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=reason)
+    def _chunk(self, answer: Answer, message: AnswerMessage, delta: Delta) -> ChatChunk:
+        choice = ChatChunkChoice(
+            index=answer.index,
+            delta=message,
+            logprobs=self._logprobs(answer, delta) if delta else None,
+            finish_reason=delta.finish_reason,
+        )
         return ChatChunk(object="chat.completion.chunk", choices=[choice], **self.head)
+
+    def _logprobs(self, answer: Answer, delta: Delta) -> ChatLogprobs | None:
+        if answer.request.logprobs is None:
+            return None
+        return for_chat(self.service.tokenizer, delta.likelihoods)
+
+
+def _check_unparsed(request: ChatRequest, parser: Parser | None) -> None:
+    """Raises an ApiError for what a grammar leaves no room for."""
+    if request.tools and request.tool_choice != "none":
+        raise ApiError(400, "tools do not go with response_format: leave one out", "tools")
+    if parser is not None and parser.thinks:
+        raise ApiError(
+            400,
+            "the model's chat template begins the answer with a thought, and response_format is of "
+            "all of it: turn thoughts off by chat_template_kwargs",
+            "response_format",
+        )
 
 
 def _failed(error: BackendError) -> ApiError:

@@ -36,15 +36,19 @@ from besa.serve.api.values import (
     Biases,
     Messages,
     Prompts,
+    ResponseFormat,
     Stops,
     StreamOptions,
     Strict,
+    Structure,
+    StructuredOutputs,
+    TokenId,
     Tool,
     wrong,
 )
 
 _INT64 = (1 << 63) - 1
-_TORCH = ("transformers",)
+MOST_LOGPROBS = 20
 
 
 class Request(Strict):
@@ -65,27 +69,14 @@ class Request(Strict):
     )
     top_k: int | None = honoured("0 or -1 for all tokens", ge=-1, le=_INT64)
     min_p: float | None = honoured(
-        "tokens that have so much of the likeliest one's probability",
-        by=_TORCH,
-        harmless=(0,),
-        ge=0,
-        le=1,
+        "tokens that have so much of the likeliest one's probability", ge=0, le=1
     )
-    seed: int | None = honoured(
-        "of this answer's chance; with temperature 0 there is none, and any engine takes it",
-        by=_TORCH,
-        ge=-_INT64,
-        le=_INT64,
-    )
-    logit_bias: Biases = honoured(
-        "from -100 to 100, by token number", default={}, by=_TORCH, harmless=({},)
-    )
+    seed: int | None = honoured("of this answer's chance", ge=-_INT64, le=_INT64)
+    logit_bias: Biases = honoured("from -100 to 100, by token number", default={})
     frequency_penalty: float | None = honoured(
-        "for each time that the answer has a token already", by=_TORCH, harmless=(0,), ge=-2, le=2
+        "for each time that the answer has a token already", ge=-2, le=2
     )
-    presence_penalty: float | None = honoured(
-        "for tokens that the answer has already", by=_TORCH, harmless=(0,), ge=-2, le=2
-    )
+    presence_penalty: float | None = honoured("for tokens that the answer has already", ge=-2, le=2)
     repetition_penalty: float | None = honoured(
         "for tokens of prompt and answer", ge=0.01, le=100, allow_inf_nan=False
     )
@@ -94,8 +85,16 @@ class Request(Strict):
     )
     ignore_eos: bool | None = honoured("as `min_tokens` of all tokens that may come")
     skip_special_tokens: bool | None = honoured("false shows them in the text")
+    stop_token_ids: list[TokenId] | None = honoured(
+        "the answer ends with any of them, as with the model's own ends"
+    )
+    response_format: ResponseFormat | None = honoured(
+        "`text`, `json_object`, or `json_schema`, whose answers are JSON"
+    )
+    structured_outputs: StructuredOutputs | None = honoured(
+        "vLLM's: `json`, `json_object`, `regex`, `choice` or `grammar`"
+    )
     user: str | None = accepted("who asks")
-    stop_token_ids: Any = refused([])
     length_penalty: Any = refused(1.0)
     use_beam_search: Any = refused(False)
     include_stop_str_in_output: Any = refused(False)
@@ -110,8 +109,6 @@ class Request(Strict):
     return_tokens_as_token_ids: Any = refused(False)
     return_token_ids: Any = refused(False)
     return_token_offsets: Any = refused(False)
-    response_format: Any = refused({"type": "text"})
-    structured_outputs: Any = refused()
     guided_json: Any = refused()
     guided_regex: Any = refused()
     guided_choice: Any = refused()
@@ -133,6 +130,34 @@ class Request(Strict):
     routed_experts_prompt_start: Any = refused(0)
     mm_payload: Any = refused("tensors")
     return_mm_kwargs: Any = refused(False)
+
+    @property
+    def structure(self) -> tuple[str, Structure] | None:
+        """What the answer has to be, and the field that says it; None if it may be anything.
+
+        Raises:
+            ApiError: two fields say it.
+        """
+        asked, vllms = self.response_format, self.structured_outputs
+        found = asked.structure if asked is not None else None
+        if vllms is None:
+            return None if found is None else ("response_format", found)
+        if found is not None:
+            raise ApiError(
+                400,
+                "response_format and structured_outputs say one thing: give one",
+                "structured_outputs",
+            )
+        return "structured_outputs", vllms.structure
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told with each; None to tell nothing.
+
+        Raises:
+            ApiError: fields that do not go together.
+        """
+        raise NotImplementedError
 
     @model_validator(mode="before")
     @classmethod
@@ -162,9 +187,24 @@ class CompletionRequest(Request):
     max_tokens: int | None = honoured("16 if left out; as many come as fit", ge=1, le=_INT64)
     echo: bool | None = honoured("the prompt comes before the answer")
     add_special_tokens: bool | None = honoured("the tokenizer's, as its beginning token")
+    logprobs: int | None = honoured(
+        "of each token, and of so many of the likeliest in its place; not with `echo`",
+        ge=0,
+        le=MOST_LOGPROBS,
+    )
     best_of: Any = refused(1)
-    logprobs: Any = refused(False)
     suffix: Any = refused("")
+
+    @property
+    def told_logprobs(self) -> int | None:
+        if self.logprobs is not None and self.echo:
+            raise ApiError(
+                400,
+                "logprobs with echo is not supported by this server: leave one out",
+                "logprobs",
+                "unsupported_parameter",
+            )
+        return self.logprobs
 
 
 class ChatRequest(Request):
@@ -175,6 +215,10 @@ class ChatRequest(Request):
         "what is left of the context if left out; as many come as fit", ge=1, le=_INT64
     )
     max_completion_tokens: int | None = honoured("the newer name of it", ge=1, le=_INT64)
+    logprobs: bool | None = honoured("of each token")
+    top_logprobs: int | None = honoured(
+        "so many of the likeliest tokens in its place, with `logprobs`", ge=0, le=MOST_LOGPROBS
+    )
     tools: list[Tool] | None = honoured(
         "where the model's chat template has a place for them, and its calls can be read"
     )
@@ -195,8 +239,6 @@ class ChatRequest(Request):
     function_call: Any = refused("none", "auto")
     functions: Any = refused([])
     include_reasoning: Any = refused(True)
-    logprobs: Any = refused(False)
-    top_logprobs: Any = refused(0)
     media_io_kwargs: Any = refused({})
     mm_processor_kwargs: Any = refused({})
     modalities: Any = refused(["text"])
@@ -209,6 +251,12 @@ class ChatRequest(Request):
     return_prompt_text: Any = refused(False)
     verbosity: Any = refused("medium")
     web_search_options: Any = refused()
+
+    @property
+    def told_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def most_tokens(self) -> int | None:

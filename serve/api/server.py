@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ from besa.errors import BesaError
 from besa.serve.api.app import application
 from besa.serve.api.backend import Backend
 from besa.serve.api.chat import Chat
-from besa.serve.api.fields import supports
 from besa.serve.api.metrics import Metrics
-from besa.serve.api.requests import CompletionRequest
 from besa.serve.api.service import Service, defaults_of
 
 _LEVELS = ("critical", "error", "warning", "info", "debug")
@@ -80,7 +77,7 @@ def run(backend: Backend, args: argparse.Namespace) -> None:
     described = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     chat = Chat(tokenizer, described.get("model_type") or "", variables(args))
     name: str = args.served_model_name
-    service = Service(backend, chat, name, _defaults(backend, args.directory), Metrics(name))
+    service = Service(backend, chat, name, defaults_of(args.directory), Metrics(name))
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     access = logging.getLogger("besa.serve.access")
@@ -94,14 +91,3 @@ def run(backend: Backend, args: argparse.Namespace) -> None:
         access_log=False,
         timeout_graceful_shutdown=int(os.environ.get("BESA_SHUTDOWN_TIMEOUT", "30")),
     )
-
-
-def _defaults(backend: Backend, directory: Path) -> dict[str, float]:
-    """What generation_config.json says of sampling; what the engine cannot do is said once."""
-    found, known = defaults_of(directory), supports(CompletionRequest)
-    for name in [name for name in found if backend.name not in known[name].honoured_by]:
-        print(
-            f"generation_config.json asks for {name}, which {backend.name} lacks", file=sys.stderr
-        )
-        del found[name]
-    return found

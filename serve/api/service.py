@@ -14,13 +14,11 @@ from typing import Any
 from besa.serve.api.backend import Backend, GenerationRequest
 from besa.serve.api.chat import Chat
 from besa.serve.api.errors import ApiError, ascii_only
-from besa.serve.api.fields import shortened, unsupported_by
+from besa.serve.api.grammar import Grammar, GrammarError, Grammars
 from besa.serve.api.metrics import Metrics
 from besa.serve.api.requests import Request
 from besa.serve.api.text import AnswerText
 
-# Fields that only say how chance goes: with temperature 0 they ask for nothing.
-_OF_CHANCE = ("seed", "min_p")
 # What a model's generation_config.json may say, as for vLLM.
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -51,6 +49,7 @@ class Service:
         self.backend, self.chat, self.name = backend, chat, name
         self.defaults, self.metrics = defaults, metrics
         self.tokenizer = chat.tokenizer
+        self.grammars = Grammars(chat.tokenizer, backend.vocabulary, backend.ends)
 
     def check(self, request: Request) -> None:
         """Raises an ApiError for what the engine cannot answer."""
@@ -58,20 +57,12 @@ class Service:
             raise ApiError(503, f"the engine has failed: {self.backend.failed}")
         if request.model is not None and request.model != self.name:
             raise no_model(request.model, self.name)
-        asked = request
-        if self.sampling(request)["temperature"] == 0:
-            asked = request.model_copy(update=dict.fromkeys(_OF_CHANCE))
-        if (found := unsupported_by(self.backend.name, asked)) is not None:
-            field, value = found
-            raise ApiError(
-                400,
-                f"{field}={shortened(value)} is not supported by this server with --engine "
-                f"{self.backend.name}: leave it out",
-                field,
-                "unsupported_parameter",
-            )
-        if any(not 0 <= token < self.backend.vocabulary for token in request.logit_bias):
-            raise ApiError(400, "logit_bias must have tokens of the model", "logit_bias")
+        for field, tokens in (
+            ("logit_bias", request.logit_bias),
+            ("stop_token_ids", request.stop_token_ids or ()),
+        ):
+            if any(token >= self.backend.vocabulary for token in tokens):
+                raise ApiError(400, f"{field} must have tokens of the model", field)
 
     def sampling(self, request: Request) -> dict[str, Any]:
         """What a request says of sampling, else the model's makers, else OpenAI's reference."""
@@ -110,17 +101,33 @@ class Service:
             raise ApiError(400, f"min_tokens is {least}, and {most} may come", "min_tokens")
         room = longest - len(prompt)
         most = room if most is None else min(most, room)
-        least = most if request.ignore_eos else min(least, most)
         return GenerationRequest(
             prompt,
             most,
-            least,
+            min(least, most),
+            bool(request.ignore_eos),
+            frozenset(request.stop_token_ids or ()),
             **self.sampling(request),
             frequency_penalty=request.frequency_penalty or 0.0,
             presence_penalty=request.presence_penalty or 0.0,
             logit_bias=request.logit_bias,
             seed=request.seed,
+            grammar=self._grammar(request),
+            logprobs=request.told_logprobs,
         )
+
+    def _grammar(self, request: Request) -> Grammar | None:
+        if (found := request.structure) is None:
+            return None
+        field, (kind, text) = found
+        if request.min_tokens or request.ignore_eos:
+            message = f"{field} says when the answer ends: leave out min_tokens and ignore_eos"
+            raise ApiError(400, message, field)
+        try:
+            return self.grammars.compiled(kind, text)
+        except GrammarError as error:
+            message = f"{field} cannot be kept: {ascii_only(str(error))}"
+            raise ApiError(400, message, field) from None
 
     def text(self, request: Request, generation: GenerationRequest, parsed: bool) -> AnswerText:
         """What turns tokens into text; a parser reads special tokens, too."""
@@ -128,7 +135,7 @@ class Service:
             self.tokenizer,
             generation.prompt,
             request.stop,
-            self.backend.ends if generation.min_tokens < generation.max_tokens else (),
+            self.backend.ends | generation.stop_token_ids,
             generation.min_tokens,
             skip_special_tokens=request.skip_special_tokens is not False and not parsed,
         )

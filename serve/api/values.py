@@ -8,7 +8,8 @@ Where OpenAI's reference lets a value have several forms, a request has it in on
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -21,6 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from besa.serve.api.fields import shortened, unsupported
+from besa.serve.api.grammar import Kind
 
 # A request is that many generations at most: prompts, times answers to each.
 MOST_CHOICES = 128
@@ -45,6 +47,78 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
+
+
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class Structure(NamedTuple):
+    """What an answer has to be, as besa.serve.api.grammar takes it."""
+
+    kind: Kind
+    text: str
+
+
+_ANY_OBJECT = Structure("json", '{"type": "object"}')
+
+
+class JsonSchema(Strict):
+    """A schema with a name; answers keep to it, be it `strict` or not."""
+
+    name: str = Field(min_length=1)
+    description: str | None = None
+    wanted: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """OpenAI's form of what an answer has to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_a_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise wrong('must have a json_schema with the type "json_schema", and with no other')
+        return self
+
+    @property
+    def structure(self) -> Structure | None:
+        """None for any text."""
+        if self.type == "text":
+            return None
+        if self.json_schema is None or self.json_schema.wanted is None:
+            return _ANY_OBJECT
+        return Structure("json", json.dumps(self.json_schema.wanted))
+
+
+class StructuredOutputs(Strict):
+    """vLLM's form of it: one of these."""
+
+    schema_: str | dict[str, Any] | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> StructuredOutputs:
+        given = (self.schema_, self.json_object or None, self.regex, self.choice, self.grammar)
+        if sum(one is not None for one in given) != 1:
+            raise wrong("must have one of json, json_object, regex, choice and grammar")
+        return self
+
+    @property
+    def structure(self) -> Structure:
+        if self.schema_ is not None:
+            schema = self.schema_
+            return Structure("json", schema if isinstance(schema, str) else json.dumps(schema))
+        if self.choice is not None:
+            return Structure("choice", json.dumps(self.choice))
+        if self.regex is not None:
+            return Structure("regex", self.regex)
+        return _ANY_OBJECT if self.grammar is None else Structure("grammar", self.grammar)
 
 
 def _not_strict(value: Any) -> Any:

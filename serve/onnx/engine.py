@@ -35,7 +35,7 @@ class OnnxEngine(Engine):
         return None if package is None else version(package)
 
     def check(self) -> None:
-        server = ("fastapi", "prometheus_client", "uvicorn")
+        server = ("fastapi", "llguidance", "prometheus_client", "uvicorn")
         need("ONNX Runtime", (*server, "onnx", "onnxruntime", "onnxruntime_genai"), "onnx,serve")
 
     def launch(self, config: ServeConfig, directory: Path) -> Launch:  # noqa: ARG002

@@ -4,7 +4,8 @@ A server makes one `OnnxBackend` for its model, and calls its `start(request)` f
 `GenerationRequest`, in an event loop.
 
 On a CPU GenAI's engine batches statically: up to four of the requests that wait begin together, and
-the next ones when all of these have ended. All calls of the engine are made in its thread.
+the next ones when all of these have ended. Requests that need the model's scores are answered
+beside it (besa.serve.onnx.scored). All calls are made in one thread.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from besa.export.onnx.check import load_whole
 from besa.export.onnx.runtime import genai
 from besa.serve.api.backend import GenerationRequest, TokenStream
 from besa.serve.onnx.engine import genai_config
+from besa.serve.onnx.scored import ScoredAnswer, needs_scores
 
 _EVENTS = 64
+# Answers of which we see the scores that are computed in turns; more wait, as they take memory.
+_MOST_SCORED = 4
 _LEAST = 1e-6
 
 
@@ -34,8 +38,6 @@ class OnnxBackend:
     Raises:
         BesaError: the model or its operators cannot be loaded.
     """
-
-    name = "onnx"
 
     def __init__(self, directory: Path, threads: int) -> None:
         self._og = genai()
@@ -47,6 +49,7 @@ class OnnxBackend:
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._running: list[_Generation] = []
+        self._scored: list[ScoredAnswer] = []
         self._engine: Any = None
         self.failed: str | None = None
         loaded: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
@@ -61,6 +64,11 @@ class OnnxBackend:
     def start(self, request: GenerationRequest) -> TokenStream:
         """Has a prompt continued; to be called in an event loop."""
         stream = TokenStream()
+        if needs_scores(request):
+            scored = ScoredAnswer(request, stream, self.ends)
+            stream.on_cancel = lambda: self._work.put(lambda: self._end_scored(scored))
+            self._work.put(lambda: self._scored.append(scored))
+            return stream
         running = _Generation(request, stream)
         stream.on_cancel = lambda: self._work.put(lambda: self._cancel(running))
         self._work.put(lambda: self._begin(running))
@@ -71,23 +79,21 @@ class OnnxBackend:
         self._work.put(None)
         self._thread.join()
 
-    def _load(self, directory: Path, threads: int) -> Any:
-        return self._og.Engine(self._og.Model(genai_config(self._og, str(directory), threads)))
-
     def _run(
         self, directory: Path, threads: int, loaded: queue.SimpleQueue[Exception | None]
     ) -> None:
         try:
-            self._engine = self._load(directory, threads)
+            model = self._og.Model(genai_config(self._og, str(directory), threads))
+            self._engine = self._og.Engine(model)
         except Exception as error:  # noqa: BLE001 - of many kinds, and the maker's to tell
             loaded.put(error)
             return
         loaded.put(None)
         events = self._engine.create_event_buffer(_EVENTS)
         stopping = False
-        while not (stopping and not self._running):
+        while not (stopping and not self._running and not self._scored):
             try:
-                task = self._work.get(block=not self._running)
+                task = self._work.get(block=not self._running and not self._scored)
                 if task is None:
                     stopping = True
                 else:
@@ -95,16 +101,36 @@ class OnnxBackend:
                 continue  # all that came meanwhile may still join the next batch
             except queue.Empty:
                 pass
-            try:
-                self._engine.run(events)
-                for position in range(len(events)):
-                    self._take(events[position])
-            except Exception as error:  # noqa: BLE001 - whatever it is, the clients learn of it
-                self.failed = str(error)
-                for running in self._running:
-                    running.stream.fail(error)
-                self._running.clear()
+            if self._running:
+                self._step(events)
+            for scored in self._scored[:_MOST_SCORED]:
+                self._step_scored(scored, model)
         del events, self._engine
+
+    def _step(self, events: Any) -> None:
+        try:
+            self._engine.run(events)
+            for position in range(len(events)):
+                self._take(events[position])
+        except Exception as error:  # noqa: BLE001 - whatever it is, the clients learn of it
+            self.failed = str(error)
+            for running in self._running:
+                running.stream.fail(error)
+            self._running.clear()
+
+    def _step_scored(self, scored: ScoredAnswer, model: Any) -> None:
+        try:
+            is_last = scored.step(self._og, model)
+        except Exception as error:  # noqa: BLE001 - as above
+            scored.stream.fail(error)
+            is_last = True
+        if is_last:
+            self._end_scored(scored)
+
+    def _end_scored(self, scored: ScoredAnswer) -> None:
+        if scored in self._scored:
+            self._scored.remove(scored)
+            scored.stream.end()
 
     def _begin(self, running: _Generation) -> None:
         asked, og = running.asked, self._og
@@ -114,7 +140,9 @@ class OnnxBackend:
             running.request = self._engine.create_request(options=options)
             turn = og.TurnOptions(running.request)
             turn.set_max_generated_tokens(asked.max_tokens)
-            turn.set_min_generated_tokens(asked.min_tokens)
+            turn.set_min_generated_tokens(
+                asked.max_tokens if asked.ignore_eos else asked.min_tokens
+            )
             turn.set_repetition_penalty(asked.repetition_penalty)
             sample = asked.temperature > 0 and asked.top_k != 1
             turn.set_do_sample(sample)

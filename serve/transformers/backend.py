@@ -1,7 +1,7 @@
 """A transformers model behind the API: requests batched, or answered one after the other.
 
 On a CPU, requests are batched (besa.serve.transformers.batching) if the model's attention allows
-it. Both ways choose tokens by besa.serve.transformers.sampling.
+it. Both ways choose tokens by besa.serve.api.sampling.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, LogitsProcessor, LogitsProcessorList
 
 from besa.serve.api.backend import GenerationRequest, TokenStream
+from besa.serve.api.sampling import Sampling
 from besa.serve.transformers.batching import Batches, attention_can_be_paged
-from besa.serve.transformers.sampling import Sampling
 
 # A model without positions has no end of its context: so many tokens are more than anyone asks for.
 _ENDLESS = 1 << 20
@@ -32,8 +32,6 @@ class TransformersBackend:
         batches: what batches requests; None to answer one after the other.
         compiled: whether `generate` compiles the model.
     """
-
-    name = "transformers"
 
     def __init__(self, model: Any, batches: Batches | None, compiled: bool = False) -> None:
         self.model, self.batches = model, batches
@@ -53,7 +51,8 @@ class TransformersBackend:
     def start(self, request: GenerationRequest) -> TokenStream:
         """Has a prompt continued; to be called in an event loop."""
         sampling = Sampling.of(request, self.ends, self.model.device, self._own)
-        return self._runner.start(request.prompt, request.max_tokens, self.ends, sampling)
+        ends = self.ends | request.stop_token_ids
+        return self._runner.start(request.prompt, request.max_tokens, ends, sampling)
 
 
 def batches_for(model: Any, config: ContinuousBatchingConfig | None) -> Batches | None:
@@ -124,7 +123,7 @@ class OneByOne:
                 logits_processor=LogitsProcessorList(
                     [] if sampling.is_plain else [Choosing(sampling)]
                 ),
-                streamer=_Streamer(stream),
+                streamer=_Streamer(stream, sampling),
             )
         except _Cancelled:
             stream.end()
@@ -148,14 +147,14 @@ class Choosing(LogitsProcessor):  # type: ignore[misc]
 class _Streamer:
     """What `generate` tells of each token; its first call has the prompt."""
 
-    def __init__(self, stream: TokenStream) -> None:
-        self._stream, self._begun = stream, False
+    def __init__(self, stream: TokenStream, sampling: Sampling) -> None:
+        self._stream, self._sampling, self._begun = stream, sampling, False
 
     def put(self, tokens: Tensor) -> None:
         if self._stream.is_cancelled:
             raise _Cancelled
         if self._begun:
-            self._stream.put(tokens.flatten().tolist())
+            self._stream.put(tokens.flatten().tolist(), self._sampling.likelihoods[-1:])
         self._begun = True
 
     def end(self) -> None:

@@ -35,8 +35,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from besa.machine import memory
 from besa.serve.api.backend import TokenStream
+from besa.serve.api.sampling import Sampling
 from besa.serve.cpu import longest_sequence
-from besa.serve.transformers.sampling import Sampling
 
 # A page is of so many tokens: what a sequence wastes at its end is half of it.
 _PAGE = 32
@@ -108,8 +108,9 @@ class Batches:
 
         def take(output: Any) -> None:
             nonlocal told
-            stream.put(output.generated_tokens[told:])
-            told = len(output.generated_tokens)
+            came = len(output.generated_tokens)
+            stream.put(output.generated_tokens[told:], sampling.likelihoods[told:came])
+            told = came
             if output.error is not None:
                 stream.fail(output.error)
             elif output.is_finished():

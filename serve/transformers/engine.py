@@ -28,7 +28,7 @@ class TransformersEngine(Engine):
         return importlib.metadata.version("transformers")
 
     def check(self) -> None:
-        need("transformers", ("fastapi", "prometheus_client", "uvicorn"), "serve")
+        need("transformers", ("fastapi", "llguidance", "prometheus_client", "uvicorn"), "serve")
 
     def launch(self, config: ServeConfig, directory: Path) -> Launch:  # noqa: ARG002
         flags = [] if has_nvidia_gpu() else ["--continuous-batching"]
@@ -44,12 +44,12 @@ class TransformersEngine(Engine):
     def load_offline(self, directory: str, most: int, longest: int) -> OfflineModel:  # noqa: ARG002
         import torch
 
-        from besa.model.architecture import loader_of, read_config
+        from besa.model.loading import whole_model
 
         torch.set_grad_enabled(False)
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        loader = loader_of(read_config(Path(directory)))
-        model = loader.from_pretrained(directory, dtype="auto").to(device).eval()
+        model = whole_model(Path(directory), trust_remote_code=False, dtype="auto")
+        model.to(device).eval()
         return OfflineModel(
             model.config.get_text_config().vocab_size,
             lambda prompts, length: _generate(model, prompts, length),

@@ -200,16 +200,57 @@ def test_the_end_of_a_text(server: Served):
 
 
 def test_logprobs(server: Served, dense: Path):
-    asked = {"model": "sparse", "max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1}
+    asked = {"model": "sparse", "max_tokens": NEW_TOKENS, "temperature": 0}
     client: Any = server.client()
-    if server.engine == "transformers":  # which has none, and says so
-        with pytest.raises(openai.BadRequestError, match="logprobs"):
-            client.completions.create(prompt=PROMPTS[0], **asked)
-        return
     for prompt in PROMPTS:
-        found = client.completions.create(prompt=prompt, **asked).choices[0].logprobs
+        answer = client.completions.create(prompt=prompt, logprobs=1, **asked).choices[0]
         expected = serving.logprobs(dense, prompt)
-        assert found.token_logprobs == pytest.approx(expected, abs=2e-4)
+        assert answer.logprobs.token_logprobs == pytest.approx(expected, abs=2e-4)
+        assert "".join(answer.logprobs.tokens) == answer.text
+        assert answer.logprobs.text_offset[-1] + len(answer.logprobs.tokens[-1]) == len(answer.text)
+    message = {"role": "user", "content": PROMPTS[1].strip()}
+    chat = client.chat.completions.create(
+        messages=[message], logprobs=True, top_logprobs=3, **asked
+    )
+    told = chat.choices[0].logprobs.content
+    expected = serving.logprobs(dense, PROMPTS[1])
+    assert [each.logprob for each in told] == pytest.approx(expected, abs=2e-4)
+    assert all(bytes(each.bytes).decode() == each.token for each in told)
+    assert all(each.top_logprobs[0].token == each.token for each in told)
+    assert {len(each.top_logprobs) for each in told} == {3}
+
+
+def test_json(server: Served):
+    """Of a schema, whole and streamed, by the likeliest tokens and by chance."""
+    if server.engine == "vllm":
+        pytest.skip("vLLM lets this model put blank after blank")
+    choices = {"choice": ["import re", "from os"]}
+    assert server.says(PROMPTS[1], extra_body={"structured_outputs": choices}) in choices["choice"]
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["dog", "cat"]}, "tame": {"type": "boolean"}},
+        "required": ["kind", "tame"],
+        "additionalProperties": False,
+    }
+    client: Any = server.client()
+    for temperature, stream in ((0, False), (0, True), (1, False)):
+        answer = client.chat.completions.create(
+            model="sparse",
+            messages=[{"role": "user", "content": "import json"}],
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "pet", "schema": schema},
+            },
+            max_tokens=64,
+            temperature=temperature,
+            stream=stream,
+        )
+        parts = [part.choices[0] for part in (answer if stream else [answer])]
+        said = [(part.delta if stream else part.message).content or "" for part in parts]
+        pet = json.loads("".join(said))
+        assert pet.keys() == {"kind", "tame"}
+        assert pet["kind"] in ("dog", "cat")
+        assert parts[-1].finish_reason == "stop"
 
 
 # ------------------------------------------------------------------------- what there is

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from besa.serve.api.app import application
-from besa.serve.api.backend import Backend, GenerationRequest, TokenStream
+from besa.serve.api.backend import Backend, GenerationRequest, Likelihood, TokenStream
 from besa.serve.api.chat import Chat
 from besa.serve.api.metrics import Metrics
 from besa.serve.api.middleware import App
@@ -54,8 +54,8 @@ class Parrot:
 
     longest, vocabulary, ends = 128, 257, frozenset({0})
 
-    def __init__(self, tokenizer: Any, name: str = "transformers") -> None:
-        self.tokenizer, self.name = tokenizer, name
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
         self.says: str | None = None
         self.endless = False
         self.error: str | None = None
@@ -72,12 +72,17 @@ class Parrot:
             return stream
         tokens = self.tokenizer.encode(self.says) if self.says is not None else request.prompt
         for token in [*tokens, 0][: request.max_tokens]:
-            stream.put([token])
+            stream.put([token], self._likelihoods(token, request.logprobs))
             if self.error is not None:
                 stream.fail(self.error)
                 return stream
         stream.end()
         return stream
+
+    def _likelihoods(self, token: int, most: int | None) -> list[Likelihood]:
+        """Each token's is -0.5, and "z" was likelier."""
+        [z] = self.tokenizer.encode("z")
+        return [] if most is None else [Likelihood(token, -0.5, [(z, -0.25), (token, -0.5)][:most])]
 
     async def _go_on(self, stream: TokenStream) -> None:
         while not stream.is_cancelled:
@@ -86,7 +91,7 @@ class Parrot:
         stream.end()
 
 
-def parrot(model: Path, engine: str = "transformers", parses: bool = False) -> Parrot:
+def parrot(model: Path, parses: bool = False) -> Parrot:
     """A parrot with the tokenizer of a model.
 
     Args:
@@ -96,7 +101,7 @@ def parrot(model: Path, engine: str = "transformers", parses: bool = False) -> P
     tokenizer.chat_template = TEMPLATE
     if parses:
         tokenizer.response_template = RESPONSES
-    return Parrot(tokenizer, engine)
+    return Parrot(tokenizer)
 
 
 def served(

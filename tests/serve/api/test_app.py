@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 from besa.serve.api.middleware import App
@@ -62,11 +63,6 @@ def client(tiny_model: Path) -> Client:
     return Client(parrot(tiny_model))
 
 
-@pytest.fixture
-def onnx(tiny_model: Path) -> Client:
-    return Client(parrot(tiny_model, "onnx"))
-
-
 # ------------------------------------------------------------------------- completions
 
 
@@ -117,8 +113,6 @@ def test_how_many_tokens_come(client: Client):
     error = client.refusal(CHAT, messages=HI, max_completion_tokens=3, max_tokens=4)
     assert error["param"] == "max_tokens"
     assert client.completion("abc", max_tokens=126)["usage"]["completion_tokens"] == 125
-    client.completion("abc", max_tokens=126, ignore_eos=True)
-    assert client.engine.asked[-1].min_tokens == 125
     error = client.refusal(COMPLETIONS, prompt="a" * 128)
     assert error["code"] == "context_length_exceeded"
     assert client.refusal(COMPLETIONS, prompt="")["message"] == "the prompt is empty"
@@ -136,10 +130,128 @@ def test_echo_and_stops(client: Client):
 
 def test_least_tokens(client: Client):
     client.completion(ignore_eos=True, max_tokens=8)
-    assert client.engine.asked[-1].min_tokens == 8
+    assert client.engine.asked[-1].ignore_eos
     client.completion(min_tokens=2)
     assert client.engine.asked[-1].min_tokens == 2
     assert client.refusal(COMPLETIONS, prompt="a", min_tokens=17)["param"] == "min_tokens"
+
+
+def test_stop_tokens(client: Client):
+    """They end an answer, as the model's own, and have no text."""
+    client.engine.says = "one two"
+    [end] = client.engine.tokenizer.encode("t")
+    answer = client.completion(stop_token_ids=[end])
+    [choice] = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("one ", "stop")
+    assert answer["usage"]["completion_tokens"] == 5
+    assert client.engine.asked[0].stop_token_ids == {end}
+
+
+def test_logprobs_of_a_completion(client: Client):
+    client.engine.says = "one"
+    found = client.completion(logprobs=1)["choices"][0]["logprobs"]
+    end = client.engine.tokenizer.decode([0])
+    assert found["tokens"] == ["o", "n", "e", end]
+    assert found["token_logprobs"] == [-0.5] * 4
+    assert found["top_logprobs"][0] == {"z": -0.25, "o": -0.5}
+    assert found["text_offset"] == [0, 1, 2, 3]
+    assert client.completion(logprobs=0)["choices"][0]["logprobs"]["top_logprobs"][0] == {"o": -0.5}
+    events = client.events(COMPLETIONS, prompt="abc", logprobs=1)
+    parts = [event["choices"][0]["logprobs"] for event in events]
+    for name, values in found.items():
+        assert [value for part in parts for value in part[name]] == values
+    stopped = client.completion(logprobs=1, stop="n")["choices"][0]
+    assert (stopped["text"], stopped["logprobs"]["tokens"]) == ("o", ["o", "n"])
+    assert client.refusal(COMPLETIONS, prompt="a", logprobs=1, echo=True)["param"] == "logprobs"
+
+
+def test_logprobs_of_a_chat(client: Client):
+    client.engine.says = "Ä"
+    asked: dict[str, Any] = {"logprobs": True, "top_logprobs": 1}
+    found = client.chat(**asked)["choices"][0]["logprobs"]
+    first = found["content"][0]  # half of a character
+    assert (first["token"], first["bytes"], first["logprob"]) == ("\ufffd", None, -0.5)
+    assert first["top_logprobs"] == [{"token": "z", "logprob": -0.25, "bytes": [122]}]
+    assert len(found["content"]) == 3
+    events = client.events(CHAT, messages=HI, **asked)
+    parts = [event["choices"][0]["logprobs"] or {"content": []} for event in events]
+    assert [token for part in parts for token in part["content"]] == found["content"]
+    assert client.chat(logprobs=True)["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+    assert client.refusal(CHAT, messages=HI, top_logprobs=1)["param"] == "top_logprobs"
+    assert client.chat(top_logprobs=0)["choices"][0]["logprobs"] is None
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "begins"),
+    [
+        ({"response_format": {"type": "json_object"}}, "{"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": {"type": "array"}, "strict": True},
+                }
+            },
+            "[",
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, "{"),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, "{"),
+        ({"structured_outputs": {"json_object": True}}, "{"),
+        ({"structured_outputs": {"regex": "[bc]x"}}, "bc"),
+        ({"structured_outputs": {"choice": ["go", "stay"]}}, "gs"),
+        ({"structured_outputs": {"grammar": 'start: "q" | "r"'}}, "qr"),
+    ],
+)
+def test_forms_of_an_answer_reach_the_engine(client: Client, asked: dict[str, Any], begins: str):
+    """By the letters that a grammar lets an answer begin with."""
+    client.completion(**asked)
+    client.chat(**asked)
+    for request in client.engine.asked:
+        assert request.grammar is not None
+        mask = request.grammar.start()
+        scores = mask(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 257))
+        tokens = scores[0].isfinite().nonzero()[:, 0].tolist()
+        assert set(client.engine.tokenizer.decode(tokens)) == set(begins)
+
+
+FORMAT, OUTPUTS = "response_format", "structured_outputs"
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "words"),
+    [
+        ({FORMAT: {"type": "json_schema"}}, FORMAT, "must have a json_schema"),
+        ({FORMAT: {"type": "xml"}}, f"{FORMAT}.type", "must be 'text'"),
+        ({OUTPUTS: {}}, OUTPUTS, "must have one of json"),
+        ({OUTPUTS: {"regex": "a", "choice": ["a"]}}, OUTPUTS, "must have one of json"),
+        ({OUTPUTS: {"regex": "(["}}, OUTPUTS, "cannot be kept: "),
+        ({OUTPUTS: {"json": "no JSON"}}, OUTPUTS, "cannot be kept: "),
+        ({OUTPUTS: {"json": {"not": {}}}}, OUTPUTS, "cannot be kept: Unimplemented keys"),
+        ({OUTPUTS: {"whitespace_pattern": "x"}}, f"{OUTPUTS}.whitespace_pattern", "is no field"),
+        ({OUTPUTS: {"regex": "a"}, FORMAT: {"type": "json_object"}}, OUTPUTS, "give one"),
+        ({OUTPUTS: {"regex": "a"}, "ignore_eos": True}, OUTPUTS, "leave out min_tokens"),
+    ],
+)
+def test_forms_that_cannot_be_kept(client: Client, asked: Any, param: str, words: str):
+    for path, prompt in ((COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": HI})):
+        error = client.refusal(path, **prompt, **asked)
+        assert error["param"] == param
+        assert words in error["message"]
+
+
+def test_forms_of_what_is_parsed(tiny_model: Path):
+    """What looks like a call is text; tools and thoughts that have begun leave no room."""
+    client = Client(parrot(tiny_model, parses=True))
+    client.engine.says = '{"a": "<c>"}'
+    asked: dict[str, Any] = {"response_format": {"type": "json_object"}}
+    assert client.chat(**asked)["choices"][0]["message"]["content"] == client.engine.says
+    assert client.refusal(CHAT, messages=HI, tools=[TOOL], **asked)["param"] == "tools"
+    client.engine.tokenizer.chat_template += "<t>"
+    error = client.refusal(CHAT, messages=HI, **asked)
+    assert "begins the answer with a thought" in error["message"]
 
 
 def test_sampling_reaches_the_engine(tiny_model: Path):
@@ -359,32 +471,17 @@ def test_another_model(client: Client):
         assert client.completion(model=same)
 
 
-ONLY_TRANSFORMERS = [
-    {"seed": 1},
-    {"seed": 0},
-    {"logit_bias": {"5": 10}},
-    {"frequency_penalty": 0.5},
-    {"presence_penalty": -0.5},
-    {"min_p": 0.1},
-]
+def test_what_asks_for_nothing(client: Client):
+    assert client.completion(frequency_penalty=0, presence_penalty=0.0, logit_bias={}, min_p=0)
+    assert client.completion(seed=1, min_p=0.5, temperature=0, stop_token_ids=[])
+    assert client.completion(response_format={"type": "text"})
+    [asked] = {request.grammar for request in client.engine.asked}
+    assert asked is None
 
 
-@pytest.mark.parametrize("asked", ONLY_TRANSFORMERS)
-def test_what_one_engine_cannot(client: Client, onnx: Client, asked: dict[str, Any]):
-    assert client.completion(**asked)
-    error = onnx.refusal(COMPLETIONS, prompt="a", **asked)
-    assert error["param"] == next(iter(asked))
-    assert "is not supported by this server with --engine onnx" in error["message"]
-
-
-def test_what_asks_for_nothing(onnx: Client):
-    assert onnx.completion(frequency_penalty=0, presence_penalty=0.0, logit_bias={}, min_p=0)
-    assert onnx.completion(seed=1, min_p=0.5, temperature=0)
-
-
-def test_a_bias_for_no_token(client: Client):
-    error = client.refusal(COMPLETIONS, prompt="a", logit_bias={"257": 1})
-    assert error["param"] == "logit_bias"
+def test_tokens_that_there_are_not(client: Client):
+    for name, value in (("logit_bias", {"257": 1}), ("stop_token_ids", [257])):
+        assert client.refusal(COMPLETIONS, prompt="a", **{name: value})["param"] == name
     for prompt in ([257], [-1], [[5], [1 << 70]]):
         assert client.refusal(COMPLETIONS, prompt=prompt)["param"] == "prompt"
 

@@ -35,13 +35,12 @@ ASKED = [
 ]
 
 
-@pytest.fixture(scope="module", params=["parrot", "parrot as onnx", *REAL])
+@pytest.fixture(scope="module", params=["parrot", *REAL])
 def app(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[App]:
     """The application over an engine: one that computes nothing, and the real ones."""
     name: str = request.param
-    if name.startswith("parrot"):
-        engine = "onnx" if name.endswith("onnx") else "transformers"
-        yield served(parrot(tiny_model, engine, parses=True))
+    if name == "parrot":
+        yield served(parrot(tiny_model, parses=True))
         return
     tokenizer = parrot(tiny_model).tokenizer
     if name == "onnx":

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import openai
 import pytest
 
 from besa.errors import BesaError
@@ -35,8 +34,11 @@ from tests.serve.test_serve import (  # noqa: F401 - collected here
     test_another_mask_is_caught,
     test_bad_chats,
     test_bad_requests,
+    test_by_chance,
     test_chat,
     test_completions,
+    test_json,
+    test_logprobs,
     test_many_of_whom_half_give_up,
     test_models_health_and_metrics,
     test_no_key,
@@ -46,6 +48,7 @@ from tests.serve.test_serve import (  # noqa: F401 - collected here
     test_streamed_chat,
     test_streams_end_as_the_protocol_says,
     test_the_curl_line,
+    test_the_end_of_a_text,
     test_the_key_is_on_no_command_line,
     test_this_machine_only,
     test_what_else_is_in_an_answer,
@@ -98,7 +101,7 @@ def test_nothing_reports_home(server: Served):
             assert environment[name] == "1"
 
 
-def test_by_chance(server: Served):
+def test_by_the_engines_own_chance(server: Served):
     def says(**sampling: float) -> str:
         answer = server.client().completions.create(
             model="sparse", prompt=PROMPTS[0], max_tokens=NEW_TOKENS, **sampling
@@ -107,17 +110,6 @@ def test_by_chance(server: Served):
 
     assert len({says(temperature=1.5) for _ in range(4)}) > 1
     assert says(temperature=1.0, top_p=1e-6) == says(temperature=0)
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [{"seed": 1}, {"logit_bias": {"5": 10}}, {"frequency_penalty": 0.5}, {"suffix": "b"}],
-)
-def test_what_would_be_ignored_is_refused(server: Served, asked: dict[str, object]):
-    with pytest.raises(openai.BadRequestError, match="is not supported by this server"):
-        server.client().completions.create(
-            model="sparse", prompt="a", max_tokens=2, extra_body=asked
-        )
 
 
 def test_a_load_generator_gets_as_many_tokens_as_it_asks_for(server: Served):

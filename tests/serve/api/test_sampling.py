@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from besa.serve.api.backend import GenerationRequest
-from besa.serve.transformers.sampling import Sampling
+from besa.serve.api.grammar import Grammars
+from besa.serve.api.sampling import Sampling
 
 PROMPT = [1, 1, 2]
 SCORES = [0.5, 2.0, 1.5, -1.0, 0.0, 1.0]
@@ -51,6 +57,49 @@ def test_biases():
 def test_no_end_before_the_least_tokens():
     assert scores([4], temperature=0, min_tokens=2)[1] == -torch.inf
     assert scores([4, 4], temperature=0, min_tokens=2)[1] == SCORES[1]
+
+
+def test_no_end_at_all_but_for_stop_tokens():
+    """Which come after the least tokens, too."""
+    asked: dict[str, Any] = {"temperature": 0, "stop_token_ids": frozenset({5}), "min_tokens": 2}
+    found = scores([4], ignore_eos=True, **asked)
+    assert (found[1], found[5]) == (-torch.inf, -torch.inf)
+    found = scores([4, 4], ignore_eos=True, **asked)
+    assert (found[1], found[5]) == (-torch.inf, SCORES[5])
+    assert scores([4, 4], **asked) == SCORES
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logprobs_are_the_models_own(temperature: float):
+    """Whatever becomes of the scores, and of every token in turn."""
+    asked = GenerationRequest(
+        PROMPT, 8, temperature=temperature, logit_bias={3: 100.0}, logprobs=2, seed=0
+    )
+    sampling = Sampling.of(asked, ends=frozenset())
+    assert not sampling.is_plain
+    for _ in range(2):
+        sampling.choose(torch.tensor([PROMPT]), torch.tensor([SCORES]))
+    total = math.log(sum(map(math.exp, SCORES)))
+    for found in sampling.likelihoods:
+        assert found.token == 3
+        assert found.logprob == pytest.approx(-1.0 - total)
+        assert [token for token, _ in found.top] == [1, 2]
+        assert [value for _, value in found.top] == pytest.approx([2.0 - total, 1.5 - total])
+    assert deepcopy(sampling).likelihoods is sampling.likelihoods
+
+
+@pytest.mark.parametrize("asked", [{"temperature": 0.0}, {"top_k": 1}, {"seed": 3}])
+def test_a_grammar_holds_however_tokens_are_chosen(tiny_model: Path, asked: dict[str, Any]):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    grammar = Grammars(tokenizer, 257, {0}).compiled("regex", "[ab]{2}c?")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):  # the second answer begins anew
+        sampling = Sampling.of(GenerationRequest([7], 8, grammar=grammar, **asked), frozenset({0}))
+        tokens = [7]
+        while tokens[-1] != 0:
+            scores = torch.randn(1, 257, generator=generator)
+            tokens.append(int(sampling.choose(torch.tensor([tokens]), scores)))
+        assert re.fullmatch("[ab]{2}c?", tokenizer.decode(tokens[1:-1]))
 
 
 def test_what_is_drawn_from():

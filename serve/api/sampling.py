@@ -1,8 +1,11 @@
 """How the next token is chosen from a model's scores, as one request asks.
 
->>> sampling = Sampling.of(GenerationRequest([1], 8, temperature=0), ends=frozenset({0}))
+>>> asked = GenerationRequest([1], 8, temperature=0, logprobs=1)
+>>> sampling = Sampling.of(asked, ends=frozenset({0}))
 >>> sampling.choose(torch.tensor([[1, 5]]), torch.tensor([[0.1, 0.7, 0.2]]))
 tensor([1])
+>>> [likelihood.top[0][0] for likelihood in sampling.likelihoods]
+[1]
 
 The steps are transformers' own processors where it has them, in vLLM's order.
 """
@@ -10,7 +13,7 @@ The steps are transformers' own processors where it has them, in vLLM's order.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,22 +30,29 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from besa.serve.api.backend import GenerationRequest
+from besa.serve.api.backend import GenerationRequest, Likelihood
+from besa.serve.api.grammar import GrammarMask
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a request's tokens are chosen.
+    """How the tokens of one answer are chosen.
 
     Attributes:
         processors: change scores, given all tokens so far.
         sample: whether by chance; else the largest score wins.
         generator: of chance; None for the one that all share.
+        grammar: the one of the processors that has to know what was chosen.
+        logprobs: how many of the likeliest tokens are noted with each; None to note none.
+        likelihoods: of the tokens chosen so far, if they are noted.
     """
 
     processors: LogitsProcessorList
     sample: bool
     generator: torch.Generator | None
+    grammar: GrammarMask | None = None
+    logprobs: int | None = None
+    likelihoods: list[Likelihood] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -55,32 +65,57 @@ class Sampling:
         """What a request says.
 
         Args:
-            ends: tokens that `min_tokens` keeps away.
+            ends: tokens that end a text of the model's.
             model: processors that the model's own generation configuration asks for.
         """
         sample = asked.temperature > 0
-        steps = [*model, *_scores(asked, ends, device), *(_chances(asked) if sample else [])]
+        grammar = asked.grammar.start() if asked.grammar is not None else None
+        steps = [*model, *_scores(asked, ends, device), *([grammar] if grammar else [])]
+        steps += _chances(asked) if sample else []
         generator = None
         if sample and asked.seed is not None:
             generator = torch.Generator(device).manual_seed(asked.seed)
-        return cls(LogitsProcessorList(steps), sample, generator)
+        return cls(LogitsProcessorList(steps), sample, generator, grammar, asked.logprobs)
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Sampling:
+        """Itself: an answer that a full batch puts off and begins again goes on with it."""
+        return self
 
     @property
     def is_plain(self) -> bool:
-        """Whether it takes the largest of the scores as they are."""
-        return not (self.processors or self.sample)
+        """Whether it takes the largest of the scores as they are, and notes nothing."""
+        return not (self.processors or self.sample or self.logprobs is not None)
 
     def choose(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        """The next token of each row.
+        """The next token.
 
         Args:
-            tokens: [rows, length], prompt and answer so far.
-            scores: [rows, vocabulary].
+            tokens: [1, length], prompt and answer so far.
+            scores: [1, vocabulary].
+
+        Returns:
+            [1].
         """
-        scores = self.processors(tokens, scores.float())
-        if not self.sample:
-            return scores.argmax(-1)
-        return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0]
+        scores = scores.float()
+        changed = self.processors(tokens, scores)
+        if self.sample:
+            chosen = torch.multinomial(changed.softmax(-1), 1, generator=self.generator)[:, 0]
+        else:
+            chosen = changed.argmax(-1)
+        if self.grammar is not None:
+            self.grammar.took(int(chosen))
+        if self.logprobs is not None:
+            self.likelihoods.append(likelihood_of(int(chosen), scores[0], self.logprobs))
+        return chosen
+
+
+def likelihood_of(token: int, scores: Tensor, most: int) -> Likelihood:
+    """How likely a token is, by the model's scores [vocabulary] as they are, as vLLM has it."""
+    logprobs = scores.log_softmax(-1)
+    values, tokens = logprobs.topk(min(most, len(scores)))
+    return Likelihood(
+        token, float(logprobs[token]), list(zip(tokens.tolist(), values.tolist(), strict=True))
+    )
 
 
 def _scores(
@@ -92,10 +127,10 @@ def _scores(
     if asked.logit_bias:
         biases = {(token,): bias for token, bias in asked.logit_bias.items()}
         steps.append(SequenceBiasLogitsProcessor(biases))
-    if asked.min_tokens and ends:
-        steps.append(
-            MinNewTokensLengthLogitsProcessor(length, asked.min_tokens, sorted(ends), device)
-        )
+    least = asked.max_tokens if asked.ignore_eos else asked.min_tokens
+    for tokens, until in ((ends, least), (asked.stop_token_ids, asked.min_tokens)):
+        if tokens and until:
+            steps.append(MinNewTokensLengthLogitsProcessor(length, until, sorted(tokens), device))
     if asked.repetition_penalty != 1:
         steps.append(RepetitionPenaltyLogitsProcessor(float(asked.repetition_penalty)))
     if asked.frequency_penalty or asked.presence_penalty:
