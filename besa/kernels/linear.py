@@ -117,7 +117,7 @@ def sparse_linear_reference(
     steps: Tensor | None = None,
 ) -> Tensor:
     """`besa::sparse_linear` in plain torch: the kernels' oracle, float32 throughout."""
-    _check(x, values, bitmask, row_ptr, scale, bias, steps)
+    check(x, values, bitmask, row_ptr, scale, bias, steps)
     if steps is None:
         weight = expand_reference(values, bitmask, row_ptr, x.shape[-1]).float()
     else:
@@ -136,7 +136,7 @@ def _expanded(
     steps: Tensor | None = None,
 ) -> Tensor:
     """The weight expanded on its device, then torch's product in x's own type."""
-    _check(x, values, bitmask, row_ptr, scale, bias, steps)
+    check(x, values, bitmask, row_ptr, scale, bias, steps)
     if steps is None:
         weight = expand(values, bitmask, row_ptr, x.shape[-1])
     else:
@@ -204,7 +204,7 @@ def _sparse_linear_cpu(
 ) -> Tensor:
     if native.library() is None:
         return _expanded(x, values, bitmask, row_ptr, scale, bias, int8_input, steps)
-    _check(x, values, bitmask, row_ptr, scale, bias, steps)
+    check(x, values, bitmask, row_ptr, scale, bias, steps)
     return _native(x, values, bitmask, row_ptr, scale, bias, len(bitmask), int8_input, steps)
 
 
@@ -278,7 +278,7 @@ def group_size(cols: int, scale: Tensor | None) -> int:
     raise ValueError(f"scale has {scale.shape[1]} groups, which no group size makes")
 
 
-def _check(
+def check(
     x: Tensor,
     values: Tensor,
     bitmask: Tensor,
