@@ -60,6 +60,10 @@ class BesaConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> BesaConfig:
         parsed = PackedConfig.from_dict(config)
+        if parsed.experts:
+            raise BesaError(
+                "vLLM does not serve packed experts yet: serve the model by `--engine transformers`"
+            )
         logger.info("besa: packed %s weights, kernels %s (%s)", parsed.values, *chosen_isa())
         return cls(parsed)
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from besa.export import ExportConfig, export
+from besa.formats.config import FORMAT_VERSION
 from tests.helpers import PATIENCE, REPOSITORY, random_model, stored
 from tests.serve.vllm.worker import NEW_TOKENS, PROMPTS
 
@@ -183,7 +184,7 @@ def without_a_part(_: dict[str, Any], tensors: dict[str, Any]) -> None:
 
 
 def of_the_future(config: dict[str, Any], _: dict[str, Any]) -> None:
-    config["format_version"] = 3
+    config["format_version"] = FORMAT_VERSION + 1
 
 
 def exact_inputs(config: dict[str, Any], _: dict[str, Any]) -> None:
@@ -355,7 +356,7 @@ def test_lora(cases: dict[str, Case]):
     [
         ("cut_off", "layers.1.self_attn.qkv_proj: weight: values has 2480 elements"),
         ("without_a_part", "lacks weight_bitmask of model.layers.1.self_attn.qkv_proj"),
-        ("of_the_future", "the packed format is version 3, and this besa reads versions 1 to 2"),
+        ("of_the_future", "the packed format is version 4, and this besa reads versions 1 to 3"),
     ],
 )
 def test_a_model_that_cannot_be_served(cases: dict[str, Case], name: str, words: str):
