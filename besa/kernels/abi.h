@@ -10,7 +10,7 @@
 namespace besa {
 
 // Counts up with every change of an exported function or of what it means.
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 
 enum Dtype : int { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3, kInt4 = 4 };
 
@@ -26,6 +26,13 @@ constexpr const char* kIsaNames[kIsas] = {
 
 // How many columns may share a scale, other than a whole row.
 constexpr std::int64_t kGroupSizes[] = {32, 64, 128};
+
+// What an expert does between its two products.
+enum Function : int { kSilu, kGelu, kGeluTanh, kRelu2, kFunctions };
+
+constexpr const char* kFunctionNames[kFunctions] = {"silu", "gelu", "gelu_tanh", "relu2"};
+
+struct Grouped;
 
 // One product: output = input W^T + bias. Arrays are row-major, and all memory is the caller's.
 struct Job {
@@ -51,6 +58,27 @@ struct Job {
     // Runs lane(task) `lanes` times, at once where it can. Null: the library's own threads.
     void (*parallel)(void* pool, int lanes, void (*lane)(void*), void* task);
     void* pool;
+
+    Grouped* grouped;             // see grouped.h; callers of the library say null
+};
+
+// The experts of one layer: output[t] = sum over k of weights[t, k] * down(act(gate_up(input[t]))),
+// both products by the weights of expert ids[t, k].
+//
+// The two jobs are of all experts' weights, one below the other, and so are bitmask, row_ptr, scale,
+// steps and bias; `rows` are those of one expert. gate_up.input and down.output are the layer's,
+// gate_up.tokens its tokens; the other ends of the two products are made by the call.
+struct Experts {
+    Job gate_up, down;
+    const std::int64_t* ids;  // [tokens, chosen]; others than [0, experts) add nothing
+    const float* weights;     // [tokens, chosen]
+    std::int64_t chosen, experts;
+    int function;             // a Function, of the gate
+    int gated;                // 0: there are no projections up beside the gates
+    int interleaved;          // 1: gates are the even rows, 0: the first half of the rows
+    float alpha;              // silu is gate * sigmoid(alpha * gate)
+    float limit;              // a gate is at most this, a projection up between it and its negative
+    float shift;              // is added to the projection up
 };
 
 }  // namespace besa

@@ -1,4 +1,4 @@
-"""What Python and the native library agree on: instruction sets, scales, and one product.
+"""What Python and the native library agree on: instruction sets, scales, products and experts.
 
 abi.h says the same in C++. `native` compares `DESCRIPTION` with what a library says of itself, and
 refuses one that was built from other sources. Needs no torch.
@@ -12,11 +12,11 @@ refuses one that was built from other sources. Needs no torch.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char_p, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from typing import Any, ClassVar
 
 # Counts up with every change of an exported function or of what it means.
-VERSION = 2
+VERSION = 3
 
 # The number of each type of values and activations, by its name in torch, which is not needed here.
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "int8": 3, "int4": 4}
@@ -36,6 +36,9 @@ ISAS = (
     *("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "avx512_dpbf16"),
     *("neon", "neon_dot", "neon_bf16"),
 )
+
+# What an expert does between its two products.
+EXPERT_FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 
 # How many columns may share a scale, other than a whole row.
 GROUP_SIZES = (32, 64, 128)
@@ -69,6 +72,26 @@ class Job(ctypes.Structure):
         ("threads", c_int),
         ("parallel", c_void_p),  # None: on the library's own threads
         ("pool", c_void_p),
+        ("grouped", c_void_p),  # None
+    ]
+
+
+class Experts(ctypes.Structure):
+    """One layer of experts; abi.h describes the fields."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("gate_up", Job),
+        ("down", Job),
+        ("ids", c_void_p),
+        ("weights", c_void_p),
+        ("chosen", c_int64),
+        ("experts", c_int64),
+        ("function", c_int),
+        ("gated", c_int),
+        ("interleaved", c_int),
+        ("alpha", c_float),
+        ("limit", c_float),
+        ("shift", c_float),
     ]
 
 
@@ -79,6 +102,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "besa_best_isa": ([], c_int),
     # gives a status, see PROBLEMS
     "besa_sparse_linear": ([ctypes.POINTER(Job)], c_int),
+    "besa_sparse_experts": ([ctypes.POINTER(Experts)], c_int),
     # weight, bitmask, row_ptr, rows, cols, element size, threads, isa
     "besa_pack_mask": ([*[c_void_p] * 3, *[c_int64] * 3, *[c_int] * 2], None),
     # bitmask, row_ptr, rows, row bytes, threads, isa
@@ -93,6 +117,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 }
 
 DESCRIPTION = (
-    f"version {VERSION}, job of {ctypes.sizeof(Job)} bytes, instruction sets {' '.join(ISAS)}, "
-    f"group sizes {' '.join(map(str, GROUP_SIZES))}"
+    f"version {VERSION}, job of {ctypes.sizeof(Job)} bytes, experts of {ctypes.sizeof(Experts)}, "
+    f"instruction sets {' '.join(ISAS)}, group sizes {' '.join(map(str, GROUP_SIZES))}, "
+    f"functions {' '.join(EXPERT_FUNCTIONS)}"
 )

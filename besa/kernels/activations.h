@@ -12,70 +12,62 @@
 namespace besa {
 namespace {
 
-// X of all tokens: [tokens, stride], with zeros past cols. Made once for a call, by all its threads.
+// X of some tokens: [tokens, stride], with zeros past cols. The memory is another's.
 template <class Traits>
-struct Activations {
+struct TokenRows {
     using X = typename Traits::X;
     static constexpr int kStep = Traits::kStep;
 
-    Buffer<X> x;
-    Buffer<float> scale;  // [tokens], if they are quantized to int8
+    X* x;
+    float* scale;  // [tokens], if they are quantized to int8
     std::int64_t stride;
 
-    // False if there is no memory.
-    bool prepare(const Job& job) {
-        // Rows one cache line apart from a power of two, or all of them would share one set.
+    // Rows one cache line apart from a power of two, or all of them would share one set.
+    static std::int64_t stride_of(std::int64_t cols) {
         const std::int64_t line = 64 / sizeof(X);
-        const std::int64_t padded = (job.cols + kStep - 1) / kStep * kStep;
-        stride = (padded + line - 1) / line * line + line;
-        x = buffer<X>(job.tokens * stride);
-        if (Traits::kInt8Input) scale = buffer<float>(job.tokens);
-        if (!x || (Traits::kInt8Input && !scale)) return false;
-        std::atomic<std::int64_t> next{0};
-        in_lanes(job, worthwhile_threads(job, job.tokens * job.cols), [&] {
-            for (std::int64_t t; (t = next++) < job.tokens;) prepare_token(job, t);
-        });
-        return true;
+        const std::int64_t padded = (cols + kStep - 1) / kStep * kStep;
+        return (padded + line - 1) / line * line + line;
     }
 
     // From column `col` of token t on; `col` is a multiple of kStep.
-    const X* at(std::int64_t t, std::int64_t col) const { return x.get() + t * stride + col; }
+    const X* at(std::int64_t t, std::int64_t col) const { return x + t * stride + col; }
 
-   private:
-    void prepare_token(const Job& job, std::int64_t t) {
-        X* to = x.get() + t * stride;
-        const std::int64_t tail = job.cols / kStep * kStep;
+    // Those of token t and after it.
+    TokenRows from(std::int64_t t) const {
+        return {x + t * stride, Traits::kInt8Input ? scale + t : nullptr, stride};
+    }
+
+    // Makes token t of `cols` floats of a type.
+    void make(const void* row, int dtype, std::int64_t cols, std::int64_t t) const {
+        X* to = x + t * stride;
+        const std::int64_t tail = cols / kStep * kStep;
         std::memset(to + tail, 0, (stride - tail) * sizeof(X));
-        switch (job.input_dtype) {  // outside of the loops, which are vectors then
-            case kBf16: convert<kBf16>(job, t, to); break;
-            case kFp16: convert<kFp16>(job, t, to); break;
-            default: convert<kFp32>(job, t, to);
+        switch (dtype) {  // outside of the loops, which are vectors then
+            case kBf16: convert<kBf16>(row, cols, t, to); break;
+            case kFp16: convert<kFp16>(row, cols, t, to); break;
+            default: convert<kFp32>(row, cols, t, to);
         }
     }
 
+   private:
     template <int kFrom>
-    void convert(const Job& job, std::int64_t t, X* to) {
-        // Has the array's address itself: to C++ a write of int8 may change anything, the job too, and
-        // the loops would not be vectors.
-        const auto value = [input = job.input, first = t * job.cols](std::int64_t j) {
-            return load_float(input, kFrom, first + j);
-        };
+    void convert(const void* row, std::int64_t cols, std::int64_t t, X* to) const {
+        const auto value = [row](std::int64_t j) { return load_float(row, kFrom, j); };
         if constexpr (Traits::kInt8Input) {
-            scale[t] = quantize(value, job.cols, to);
+            scale[t] = quantize(value, cols, to);
         } else if constexpr (Traits::kRawInput) {
-            std::memcpy(to, static_cast<const X*>(job.input) + t * job.cols,
-                        job.cols * sizeof(X));
+            std::memcpy(to, row, cols * sizeof(X));
         } else {
             // Even and odd columns by a loop within the loop, which makes vectors.
             constexpr int half = Traits::kSplit / 2;
             std::int64_t first = 0;
             if constexpr (half > 0)
-                for (; first + 2 * half <= job.cols; first += 2 * half)
+                for (; first + 2 * half <= cols; first += 2 * half)
                     for (int i = 0; i < half; ++i) {
                         to[first + i] = value(first + 2 * i);
                         to[first + half + i] = value(first + 2 * i + 1);
                     }
-            for (std::int64_t i = 0; first + i < job.cols; ++i)
+            for (std::int64_t i = 0; first + i < cols; ++i)
                 to[first + (half ? i % 2 * half + i / 2 : i)] = value(first + i);
         }
     }
@@ -101,6 +93,31 @@ struct Activations {
         }
         return finite ? most / 127 : __builtin_nanf("");
     }
+};
+
+// X of all tokens of a job. Made once for a call, by all its threads.
+template <class Traits>
+struct Activations : TokenRows<Traits> {
+    // False if there is no memory.
+    bool prepare(const Job& job) {
+        this->stride = this->stride_of(job.cols);
+        all_ = buffer<typename Traits::X>(job.tokens * this->stride);
+        if (Traits::kInt8Input) scales_ = buffer<float>(job.tokens);
+        if (!all_ || (Traits::kInt8Input && !scales_)) return false;
+        this->x = all_.get();
+        this->scale = scales_.get();
+        const std::int64_t size = job.cols * float_size(job.input_dtype);
+        std::atomic<std::int64_t> next{0};
+        in_lanes(job, worthwhile_threads(job, job.tokens * job.cols), [&] {
+            for (std::int64_t t; (t = next++) < job.tokens;)
+                this->make(offset(job.input, t * size), job.input_dtype, job.cols, t);
+        });
+        return true;
+    }
+
+   private:
+    Buffer<typename Traits::X> all_;
+    Buffer<float> scales_;
 };
 
 }  // namespace

@@ -28,6 +28,13 @@ Buffer<T> buffer(std::int64_t count) {
     return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, size)));
 }
 
+// Where so many bytes later is.
+inline const void* offset(const void* p, std::int64_t bytes) {
+    return static_cast<const char*>(p) + bytes;
+}
+
+inline void* offset(void* p, std::int64_t bytes) { return static_cast<char*>(p) + bytes; }
+
 inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 template <class F, int... I>

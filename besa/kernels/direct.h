@@ -26,7 +26,7 @@ namespace {
 template <class Traits, bool kDense>
 class Direct {
    public:
-    Direct(const Job& job, const Activations<Traits>& in)
+    Direct(const Job& job, const TokenRows<Traits>& in)
         : job_(job), in_(in), weight_(job, kStreams) {}
 
     bool has_memory() const { return weight_.has_memory(); }
@@ -118,7 +118,7 @@ class Direct {
     }
 
     const Job& job_;
-    const Activations<Traits>& in_;
+    const TokenRows<Traits>& in_;
     Rows weight_;
 };
 

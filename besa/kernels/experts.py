@@ -18,17 +18,19 @@ torch.compile; records no gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from besa.kernels import linear
+from besa.kernels import linear, native
+from besa.kernels.abi import EXPERT_FUNCTIONS, Experts
 from besa.kernels.describe import describe
-from besa.kernels.linear import PackedWeight
+from besa.kernels.linear import PackedWeight, contiguous, job_of, raise_problem
 
 # What a gate goes through; silu has a factor within its sigmoid, see `Activation.alpha`.
 FUNCTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -131,7 +133,7 @@ def sparse_experts(
         ValueError: if shapes, types or devices do not fit.
         BesaError: if a packed weight is corrupt.
     """
-    if weight_input and x.ndim == 2 and expert_weights.shape == expert_ids.shape:
+    if weight_input:  # as many tokens as there are pairs, with an expert each
         tokens, chosen = expert_ids.shape
         x = (x.unsqueeze(1) * expert_weights.unsqueeze(2)).to(x.dtype).flatten(0, 1)
         expert_ids = expert_ids.reshape(-1, 1)
@@ -166,7 +168,7 @@ def sparse_experts(
 
 
 class Weight(NamedTuple):
-    """A packed weight, of one expert or of all of them, with its bias."""
+    """A packed weight, of one expert or of all of them, with its bias: `linear.Parts`."""
 
     values: Tensor
     bitmask: Tensor
@@ -174,20 +176,6 @@ class Weight(NamedTuple):
     scale: Tensor | None
     steps: Tensor | None
     bias: Tensor | None
-
-    def of(self, expert: int, rows: int) -> Weight:
-        """The part of an expert that has so many rows."""
-        own = slice(expert * rows, (expert + 1) * rows)
-        pointers = self.row_ptr[own.start : own.stop + 1]
-        begin, end = (max(0, int(pointer)) for pointer in pointers[[0, -1]])
-        return Weight(
-            self.values[begin:end],
-            self.bitmask[own],
-            pointers - begin,
-            None if self.scale is None else self.scale[own],
-            None if self.steps is None else self.steps[own],
-            None if self.bias is None else self.bias[expert],
-        )
 
 
 class Layer(NamedTuple):
@@ -203,32 +191,75 @@ class Layer(NamedTuple):
     int8_input: bool
 
 
-def sparse_experts_reference(*arguments: object, **more: object) -> Tensor:
-    """`besa::sparse_experts` in plain torch: the kernels' oracle, float32 throughout."""
-    return _by_expert(_layer(*arguments, **more), linear.sparse_linear_reference)  # type: ignore[arg-type]
+def sparse_experts_reference(*arguments: Any, **more: Any) -> Tensor:
+    """`besa::sparse_experts` in plain torch: the kernels' oracle, float32 within a product."""
+    return _by_expert(_layer(*arguments, **more), linear.sparse_linear_reference)
 
 
-def _expanded(*arguments: object, **more: object) -> Tensor:
-    """One expert after the other by torch's operators, on any device."""
-    return _by_expert(_layer(*arguments, **more), torch.ops.besa.sparse_linear)  # type: ignore[arg-type]
+def _expanded(*arguments: Any, **more: Any) -> Tensor:
+    """One expert after the other, on any device."""
+    return _by_expert(_layer(*arguments, **more), torch.ops.besa.sparse_linear)
+
+
+def _sparse_experts_cpu(*arguments: Any, **more: Any) -> Tensor:
+    layer, library = _layer(*arguments, **more), native.library()
+    if library is None:
+        return _by_expert(layer, torch.ops.besa.sparse_linear)
+    x, activation = layer.x.contiguous(), layer.activation
+    out, dtype = torch.empty_like(x), x.dtype
+    ids, weights = layer.ids.long().contiguous(), layer.weights.float().contiguous()
+    gate_up, down = contiguous(layer.gate_up, dtype), contiguous(layer.down, dtype)
+    rows, hidden = len(layer.gate_up.bitmask) // layer.experts, x.shape[1]
+    job = Experts(
+        gate_up=job_of(gate_up, rows, hidden, dtype, layer.int8_input),
+        down=job_of(down, hidden, rows // activation.parts, dtype, layer.int8_input),
+        ids=ids.data_ptr(),
+        weights=weights.data_ptr(),
+        chosen=ids.shape[1],
+        experts=layer.experts,
+        function=EXPERT_FUNCTIONS.index(activation.function),
+        gated=activation.gated,
+        interleaved=activation.interleaved,
+        alpha=activation.alpha,
+        limit=math.inf if activation.limit is None else activation.limit,
+        shift=activation.shift,
+    )
+    job.gate_up.tokens, job.gate_up.input, job.down.output = len(x), x.data_ptr(), out.data_ptr()
+    raise_problem(library.besa_sparse_experts(job))
+    return out
 
 
 def _by_expert(layer: Layer, product: Callable[..., Tensor]) -> Tensor:
     """The layer by a product of the signature of `besa::sparse_linear`."""
-    x, activation = layer.x, layer.activation
+    x = layer.x
 
     def times(rows: Tensor, weight: Weight, expert: int) -> Tensor:
-        values, bitmask, row_ptr, scale, steps, bias = weight.of(
-            expert, len(weight.bitmask) // layer.experts
-        )
+        values, bitmask, row_ptr, scale, steps, bias = _part(weight, expert, layer.experts)
         return product(rows, values, bitmask, row_ptr, scale, bias, layer.int8_input, steps)
 
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert, tokens, slots in _chosen(layer.ids, layer.experts):
-        inner = activation(times(x[tokens], layer.gate_up, expert))
+        inner = layer.activation(times(x[tokens], layer.gate_up, expert))
         outputs = times(inner, layer.down, expert).float()
         total.index_add_(0, tokens, outputs * layer.weights[tokens, slots, None].float())
     return total.to(x.dtype)
+
+
+def _part(stacked: Weight, expert: int, experts: int) -> Weight:
+    """The rows of one of so many experts."""
+    values, bitmask, row_ptr, scale, steps, bias = stacked
+    rows = len(bitmask) // experts
+    own = slice(expert * rows, (expert + 1) * rows)
+    pointers = row_ptr[own.start : own.stop + 1]
+    begin, end = (max(0, int(pointer)) for pointer in pointers[[0, -1]])
+    return Weight(
+        values[begin:end],
+        bitmask[own],
+        pointers - begin,
+        None if scale is None else scale[own],
+        None if steps is None else steps[own],
+        None if bias is None else bias[expert],
+    )
 
 
 def _chosen(ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -329,6 +360,6 @@ _LIBRARY.define(
     "bool int8_input=True) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
-_LIBRARY.impl("sparse_experts", _expanded, "CPU")
+_LIBRARY.impl("sparse_experts", _sparse_experts_cpu, "CPU")
 _LIBRARY.impl("sparse_experts", _expanded, "CUDA")
 torch.library.register_fake("besa::sparse_experts", _fake, lib=_LIBRARY)

@@ -80,6 +80,8 @@ inline std::uint16_t float_to_fp16(float value) {
 
 #endif
 
+inline std::int64_t float_size(int dtype) { return dtype == kFp32 ? 4 : 2; }
+
 inline float load_float(const void* from, int dtype, std::int64_t i) {
     switch (dtype) {
         case kBf16: return bf16_to_float(static_cast<const std::uint16_t*>(from)[i]);
@@ -93,6 +95,38 @@ inline void store_float(void* to, int dtype, std::int64_t i, float value) {
         case kBf16: static_cast<std::uint16_t*>(to)[i] = float_to_bf16(value); break;
         case kFp16: static_cast<std::uint16_t*>(to)[i] = float_to_fp16(value); break;
         default: static_cast<float*>(to)[i] = value;
+    }
+}
+
+// `n` floats, `apart` from each other, from element `first` on. The type is asked for outside of the
+// loop, which is a vector's then.
+template <int kFrom>
+void load_floats_as(const void* from, std::int64_t first, int apart, int n, float* to) {
+    if (apart == 1)
+        for (int i = 0; i < n; ++i) to[i] = load_float(from, kFrom, first + i);
+    else
+        for (int i = 0; i < n; ++i) to[i] = load_float(from, kFrom, first + i * apart);
+}
+
+inline void load_floats(const void* from, int dtype, std::int64_t first, int apart, int n, float* to) {
+    switch (dtype) {
+        case kBf16: return load_floats_as<kBf16>(from, first, apart, n, to);
+        case kFp16: return load_floats_as<kFp16>(from, first, apart, n, to);
+        default: load_floats_as<kFp32>(from, first, apart, n, to);
+    }
+}
+
+// To element `first` and those after it.
+template <int kTo>
+void store_floats_as(void* to, std::int64_t first, int n, const float* values) {
+    for (int i = 0; i < n; ++i) store_float(to, kTo, first + i, values[i]);
+}
+
+inline void store_floats(void* to, int dtype, std::int64_t first, int n, const float* values) {
+    switch (dtype) {
+        case kBf16: return store_floats_as<kBf16>(to, first, n, values);
+        case kFp16: return store_floats_as<kFp16>(to, first, n, values);
+        default: store_floats_as<kFp32>(to, first, n, values);
     }
 }
 

@@ -14,7 +14,7 @@ torch.compile; records no gradient.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,10 @@ INT4 = torch.uint8
 _DTYPES = {getattr(torch, name): number for name, number in DTYPES.items() if name != "int4"}
 _DTYPES[INT4] = DTYPES["int4"]
 _INPUTS = (torch.bfloat16, torch.float16, torch.float32)
+
+# A weight as the operators take it apart: values, bitmask, row_ptr, scale, steps, and its bias.
+_Maybe: TypeAlias = Tensor | None
+Parts: TypeAlias = tuple[Tensor, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe]
 
 
 class PackedWeight(Protocol):
@@ -223,40 +227,57 @@ def _native(
     assert library is not None
     cols = x.shape[-1]
     x = x.contiguous()
-    tokens = x.numel() // cols if cols else x.shape[:-1].numel()
     out = x.new_empty(*x.shape[:-1], rows)
-    if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
-    if scale is not None:
-        scale = scale.contiguous()
-    if steps is not None:
-        steps = steps.contiguous()
-    values = values.contiguous()
-    job = Job(
-        values=values.data_ptr(),
-        bitmask=None if bitmask is None else bitmask.data_ptr(),
-        row_ptr=None if row_ptr is None else row_ptr.data_ptr(),
-        scale=None if scale is None else scale.data_ptr(),
-        steps=None if steps is None else steps.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        input=x.data_ptr(),
-        output=out.data_ptr(),
-        n_values=values.numel(),
-        tokens=tokens,
+    weight = contiguous((values, bitmask, row_ptr, scale, steps, bias), x.dtype)
+    job = job_of(weight, rows, cols, x.dtype, int8_input)
+    job.input, job.output = x.data_ptr(), out.data_ptr()
+    job.tokens = x.numel() // cols if cols else x.shape[:-1].numel()
+    raise_problem(library.besa_sparse_linear(job))
+    return out
+
+
+def contiguous(weight: Parts, dtype: torch.dtype) -> Parts:
+    """A weight as the native kernels read it: contiguous, its bias of the activations' type."""
+    values, *others, bias = weight
+    others.append(None if bias is None else bias.to(dtype))
+    mask, row_ptr, scale, steps, bias = (
+        None if part is None else part.contiguous() for part in others
+    )
+    return values.contiguous(), mask, row_ptr, scale, steps, bias
+
+
+def job_of(weight: Parts, rows: int, cols: int, dtype: torch.dtype, int8_input: bool) -> Job:
+    """The native kernels' job for a `contiguous` weight, but for inputs and outputs.
+
+    Its memory is the tensors', which the caller keeps.
+    """
+    tensor, _, _, scales, all_steps, _ = weight
+    addresses = [None if part is None else part.data_ptr() for part in weight]
+    values, bitmask, row_ptr, scale, steps, bias = addresses
+    return Job(
+        values=values,
+        bitmask=bitmask,
+        row_ptr=row_ptr,
+        scale=scale,
+        steps=steps,
+        bias=bias,
+        n_values=tensor.numel(),
         rows=rows,
         cols=cols,
-        group_size=group_size(cols, scale),
-        step_size=group_size(cols, steps),
-        values_dtype=_DTYPES[values.dtype],
-        input_dtype=_DTYPES[x.dtype],
-        int8_input=int8_input and values.dtype in (torch.int8, INT4),
+        group_size=group_size(cols, scales),
+        step_size=group_size(cols, all_steps),
+        values_dtype=_DTYPES[tensor.dtype],
+        input_dtype=_DTYPES[dtype],
+        int8_input=int8_input and tensor.dtype in (torch.int8, INT4),
         isa=isa_number(),
         threads=torch.get_num_threads(),
     )
-    status = library.besa_sparse_linear(job)
+
+
+def raise_problem(status: int) -> None:
+    """Raises a BesaError for what the native library did not do."""
     if status:
         raise BesaError(PROBLEMS[status])
-    return out
 
 
 def group_size(cols: int, scale: Tensor | None) -> int:

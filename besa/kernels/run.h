@@ -8,6 +8,7 @@
 
 #include "activations.h"
 #include "direct.h"
+#include "grouped.h"
 #include "sparse_linear.h"
 #include "tiles.h"
 #include "traits.h"
@@ -52,6 +53,7 @@ int run_as(const Job& job) {
 
 template <class Traits>
 int run(const Job& job) {
+    if (job.grouped) return run_grouped<Traits>(job);
     return job.bitmask ? run_as<Traits, false>(job) : run_as<Traits, true>(job);
 }
 

@@ -39,6 +39,7 @@
 //     packed_rows.h    reads rows of W, step by step and within bounds
 //     direct.h, tiles.h, outputs.h    the algorithms, and what they end with
 //     run.h            picks one and shares out the rows between threads
+//     experts.h, grouped.h, gate.h    a layer of a mixture's experts, each with its own tokens
 //     sparse_linear_<isa>.cpp         the traits of one instruction set; compiled with its flags
 //     sparse_linear.cpp               calls the one that a job names
 //     linear.cpp, ort_operator.cpp    what Python and ONNX Runtime call

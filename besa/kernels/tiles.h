@@ -35,7 +35,7 @@ constexpr int kRowsPerPiece = 48;
 template <class Traits, bool kDense>
 class Tiles {
    public:
-    Tiles(const Job& job, const Activations<Traits>& in)
+    Tiles(const Job& job, const TokenRows<Traits>& in)
         : job_(job),
           in_(in),
           weight_(job, kRowsPerPiece),
@@ -195,7 +195,7 @@ class Tiles {
     }
 
     const Job& job_;
-    const Activations<Traits>& in_;
+    const TokenRows<Traits>& in_;
     Rows weight_;
     Buffer<W> tile_;    // [kTileRows, kTileSteps]
     Buffer<Sum> sums_;  // [kRowsPerPiece / kTileRows, kTokensPerPass, kTileRows]: so far

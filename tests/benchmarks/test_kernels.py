@@ -1,4 +1,4 @@
-"""The kernels' benchmark runs, and its table and picture come from what it writes."""
+"""The kernels' benchmarks run, and tables and a picture come from what they write."""
 
 from __future__ import annotations
 
@@ -40,3 +40,14 @@ def test_tiny(benchmark, monkeypatch):
     by_isa = kernel_report.isa_table(as_real, as_real)
     assert by_isa.count("| int4, 1 token |") == 1
     assert by_isa.count(f"`{record['conditions']['isa']}`") == 2
+
+
+def test_experts(benchmark, monkeypatch):
+    record = benchmark("experts")
+    assert [row["tokens"] for row in record["results"]] == [1, 20]
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import experts
+
+    table = experts.experts_table(record)
+    assert table.count("| 1 token |") == 1
+    assert table.count(" | eager | grouped_mm | ") == 1

@@ -96,11 +96,16 @@ def test_then_torch_serves_with_one_line(tmp_path: Path):
 
 
 @needs_compiler
-def test_the_job_has_the_same_fields_in_cpp(tmp_path: Path):
+def test_structures_have_the_same_fields_in_cpp(tmp_path: Path):
     """Their order and places; the library itself tells only the size of all."""
+    fields = [
+        (structure.__name__, name, getattr(structure, name).offset)
+        for structure in (abi.Job, abi.Experts)
+        for name, _ in structure._fields_
+    ]
     places = "\n".join(
-        f'std::printf("{name} %zu\\n", offsetof(besa::Job, {name}));'
-        for name, _ in abi.Job._fields_
+        f'std::printf("{structure} {name} %zu\\n", offsetof(besa::{structure}, {name}));'
+        for structure, name, _ in fields
     )
     source = tmp_path / "fields.cpp"
     source.write_text(
@@ -109,6 +114,4 @@ def test_the_job_has_the_same_fields_in_cpp(tmp_path: Path):
     program, headers = tmp_path / "fields", REPOSITORY / "besa" / "kernels"
     subprocess.run(["g++", "-std=c++17", f"-I{headers}", str(source), "-o", program], check=True)
     printed = subprocess.run([program], check=True, capture_output=True, text=True).stdout
-    assert printed.splitlines() == [
-        f"{name} {getattr(abi.Job, name).offset}" for name, _ in abi.Job._fields_
-    ]
+    assert printed.splitlines() == [" ".join(map(str, field)) for field in fields]

@@ -1,0 +1,168 @@
+// A product of many experts, as the threads that make a layer of them run it together.
+//
+//     ids [tokens, k]    pairs of token and expert,     groups      each has its rows of W
+//                        sorted by expert
+//     0: 5 2             0  (token 0, expert 2)         expert 2    rows 2 r to 3 r, times tokens 0, 1
+//     1: 2 7             1  (token 1, expert 2)
+//                        2  (token 0, expert 5)         expert 5    rows 5 r to 6 r, times token 0
+//                        3  (token 1, expert 7)         expert 7    ...
+//
+// experts.cpp makes the groups and starts the threads once for a layer; here they go from phase to
+// phase. All work of a phase is one list, pieces of all experts in turn, from which they take what is
+// next: experts are small, and a token chooses few.
+//
+//     gate_up   prepare    each pair's token, as the product wants it
+//               multiply   pieces of rows of each group, by direct.h or tiles.h
+//     down      prepare    each pair's activation, from what gate_up gave
+//               multiply
+//               add up     the pairs of each token
+//
+// Many pairs are taken some experts at a time, so that what is between the products stays in the cache.
+
+#pragma once
+
+#include <sched.h>
+
+#include <atomic>
+#include <cstdint>
+
+#include "activations.h"
+#include "direct.h"
+#include "gate.h"
+#include "tiles.h"
+
+namespace besa {
+
+// Work that threads share: how much of it was taken, and how much is done.
+struct Phase {
+    std::atomic<std::int64_t> taken{0}, done{0};
+};
+
+// The pairs of an expert.
+struct Group {
+    std::int64_t expert, first, end;
+};
+
+// What the products of a layer share.
+struct Layer {
+    const Experts& experts;
+    const std::int64_t* token;  // [pairs]
+    const std::int64_t* pair;   // [tokens, chosen], -1 where the expert is none
+    void* x;                    // [pairs at a time, stride]: activations, as the product wants them
+    float* scale;               // [pairs at a time]: of them
+    void* between;              // [pairs at a time, gate_up.rows]: what gate_up gives
+    void* outputs;              // [pairs, down.rows]: what down gives
+};
+
+// One of the two products of a layer, of some groups.
+struct Grouped {
+    const Layer* layer = nullptr;
+    const Group* groups = nullptr;
+    std::int64_t count = 0;
+    bool is_down = false, is_last = false;
+    Phase prepare, multiply, add_up;
+};
+
+namespace {
+
+// Does of a phase what nobody else does, and comes back when all of it is done. As all that was taken
+// is at work, it does not matter how many threads there are, or when they begin.
+template <class Work>
+void share(Phase& phase, std::int64_t count, const Work& work) {
+    for (std::int64_t i; (i = phase.taken++) < count; ++phase.done) work(i);
+    for (int turns = 0; phase.done < count; ++turns)
+        if (turns > 1000) sched_yield();
+}
+
+// From so many tokens of an expert on tiles are faster, if they aren't for fewer already.
+constexpr int kTileFromGroup = 10;
+
+// Columns of the layer's output that a thread adds up at a time.
+constexpr int kSumColumns = 512;
+
+// Some columns of token t's output: what its experts gave, times their weights.
+inline void add_up(const Layer& layer, std::int64_t t, std::int64_t first) {
+    const Experts& experts = layer.experts;
+    const std::int64_t hidden = experts.down.rows;
+    const int n = static_cast<int>(least(kSumColumns, hidden - first));
+    const int dtype = experts.down.input_dtype;
+    float sums[kSumColumns] = {}, values[kSumColumns];
+    for (std::int64_t i = t * experts.chosen; i < (t + 1) * experts.chosen; ++i) {
+        if (layer.pair[i] < 0) continue;
+        const float weight = experts.weights[i];
+        load_floats(layer.outputs, dtype, layer.pair[i] * hidden + first, 1, n, values);
+        for (int c = 0; c < n; ++c) sums[c] += weight * values[c];
+    }
+    store_floats(experts.down.output, dtype, t * hidden + first, n, sums);
+}
+
+// The product of one group: of the job, what belongs to its expert and its pairs.
+inline Job job_of(const Job& job, const Group& group, void* output) {
+    Job own = job;
+    const std::int64_t row = group.expert * job.rows, size = float_size(job.input_dtype);
+    own.bitmask += row * ((job.cols + 7) / 8);
+    own.row_ptr += row;
+    if (job.scale) own.scale += row * groups_of(job, job.group_size);
+    if (job.steps) own.steps += row * groups_of(job, job.step_size);
+    if (job.bias) own.bias = offset(job.bias, row * size);
+    own.tokens = group.end - group.first;
+    own.output = output;
+    return own;
+}
+
+// Rows [first, end) of W, times the job's tokens.
+template <class Product, class Traits>
+int rows_of(const Job& job, const TokenRows<Traits>& in, std::int64_t first, std::int64_t end) {
+    Product product(job, in);
+    if (!product.has_memory()) return kNoMemory;
+    for (; first < end; first += kRowsPerPiece)
+        product.run(first, least(first + kRowsPerPiece, end));
+    return product.status();
+}
+
+// One thread's part in the product of all groups; returns a Status.
+template <class Traits>
+int run_grouped(const Job& job) {
+    Grouped& g = *job.grouped;
+    const Layer& layer = *g.layer;
+    const Job& gate_up = layer.experts.gate_up;
+    const std::int64_t start = g.groups[0].first, size = float_size(job.input_dtype);
+    const TokenRows<Traits> in{static_cast<typename Traits::X*>(layer.x), layer.scale,
+                                 TokenRows<Traits>::stride_of(job.cols)};
+    share(g.prepare, g.groups[g.count - 1].end - start, [&](std::int64_t i) {
+        void* const between = offset(layer.between, i * gate_up.rows * size);
+        if (g.is_down) activate(layer.experts, between);
+        const void* row = between;
+        if (!g.is_down) row = offset(gate_up.input, layer.token[start + i] * job.cols * size);
+        in.make(row, job.input_dtype, job.cols, i);
+    });
+
+    // Pieces small enough that all threads are busy to the end, and large enough for long streams.
+    const std::int64_t fair = g.count * job.rows / (16 * job.threads) / kRowsPerPiece;
+    const std::int64_t rows = kRowsPerPiece * (fair < 1 ? 1 : least(fair, 4));
+    const std::int64_t pieces = (job.rows + rows - 1) / rows;
+    int status = kOk;
+    share(g.multiply, g.count * pieces, [&](std::int64_t i) {
+        const Group& group = g.groups[i / pieces];
+        const std::int64_t first = i % pieces * rows, end = least(first + rows, job.rows);
+        void* const to = g.is_down ? offset(layer.outputs, group.first * job.rows * size)
+                                   : offset(layer.between, (group.first - start) * job.rows * size);
+        const Job own = job_of(job, group, to);
+        const TokenRows<Traits> own_in = in.from(group.first - start);
+        const int result = own.tokens >= least(Traits::kTileFrom, kTileFromGroup)
+                               ? rows_of<Tiles<Traits, false>>(own, own_in, first, end)
+                               : rows_of<Direct<Traits, false>>(own, own_in, first, end);
+        if (result != kOk) status = result;
+    });
+
+    if (g.is_last) {
+        const std::int64_t blocks = (job.rows + kSumColumns - 1) / kSumColumns;
+        share(g.add_up, gate_up.tokens * blocks, [&](std::int64_t i) {
+            add_up(layer, i / blocks, i % blocks * kSumColumns);
+        });
+    }
+    return status;
+}
+
+}  // namespace
+}  // namespace besa
