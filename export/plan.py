@@ -10,6 +10,7 @@ not pruned, a disk that is too small and the config of the result are known at t
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -146,11 +147,17 @@ def _ignored(checkpoint: Checkpoint, packed: Collection[PackedLinear]) -> tuple[
     count = expert_count(checkpoint.config)
     keys, _ = stored_names(checkpoint, checkpoint.files)
     weights, experts = {x.key for x in packed}, {x.experts for x in packed}
+    # Where experts are stored one by one, what the files call their list.
+    lists = {
+        checkpoint.targets[key].rpartition(".")[0]: stored[1]
+        for key in checkpoint.files
+        if (stored := re.fullmatch(r"(.+)\.\d+\.\w+\.weight", key))
+    }
     names: dict[str, None] = {}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if any(p.ndim == 3 and len(p) == count for p in own.values()):
-            names |= {} if name in experts else {name: None}
+            names |= {} if name in experts else {lists.get(name, name): None, name: None}
         elif isinstance(module, nn.Linear | Conv1D):
             key = keys.get(f"{name}.weight", f"{name}.weight")
             if key not in weights:
