@@ -40,6 +40,16 @@ _ALWAYS = ("_values", "_bitmask", "_rows")
 SUFFIXES = (*_ALWAYS, "_scale", "_steps")
 
 
+def suffixes_of(config: PackedConfig) -> tuple[str, ...]:
+    """What is appended to the name of each packed weight of a checkpoint.
+
+    >>> suffixes_of(PackedConfig("int8"))
+    ('_values', '_bitmask', '_rows', '_scale')
+    """
+    scale = ("_scale",) if config.has_scale else ()
+    return (*_ALWAYS, *scale, *(("_steps",) if config.values == "int4" else ()))
+
+
 def tensors_of(packed: Packed, weight: str) -> dict[str, Tensor]:
     """What a file holds of a packed weight named `weight` ("….q_proj.weight")."""
     tensors = {
