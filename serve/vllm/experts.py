@@ -83,11 +83,14 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 "with --enforce-eager"
             )
         self.places = layer.expert_map
+        # Of one expert's weights: the matrix that it is of, and whether it is the second one there.
         self.names = {
             layer.ckpt_gate_proj_name: ("w13", 0),
             layer.ckpt_up_proj_name: ("w13", 1),
             layer.ckpt_down_proj_name: ("w2", 0),
         }
+        if self.activation.interleaved:  # no gates apart from projections up
+            self.names.clear()
         for name, width in (("w13_bias", 2 * self.inner), ("w2_bias", hidden_size)):
             bias = None
             if self.moe.has_bias:
@@ -119,7 +122,9 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         halves = 2 if expert is None else 1
         inner = self.inner * self.moe.tp_size
         rows, columns = (halves * inner, self.hidden) if matrix == "w13" else (self.hidden, inner)
-        packed = packed_of(lambda name: parts.get(name), "", columns, self.config)
+        packed = packed_of(
+            lambda name: parts.get(name.removeprefix(weight)), weight, columns, self.config
+        )
         if len(packed.bitmask) != len(numbers) * rows:
             found, expected = list(packed.shape), [len(numbers) * rows, columns]
             raise FormatError(f"{weight} is {found}, but config.json makes it {expected}")
