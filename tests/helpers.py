@@ -560,13 +560,16 @@ def begin_texts(tokenizer: Any) -> Any:
 
 
 def random_model(family: str, **changes: Any) -> Any:
-    """A tiny model with random weights, norms and biases too."""
+    """A tiny model with random weights, norms and biases too.
+
+    A family that is not among the tables begins with Llama's sizes.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        settings = {**FAMILIES, **ODD_FAMILIES}[family]
+        settings = {**FAMILIES, **ODD_FAMILIES}.get(family, _LLAMA)
         config = AutoConfig.for_model(family, **{**settings, **changes})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():

@@ -2,9 +2,10 @@
 
 An example is complete by itself, with the names of its own module. It runs in a directory of its
 own. There it finds what users have: a tiny Llama as `path/to/model`, `path/to/pruned`,
-`path/to/sparse` and `path/to/onnx`, what `besa demo` compared as `path/to/comparison.json`, and
-what `besa bench` measured as `path/to/results.json`. What it writes, it writes beside `path`:
-`pruned`, `sparse`.
+`path/to/sparse` and `path/to/onnx`, a tiny Qwen3-MoE with zeros as `path/to/mixture` and
+`path/to/sparse-mixture`, what `besa demo` compared as `path/to/comparison.json`, and what
+`besa bench` measured as `path/to/results.json`. What it writes, it writes beside `path`: `pruned`,
+`sparse`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from besa.export.config import ExportConfig
 from besa.pruning.config import PruneConfig
 from besa.recovery.config import RecoverConfig
 from besa.settings import given
+from tests.export.sparse import pruned_model
 from tests.test_floors import modules
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -100,6 +102,8 @@ def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "path/to/results.json").symlink_to(RESULTS / "serving/demo.json")
     prune(model, PruneConfig(out=pruned, method="wanda", samples=4, seqlen=32, device="cpu"))
     export(pruned, ExportConfig(out=sparse))
+    mixture = pruned_model("qwen3_moe", directory / "path/to/mixture", tiny_model)
+    export(mixture, ExportConfig(out=directory / "path/to/sparse-mixture"))
     return directory
 
 

@@ -26,6 +26,7 @@ from besa.errors import BesaError
 from besa.evaluation import tasks
 from besa.evaluation.config import EvalConfig
 from besa.evaluation.perplexity import Perplexity, paired, window_losses
+from besa.formats.experts import SparseExperts
 from besa.formats.module import SparseLinear
 from besa.model import loading
 from besa.model.files import model_directory
@@ -225,7 +226,8 @@ def sparsity(model: nn.Module) -> float:
     left_out = {id(module.weight) for module in [*embeddings, head] if module is not None}
     matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in left_out]
     packed = [m.packed for m in model.modules() if isinstance(m, SparseLinear)]
+    packed += [w for m in model.modules() if isinstance(m, SparseExperts) for w in m.packed]
     nonzeros = sum(int(torch.count_nonzero(p)) for p in matrices)
-    nonzeros += sum(weight.values.numel() for weight in packed)
+    nonzeros += sum(weight.nonzeros for weight in packed)
     weights = sum(p.numel() for p in matrices) + sum(weight.shape.numel() for weight in packed)
     return (weights - nonzeros) / max(1, weights)

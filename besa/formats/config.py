@@ -17,7 +17,7 @@ from besa.errors import BesaError
 from besa.kernels.abi import GROUP_SIZES, WHOLE
 
 QUANT_METHOD = "besa"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 VALUES = ("bfloat16", "float16", "float32", "int8", "int4")
 
 
@@ -33,6 +33,7 @@ class PackedConfig:
             step; None if the whole row does.
         int8_input: for int8 and int4, whether activations are quantized to int8 too, per token.
         pattern: "unstructured", or the N:M that all packed linears keep to.
+        experts: whether experts of mixtures are among them.
     """
 
     values: str
@@ -40,6 +41,7 @@ class PackedConfig:
     group_size: int | None = None
     int8_input: bool = True
     pattern: str = "unstructured"
+    experts: bool = False
 
     def __post_init__(self) -> None:
         if self.values not in VALUES:
@@ -56,8 +58,8 @@ class PackedConfig:
 
     @property
     def format_version(self) -> int:
-        """The least version of the format that knows such values."""
-        return 2 if self.values == "int4" else 1
+        """The least version of the format that knows such weights."""
+        return 3 if self.experts else 2 if self.values == "int4" else 1
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> PackedConfig:
@@ -83,6 +85,7 @@ class PackedConfig:
                 group_size=config.get("group_size"),
                 int8_input=bool(config.get("int8_input", True)),
                 pattern=str(config.get("pattern", "unstructured")),
+                experts=bool(config.get("experts", False)),
             )
         except KeyError as error:
             raise BesaError(f"quantization_config lacks {error.args[0]!r}") from None

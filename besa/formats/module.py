@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from besa.errors import BesaError
-from besa.formats import Packed, tensors_of
+from besa.formats import FormatError, Packed, tensors_of
 from besa.formats.int4 import in_eight_bits, in_four_bits
 from besa.kernels.cuda import linear as gpu
 from besa.kernels.cuda.records import Records, fitting, to_packed
@@ -35,6 +35,26 @@ _CANONICAL = ("weight_values", "weight_bitmask", "weight_rows")
 
 # The bit patterns of each type of value, which a cast of the model leaves alone.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def keeping_types(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What a move or a cast of a module does to its parameters, and to buffers without a cast."""
+
+    def keeping_type(tensor: Any) -> Tensor:
+        if isinstance(tensor, nn.Parameter):
+            return fn(tensor)
+        return fn(tensor.view(_BITS.get(tensor.element_size(), tensor.dtype))).view(tensor.dtype)
+
+    return keeping_type
+
+
+def refuse_training(module: nn.Module, x: Tensor) -> None:
+    """Raises a BesaError where the gradient to x would get lost in a packed weight."""
+    if module.training and x.requires_grad:
+        raise BesaError(
+            "packed weights cannot be trained, nor what comes before them: load the model "
+            "dense, with quantization_config=besa.BesaConfig(dense=True)"
+        )
 
 
 class SparseLinear(nn.Module):
@@ -89,11 +109,7 @@ class SparseLinear(nn.Module):
         Raises:
             BesaError: in training, on the way back from the loss the gradient would get lost here.
         """
-        if self.training and x.requires_grad:
-            raise BesaError(
-                "packed weights cannot be trained, nor what comes before them: load the model "
-                "dense, with quantization_config=besa.BesaConfig(dense=True)"
-            )
+        refuse_training(self, x)
         if self.records is not None:
             return gpu.records_linear(
                 x, self.records, self.weight_scale, self.bias, self.int8_input
@@ -189,8 +205,8 @@ class SparseLinear(nn.Module):
         """
         assert self.weight_values is not None
         assert self.weight_bitmask is not None
-        self._hold(
-            Packed.from_tensors(
+        try:
+            packed = Packed.from_tensors(
                 self.weight_values,
                 self.weight_bitmask,
                 self.in_features,
@@ -198,7 +214,9 @@ class SparseLinear(nn.Module):
                 self.group_size,
                 self.weight_steps,
             )
-        )
+        except FormatError as error:
+            raise FormatError(f"weight: {error}") from None
+        self._hold(packed)
 
     def extra_repr(self) -> str:
         return (
@@ -209,17 +227,9 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         """What `.to` and its like do to every tensor; here they move values, and cast none."""
-
-        def keeping_type(tensor: Any) -> Tensor:
-            if isinstance(tensor, nn.Parameter):
-                return fn(tensor)
-            return fn(tensor.view(_BITS.get(tensor.element_size(), tensor.dtype))).view(
-                tensor.dtype
-            )
-
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         self._as_canonical()
-        super()._apply(keeping_type, recurse)
+        super()._apply(keeping_types(fn), recurse)
         if self.row_ptr is not None:
             self._hold(self.packed)
         return self

@@ -5,6 +5,8 @@
 torch.Size([3, 16])
 >>> stack_rows([packed, packed, packed]).shape
 torch.Size([18, 32])
+>>> join_rows([packed], [torch.tensor([5, 4, 3, 2, 1, 0])]).shape
+torch.Size([6, 32])
 
 Runs of rows are views of the same memory. All else goes through the dense form of that one weight.
 """
@@ -98,3 +100,19 @@ def stack_rows(parts: Sequence[Packed]) -> Packed:
         first.group_size,
         torch.cat(steps) if steps else None,
     )
+
+
+def join_rows(parts: Sequence[Packed], rows: Sequence[Tensor]) -> Packed:
+    """One weight of all parts' rows, each at its place.
+
+    Args:
+        rows: int64 [out] for each part, the rows of the whole that its rows are; each once.
+
+    Returns:
+        A weight that shares memory with a part that is all of it, in order.
+
+    Raises:
+        FormatError: if the parts differ in their columns, types or scales.
+    """
+    whole = parts[0] if len(parts) == 1 else stack_rows(parts)
+    return take_rows(whole, torch.cat(list(rows)).argsort())

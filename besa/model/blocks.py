@@ -15,7 +15,7 @@ says which parameters of a block are matrices to prune, and how they are laid ou
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -149,9 +149,7 @@ def find_linears(
             elif isinstance(module, nn.Embedding | _ConvNd):
                 continue
             elif parameter.ndim == 3 and len(parameter) in counts:
-                transposed = _is_transposed(module)
-                rows, cols = parameter.shape[1:] if not transposed else parameter.shape[:0:-1]
-                linears.append(Linear(full, full, len(parameter), rows, cols, transposed))
+                linears.append(replace(stacked(module, parameter_name), name=full, parameter=full))
             elif parameter.ndim > 2 or (parameter.ndim == 2 and not _is_gate(parameter, counts)):
                 unknown[full] = parameter.numel()
     size = sum(p.numel() for p in block.parameters())
@@ -162,6 +160,13 @@ def find_linears(
             f"not know how to prune; leave it dense with --exclude '{'|'.join(large)}'"
         )
     return linears
+
+
+def stacked(module: nn.Module, name: str) -> Linear:
+    """The experts that a module holds in a parameter [experts, out, in] or [experts, in, out]."""
+    shape, transposed = module.get_parameter(name).shape, is_transposed(module)
+    rows, cols = shape[:0:-1] if transposed else shape[1:]
+    return Linear(name, name, shape[0], rows, cols, transposed)
 
 
 def _expert_counts(module: nn.Module) -> set[int]:
@@ -187,7 +192,7 @@ def _row_groups(module: nn.Module) -> int:
     return groups if isinstance(groups, int) and groups > 0 else 1
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """Whether stacked experts are stored [experts, inputs, outputs].
 
     transformers marks most of them. Of others the shapes tell: the first projection reads as many

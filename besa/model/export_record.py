@@ -62,9 +62,11 @@ class PackedLinearRecord:
         name: as the files spell it, without ".weight".
         kind: its name within a block, the last part if that is enough ("up_proj").
         block: the block's index.
-        shape: [out, in].
+        shape: [out, in]; of a stack of experts [experts * out, in].
         nonzeros: the values that are stored; `density` is their share.
         dense_bytes, bytes: what it took, and what it takes.
+        expert: whether it is an expert of a mixture, or all of a layer's in a stack: a token reads
+            it if it is sent there.
     """
 
     name: str
@@ -75,6 +77,7 @@ class PackedLinearRecord:
     density: float
     dense_bytes: int
     bytes: int
+    expert: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

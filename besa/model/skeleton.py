@@ -84,26 +84,29 @@ def targets_of(
     """
     found = all_targets_of(keys, model, conversions)
     targets = {key: names[0] for key, (names, _) in found.items()}
-    return targets, {key for key, (_, converted) in found.items() if converted}
+    return targets, {key for key, (_, pattern) in found.items() if pattern is not None}
 
 
 def all_targets_of(
     keys: Iterable[str], model: nn.Module, conversions: list[Any]
-) -> dict[str, tuple[list[str], bool]]:
-    """All parameters that each stored tensor goes into, and whether it is converted on the way."""
+) -> dict[str, tuple[list[str], str | None]]:
+    """All parameters that each stored tensor goes into, and how it is converted on the way.
+
+    That is the pattern of a converter that its name fits, or None where it is renamed at most.
+    """
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     known, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, tuple[list[str], bool]] = {}
+    found: dict[str, tuple[list[str], str | None]] = {}
     for key in keys:
         target, pattern = rename_source_key(key, renamings, converters, prefix, known)
         if target not in known and key in known:
-            found[key] = [key], False
+            found[key] = [key], None
             continue
         several = by_pattern[pattern].target_patterns if pattern else [""]
         names = [target.replace(several[0], other) for other in several]
-        found[key] = names, pattern is not None
+        found[key] = names, pattern
     return found
 
 

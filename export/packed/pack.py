@@ -21,9 +21,10 @@ from torch import Tensor
 
 from besa.errors import BesaError
 from besa.export.config import ExportConfig, ExportResult
+from besa.export.packable import PackedLinear
 from besa.export.packed.card import packed_card
 from besa.export.packed.record import packed_record
-from besa.export.plan import PackedLinear, PackingPlan, plan_packing
+from besa.export.plan import PackingPlan, plan_packing
 from besa.export.rounded import peak_of
 from besa.export.source import open_plain
 from besa.export.weights import pack_weight, quantize
@@ -53,6 +54,7 @@ def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> Exp
         ignore=plan.ignore,
         group_size=config.group_size,
         pattern=plan.pattern,
+        experts=plan.experts,
     )
     peak = peak_of(checkpoint.directory, config.group_size)
     settings = {
@@ -143,7 +145,7 @@ def _packed_block(
             if linear is None:
                 tensors[key] = stored[...]
                 continue
-            weight = linear.matrix(stored[...])
+            weight = linear.layout.matrix(stored[...])
             packed = pack_weight(weight, config.values, config.group_size, peak)
             parts = tensors_of(packed, key)
             tensors |= parts
@@ -151,11 +153,12 @@ def _packed_block(
                 name=linear.name,
                 kind=linear.kind,
                 block=index,
-                shape=(linear.rows, linear.cols),
+                shape=(linear.layout.rows, linear.layout.cols),
                 nonzeros=packed.nonzeros,
                 density=packed.density,
                 dense_bytes=linear.dense_bytes,
                 bytes=sum(part.nbytes for part in parts.values()),
+                expert=linear.experts is not None,
             )
     # In the model's order; files sort by name.
     return tensors, [written[linear.key] for linear in linears]
@@ -186,12 +189,12 @@ def verify(
             return file.get_tensor(name) if name in names else None
 
         for linear in linears:
-            weight = linear.matrix(slices[linear.key][...])
+            weight = linear.layout.matrix(slices[linear.key][...])
             scale = steps = None
             if config.has_scale:
                 weight, scale, steps = quantize(weight, config.values, config.group_size, peak)
             try:
-                packed = packed_of(read, linear.key, linear.cols, config)
+                packed = packed_of(read, linear.key, linear.layout.cols, config)
                 # -0.0, which comes back as +0.0, is equal to it.
                 equal = torch.equal(packed.unpack_numbers(), weight)
                 for found, expected in ((packed.scale, scale), (packed.steps, steps)):

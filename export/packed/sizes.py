@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from besa.export.plan import expert_lists
+from besa.export.packable import expert_lists
 from besa.model.blocks import expert_count
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import PackedLinearRecord, ReadPerToken
@@ -51,7 +51,10 @@ def read_per_token(checkpoint: Checkpoint, linears: Sequence[PackedLinearRecord]
     if head is not None:
         dense += head.weight.numel()
     dense *= checkpoint.dtype.itemsize
-    saved = sum(linear.dense_bytes - linear.bytes for linear in linears)
+    saved = sum(
+        (linear.dense_bytes - linear.bytes) * (share if linear.expert else 1.0)
+        for linear in linears
+    )
     return ReadPerToken(
         dense_bytes=round(dense), packed_bytes=round(dense - saved), speedup=dense / (dense - saved)
     )

@@ -11,6 +11,7 @@ values come back as value × scale, rounded once to the model's dtype.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,15 @@ from besa.export.config import ExportConfig, ExportResult
 from besa.export.packed.bitmask import BitmaskCheckpoint
 from besa.export.packed.dequantize import QuantizedCheckpoint
 from besa.formats import FormatError, PackedConfig, packed_of
-from besa.formats.checkpoint import SUFFIXES
+from besa.formats.checkpoint import parts_in
 from besa.machine import give_memory_back, peak_memory
 from besa.model.architecture import read_config
+from besa.model.blocks import Linear, stacked
 from besa.model.checkpoint import Checkpoint
+from besa.model.expert_parts import parts_of
 from besa.model.export_record import UnpackedRecord, UnpackedSizes
 from besa.model.files import read_tensor, resolve, stored_bytes, stored_dtype, weight_files
+from besa.model.layout import Layout
 from besa.model.quantization import dequantizing, not_floats, stored_as
 from besa.model.record import read_raw_record, read_record, write_record
 from besa.model.workspace import Workspace, check_free
@@ -46,7 +50,7 @@ class PackedCheckpoint:
         directory: where it is.
         config: what its config.json says of the packing.
         files: the file of each stored tensor.
-        weights: the names of the packed weights.
+        weights: the packed weights, by name, and how the plain checkpoint holds each.
         skeleton: the model that they make, as if `weights` were stored dense.
         dtype: the model's own, which int8 values become.
     """
@@ -54,7 +58,7 @@ class PackedCheckpoint:
     directory: Path
     config: PackedConfig
     files: dict[str, Path]
-    weights: frozenset[str]
+    weights: dict[str, Layout]
     skeleton: Checkpoint
     dtype: torch.dtype
 
@@ -78,14 +82,14 @@ class PackedCheckpoint:
             raise BesaError(f"{directory}: {error}") from None
         del config.quantization_config
         files = weight_files(directory)
-        parts = {name: weight for name in files if (weight := _packed_weight(name))}
+        parts = parts_in(files)
         # In the plain checkpoint one tensor stands where the parts are.
         plain = {parts.get(name, name): path for name, path in files.items()}
         declared = getattr(config.get_text_config(), "dtype", None)
         dtype = declared if isinstance(declared, torch.dtype) else stored_dtype(files)
         skeleton = Checkpoint.of(directory, config, plain, trust_remote_code)
-        weights = frozenset(parts.values())
-        return cls(directory, packed_config, files, weights, skeleton, dtype)
+        layouts = _layouts(skeleton, frozenset(parts.values()))
+        return cls(directory, packed_config, files, layouts, skeleton, dtype)
 
     def check_digests(self) -> None:
         """Raises a BesaError if a file is not, to the last bit, what `besa export` wrote."""
@@ -113,39 +117,57 @@ class PackedCheckpoint:
         Raises:
             FormatError: a packed weight is damaged, or has another shape than config.json says.
         """
-        if name not in self.weights:
+        layout = self.weights.get(name)
+        if layout is None:
             tensor = self.read(name)
             assert tensor is not None
             return tensor
-        shape, transposed = self.layout(name)
-        packed = packed_of(self.read, name, shape[1], self.config)
-        if packed.shape != shape:
-            raise FormatError(f"{name} is {list(packed.shape)}, but config.json says {list(shape)}")
-        weight = packed.unpack(self.dtype if packed.scale is not None else None)
-        return weight.T.contiguous() if transposed else weight
+        packed = packed_of(self.read, name, layout.cols, self.config)
+        if len(packed.bitmask) != layout.rows:
+            raise FormatError(
+                f"{name} is {list(packed.shape)}, but config.json says {[layout.rows, layout.cols]}"
+            )
+        return layout.stored(packed.unpack(self.dtype if packed.scale is not None else None))
 
     @property
     def dense_bytes(self) -> int:
         """What the plain checkpoint will take on the disk."""
-        bytes_of = stored_bytes(self.files)
-        size = sum(count for name, count in bytes_of.items() if _packed_weight(name) is None)
+        parts, bytes_of = parts_in(self.files), stored_bytes(self.files)
+        size = sum(count for name, count in bytes_of.items() if name not in parts)
         dtype = self.dtype if self.config.has_scale else getattr(torch, self.config.values)
-        shapes = (self.layout(weight)[0] for weight in self.weights)
-        return size + sum(rows * cols for rows, cols in shapes) * dtype.itemsize
+        return size + sum(x.rows * x.cols for x in self.weights.values()) * dtype.itemsize
 
-    def layout(self, name: str) -> tuple[torch.Size, bool]:
-        """The shape [out, in] of a packed weight, and whether its model stores [in, out]."""
-        target = self.skeleton.targets[name]
+
+def _layouts(skeleton: Checkpoint, weights: Collection[str]) -> dict[str, Layout]:
+    """How the plain checkpoint holds each packed weight.
+
+    Raises:
+        FormatError: it is no linear's, and no experts', of the model.
+    """
+    layouts: dict[str, Layout] = {}
+    stacks: dict[str, Linear] = {}
+    for name in weights:
+        target = skeleton.targets[name]
+        owner, _, own = target.rpartition(".")
         try:
-            module = self.skeleton.model.get_submodule(target.rpartition(".")[0])
+            module = skeleton.model.get_submodule(owner)
+            weight = module.get_parameter(own)
         except AttributeError:
-            module = None
-        if not isinstance(module, nn.Linear | Conv1D):
-            kind = type(self.skeleton.model).__name__
+            module, weight = None, None
+        if isinstance(module, nn.Linear | Conv1D):
+            transposed = isinstance(module, Conv1D)
+            rows, cols = module.weight.shape[::-1] if transposed else module.weight.shape
+            layouts[name] = Layout(rows, cols, transposed)
+        elif module is not None and weight is not None and weight.ndim == 3:
+            stacks[target] = stacked(module, own)
+        else:
+            kind = type(skeleton.model).__name__
             raise FormatError(f"{name} is packed, but no linear of a {kind}")
-        transposed = isinstance(module, Conv1D)
-        shape = module.weight.shape
-        return (torch.Size(shape[::-1]) if transposed else shape), transposed
+    for target, parts in parts_of(stacks, weights, skeleton.model, skeleton.conversions).items():
+        if parts is None:
+            raise FormatError(f"{target} lacks some of its experts, or has them in another form")
+        layouts |= {part.key: part.layout for part in parts}
+    return layouts
 
 
 Source = PackedCheckpoint | BitmaskCheckpoint | QuantizedCheckpoint
@@ -228,11 +250,3 @@ def _write_shards(source: Source, workspace: Workspace, tell: Tell) -> list[dict
         shards.append(finished)
         give_memory_back()
     return shards
-
-
-def _packed_weight(name: str) -> str | None:
-    """The packed weight that a stored tensor is a part of, or None."""
-    for suffix in SUFFIXES:
-        if name.endswith(f".weight{suffix}"):
-            return name.removesuffix(suffix)
-    return None

@@ -30,14 +30,19 @@ from transformers.pytorch_utils import Conv1D
 
 from besa.errors import BesaError
 from besa.formats import FormatError, Packed, PackedConfig, packed_of, packed_weights
-from besa.formats.checkpoint import SUFFIXES
+from besa.formats.checkpoint import parts_in
+from besa.formats.experts import SparseExperts
 from besa.formats.module import SparseLinear
 from besa.model.blocks import find_blocks
 from besa.model.skeleton import all_targets_of
+from besa.serve.transformers.experts import keeping_parts, make_sparse_experts
 
 
-def make_sparse(model: nn.Module, files: Sequence[str], config: PackedConfig) -> None:
-    """Puts a `SparseLinear`, on the meta device, where the files have a packed weight.
+def make_sparse(model: nn.Module, files: Sequence[str], config: PackedConfig) -> list[str]:
+    """Puts sparse modules, on the meta device, where the files have packed weights.
+
+    Returns:
+        The stored names of the packed weights.
 
     Raises:
         BesaError: a damaged file; a packed weight that is damaged, or for which the model has no
@@ -49,28 +54,37 @@ def make_sparse(model: nn.Module, files: Sequence[str], config: PackedConfig) ->
             "make it dense first, with `besa export --format dense`"
         )
     with _opened(files) as stored:
-        packed = packed_weights(list(stored))
-        parts = {weight + suffix for weight in packed for suffix in SUFFIXES}
+        packed, parts = packed_weights(stored), parts_in(stored)
         dense = [name for name in stored if name not in parts]
-        targets = _targets([*dense, *packed], model)
-        _check_complete(model, {target for names in targets.values() for target in names})
+        conversions = get_model_conversion_mapping(model)
+        found = all_targets_of([*dense, *packed], model, conversions)
+        targets = {name: names[0] for name, (names, _) in found.items()}
+        _check_complete(model, {target for names, _ in found.values() for target in names})
+
+        def read(name: str, rows: int, cols: int) -> Packed:
+            return _read(stored, name, rows, cols, config)
+
+        experts = make_sparse_experts(
+            model, {name: targets[name] for name in packed}, conversions, config.int8_input, read
+        )
         for name in packed:
-            target = targets[name][0]
-            linear = _linear(model, target, name)
-            if linear is None:
-                continue
-            transposed = isinstance(linear, Conv1D)
-            weight = _read(stored, name, linear.weight.T if transposed else linear.weight, config)
-            sparse = SparseLinear(
-                weight.to("meta"), linear.bias, config.int8_input, linear.weight.dtype, transposed
-            )
-            model.set_submodule(target.removesuffix(".weight"), sparse)
-        _check_names([name for name in stored if name in parts], targets, model)
+            target = targets[name]
+            linear = None if name in experts else _linear(model, target, name)
+            if linear is not None:
+                transposed = isinstance(linear, Conv1D)
+                shape = linear.weight.shape[::-1] if transposed else linear.weight.shape
+                weight, dtype = read(name, *shape).to("meta"), linear.weight.dtype
+                sparse = SparseLinear(weight, linear.bias, config.int8_input, dtype, transposed)
+                model.set_submodule(target.removesuffix(".weight"), sparse)
+        names = {name: experts.get(name, targets[name]) for name in packed}
+        _check_names(parts, names, model, keeping_parts(conversions))
+        return packed
 
 
 def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
     """What the floating tensors of a model are to be, all but those of its packed weights."""
-    packed = {id(b) for m in model.modules() if isinstance(m, SparseLinear) for b in m.buffers()}
+    sparse = [m for m in model.modules() if isinstance(m, SparseLinear | SparseExperts)]
+    packed = {id(buffer) for module in sparse for buffer in module.buffers()}
     return {
         name: tensor.dtype
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
@@ -91,12 +105,12 @@ def finish_loading(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in dtypes and tensor.dtype != dtypes[name]:
             tensor.data = tensor.data.to(dtypes[name])
-    for name, module in model.named_modules():
-        if isinstance(module, SparseLinear):
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseLinear | SparseExperts):
             try:
                 module.finish_loading()
             except FormatError as error:
-                raise FormatError(f"{name}.weight: {error}") from None
+                raise FormatError(f"{name}.{error}") from None
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -110,20 +124,30 @@ def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise BesaError("a model that is offloaded in part cannot be made dense: load it whole")
-    names = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    modules = model.named_modules()
+    names = [name for name, m in modules if isinstance(m, SparseLinear | SparseExperts)]
     for name in names:
         sparse = model.get_submodule(name)
-        assert isinstance(sparse, SparseLinear)
-        with torch.device("meta"):
-            linear = (
-                Conv1D(sparse.out_features, sparse.in_features)
-                if sparse.transposed
-                else nn.Linear(sparse.in_features, sparse.out_features, bias=False)
-            )
-        linear.weight = nn.Parameter(sparse.unpack(dtype or sparse.dtype))
-        linear.bias = sparse.bias
-        model.set_submodule(name, linear.train(sparse.training))
+        if isinstance(sparse, SparseExperts):
+            dense = sparse.to_dense(dtype or sparse.dtype)
+        else:
+            assert isinstance(sparse, SparseLinear)
+            dense = _dense_linear(sparse, dtype or sparse.dtype)
+        model.set_submodule(name, dense.train(sparse.training))
     return model
+
+
+def _dense_linear(sparse: SparseLinear, dtype: torch.dtype) -> nn.Linear | Conv1D:
+    """The linear that a packed one stands for."""
+    with torch.device("meta"):
+        linear = (
+            Conv1D(sparse.out_features, sparse.in_features)
+            if sparse.transposed
+            else nn.Linear(sparse.in_features, sparse.out_features, bias=False)
+        )
+    linear.weight = nn.Parameter(sparse.unpack(dtype))
+    linear.bias = sparse.bias
+    return linear
 
 
 @contextmanager
@@ -144,12 +168,6 @@ def _opened(files: Sequence[str]) -> Iterator[dict[str, Any]]:
         yield stored
 
 
-def _targets(names: Sequence[str], model: nn.Module) -> dict[str, list[str]]:
-    """The model's tensors that each stored one goes into, by transformers' rules."""
-    found = all_targets_of(names, model, get_model_conversion_mapping(model))
-    return {name: targets for name, (targets, _) in found.items()}
-
-
 def _check_complete(model: Any, stored: set[str]) -> None:
     """Where a file lacks a weight, transformers would go on with a random one.
 
@@ -166,15 +184,21 @@ def _check_complete(model: Any, stored: set[str]) -> None:
             raise BesaError(f"the checkpoint lacks the weight {name}: export the model again")
 
 
-def _check_names(parts: Sequence[str], targets: Mapping[str, list[str]], model: nn.Module) -> None:
+def _check_names(
+    parts: Mapping[str, str], names: Mapping[str, str], model: nn.Module, conversions: list[Any]
+) -> None:
     """Raises a BesaError for a part that is renamed otherwise than its weight.
 
     It would not be found, and nothing would say so.
+
+    Args:
+        parts: each part's weight.
+        names: what the model calls each weight.
     """
     known = model.state_dict()
-    for part, found in _targets(parts, model).items():
-        weight, _, kind = part.rpartition("_")
-        expected = f"{targets[weight][0]}_{kind}"
+    for part, (found, _) in all_targets_of(parts, model, conversions).items():
+        weight = parts[part]
+        expected = names[weight] + part.removeprefix(weight)
         if expected in known and found != [expected]:
             raise BesaError(
                 f"{part} cannot be loaded: transformers renames it to {found[0]}, not {expected}"
@@ -195,28 +219,26 @@ def _linear(model: nn.Module, weight: str, stored: str) -> nn.Linear | Conv1D | 
     return module
 
 
-def _read(stored: Mapping[str, Any], name: str, weight: Tensor, config: PackedConfig) -> Packed:
-    """A packed weight whose tensors lie in the files' memory map, checked.
-
-    Args:
-        weight: what it stands for, [out, in].
+def _read(
+    stored: Mapping[str, Any], name: str, rows: int, cols: int, config: PackedConfig
+) -> Packed:
+    """A packed weight [rows, cols] whose tensors lie in the files' memory map, checked.
 
     Raises:
         FormatError: it is damaged, or of another shape.
     """
-    out_features, in_features = weight.shape
 
     def read(part: str) -> Tensor | None:
         return stored[part][...] if part in stored else None
 
-    packed = packed_of(read, name, in_features, config)
-    if packed.shape != weight.shape:
+    packed = packed_of(read, name, cols, config)
+    if packed.shape != (rows, cols):
         raise FormatError(
-            f"{name} is {list(packed.shape)}, but config.json makes it {list(weight.shape)}"
+            f"{name} is {list(packed.shape)}, but config.json makes it {[rows, cols]}"
         )
-    rows = read(name + "_rows")
-    if rows is None:
+    numbers = read(name + "_rows")
+    if numbers is None:
         raise FormatError(f"{name}_rows is missing")
-    if rows.dtype != torch.int32 or not torch.equal(rows, torch.arange(out_features).int()):
+    if numbers.dtype != torch.int32 or not torch.equal(numbers, torch.arange(rows).int()):
         raise FormatError(f"{name}_rows does not count the rows")
     return packed

@@ -9,7 +9,8 @@
 ... )  # to train, to convert
 >>> dense = model.dequantize()  # the same, afterwards
 
-The packed linears are `SparseLinear`s; everything else of the model is as ever, and so are
+The packed linears are `SparseLinear`s, and a mixture's experts are `SparseExperts` behind the
+model's own router, whatever `experts_implementation` says; everything else is as ever, and so are
 `device_map`, `dtype`, `torch.compile` and generation. `dtype` is of what is dense, and of the
 activations: values stay what they were stored as. Packed weights cannot be trained. transformers'
 own tensor parallelism and its offloading to disk do not take them; vLLM does the former.
@@ -92,6 +93,7 @@ class BesaQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
             raise BesaError("BesaConfig is for packed checkpoints: `besa export` makes one")
+        self.packed: list[str] = []  # the names of the files' packed weights, once they are read
 
     def validate_environment(self, device_map: Any = None, **_: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -105,15 +107,23 @@ class BesaQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.quantization_config.packed is not None
         # transformers makes the skeleton on the meta device; what is read of files is real.
         with torch.device("cpu"):
-            make_sparse(model, checkpoint_files or [], self.quantization_config.packed)
+            self.packed = make_sparse(
+                model, checkpoint_files or [], self.quantization_config.packed
+            )
         self.dtypes = dtypes_of(model)
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """What transformers does to stored tensors, but to parts of packed weights."""
+        from besa.serve.transformers.experts import keeping_parts
+
+        return keeping_parts(weight_conversions, self.packed)
 
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
         """The type to cast a tensor to; None for parts of a packed weight, which are not cast."""
-        if converter.target_patterns[0].endswith(tuple(".weight" + part for part in SUFFIXES)):
-            return None
+        if converter.target_patterns[0].endswith(SUFFIXES):
+            return None  # what is dense and has such a name gets its type in `finish_loading`
         kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return kept
 

@@ -7,7 +7,8 @@
 
 Where the user says nothing, besa sets for vLLM on a CPU the cores, the cache (see
 besa.serve.vllm.cpu) and `--max-model-len auto`, by which vLLM itself shortens the context if not
-even one sequence would fit into the cache. Packed linears are in besa.serve.vllm.linear.
+even one sequence would fit into the cache. What loads packed weights begins in
+besa.serve.vllm.config.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Packed linears in vLLM: the quantization method "besa".
+"""Packed linears in vLLM.
 
 A packed weight has as many values as it has nonzeros, so no parameter of a known shape can take
 it. Each linear registers empty placeholders instead. Their loaders keep the parts of a source
@@ -11,7 +11,7 @@ weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,75 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    LinearMethodBase,
-    UnquantizedLinearMethod,
-)
-from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import (
-    QuantizationConfig,
-    QuantizeMethodBase,
-)
+from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
 from besa.errors import BesaError
-from besa.formats import QUANT_METHOD, FormatError, Packed, PackedConfig, pack, packed_of
-from besa.formats.checkpoint import SUFFIXES
+from besa.formats import FormatError, Packed, PackedConfig, pack, packed_of
+from besa.formats.checkpoint import SUFFIXES, suffixes_of
 from besa.formats.int4 import in_eight_bits
 from besa.formats.slicing import stack_rows, take_columns, take_rows
 from besa.kernels.cuda import linear as gpu
 from besa.kernels.cuda.records import Records, fitting
-from besa.kernels.isa import chosen_isa
 from besa.kernels.linear import INT4
-
-logger = init_logger("vllm.besa")
 
 _DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int8")}
 _DTYPES["int4"] = INT4
-
-
-@register_quantization_config(QUANT_METHOD)
-class BesaConfig(QuantizationConfig):  # type: ignore[misc]
-    """The quantization method, as vLLM asks for it."""
-
-    def __init__(self, config: PackedConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.ignore = list(config.ignore)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> BesaConfig:
-        parsed = PackedConfig.from_dict(config)
-        logger.info("besa: packed %s weights, kernels %s (%s)", parsed.values, *chosen_isa())
-        return cls(parsed)
-
-    def get_name(self) -> str:
-        return QUANT_METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0  # below 8.0, plain torch expands the weight
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
-    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        self.ignore = hf_to_vllm_mapper.apply_list(self.ignore)
-
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if not isinstance(layer, LinearBase):
-            return None
-        parent, _, name = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(name, [name])
-        if all(f"{parent}.{part}" in self.ignore for part in parts):
-            return UnquantizedLinearMethod()
-        return PackedLinearMethod(self.config, prefix)
 
 
 @dataclass
@@ -99,6 +44,16 @@ class _Source:
     packed: Packed | None = None  # those rows
 
 
+def _turn(parts: dict[str, Tensor], heads: int) -> None:
+    """Turns the rows of a packed source, of which vLLM has turned no more than the scale."""
+    if "weight" in parts:  # dense, so that it is turned already
+        return
+    order = parts["weight_rows"].view(heads, -1, 2).mT.flatten()
+    parts["weight_rows"] = order
+    if "weight_scale" in parts:
+        parts["weight_scale"] = parts["weight_scale"][order.long().argsort()]
+
+
 def _first_slot(source: _Source) -> int:
     return int(source.slots[0]) if source.slots is not None and len(source.slots) else -1
 
@@ -106,8 +61,14 @@ def _first_slot(source: _Source) -> int:
 class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """A linear, fused or not, whose weights are packed on disk and in memory."""
 
-    def __init__(self, config: PackedConfig, prefix: str) -> None:
-        self.config, self.prefix = config, prefix
+    def __init__(self, config: PackedConfig, prefix: str, turned_heads: Mapping[str, int]) -> None:
+        """Of the layer `prefix`.
+
+        Args:
+            turned_heads: of which shards vLLM turns the rows of what is called a weight or its
+                scale, from pairs of neighbours to two halves, and how many heads they have.
+        """
+        self.config, self.prefix, self.turned_heads = config, prefix, turned_heads
         self.sources: dict[str, _Source] = {}
         self.records: Records | None = None  # of a GPU's kernels; the layer holds its tensors
 
@@ -150,13 +111,11 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         source.parts[name] = loaded
         if name == "weight":  # stored dense, beside others of the layer that are packed
             source.parts["weight_rows"] = torch.arange(len(loaded), dtype=torch.int32)
-        wanted = {"weight_values", "weight_bitmask", "weight_rows"}
-        if self.config.has_scale:
-            wanted.add("weight_scale")
-        if self.config.values == "int4":
-            wanted.add("weight_steps")
+        wanted = {f"weight{suffix}" for suffix in suffixes_of(self.config)}
         if "weight" not in source.parts and not wanted <= set(source.parts):
             return
+        if heads := self.turned_heads.get(shard[0] if shard else ""):
+            _turn(source.parts, heads)
         rows = self._on_this_rank(0, source.parts["weight_rows"], self.rows, *shard, **more)
         source.slots = (rows >= 0).nonzero()[:, 0]
         whole = self._checked_source(source.parts)

@@ -4,7 +4,7 @@
     vllm serve SPARSE          # nothing to import, no flag
 
 vLLM calls `register` once or more in each of its processes, whatever the model; all that it does is
-to make the quantization method "besa" known. See besa.serve.vllm.linear for the rest.
+to make the quantization method "besa" known. See besa.serve.vllm.config for the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def register() -> None:
     if (message := version_warning(found)) is not None:
         warnings.warn(message, BesaWarning, stacklevel=2)
     try:
-        import besa.serve.vllm.linear  # noqa: F401 - registers itself
+        import besa.serve.vllm.config  # noqa: F401 - registers itself
     except (ImportError, AttributeError) as error:
         message = f"packed models cannot be loaded into vLLM {found} ({error})"
         remedy = f"install vllm>={VERSIONS[0]},<{VERSIONS[1]}, or a besa that knows this one"

@@ -75,7 +75,7 @@ def unpacked_bits(tensors: dict[str, Tensor], weight: str, cols: int) -> np.ndar
 
 def packed_names(tensors: dict[str, Tensor]) -> set[str]:
     """The packed weights of a checkpoint, each with all of its parts."""
-    names = {key.removesuffix("_values") for key in tensors if key.endswith(".weight_values")}
+    names = {key.removesuffix("_values") for key in tensors if key.endswith("_values")}
     for name in names:
         rows = tensors[f"{name}_rows"]
         assert torch.equal(rows, torch.arange(len(rows), dtype=torch.int32))

@@ -85,17 +85,24 @@ def test_what_it_prints(pruned: Path, whole: tuple[Path, Process]):
     assert not [path for path in out.iterdir() if re.search("finished|settings|lock", path.name)]
 
 
-def test_what_stays_dense_is_said(tiny_model: Path, tmp_path: Path):
+def test_experts_are_packed_or_it_is_said_why_not(tiny_model: Path, tmp_path: Path):
     pruned_model("mixtral", tmp_path / "pruned", tiny_model)
     process = run("export", "pruned", "--out", "sparse", cwd=tmp_path)
     assert process.returncode == 0, process.errors
+    assert "stays dense" not in process.output
+    assert re.search(r"^ *gate_up_proj +16 +0\.4", process.output, re.MULTILINE)
+    pruned_model("mixtral", tmp_path / "pruned-2", tiny_model, hidden_act="tanh")
+    process = run("export", "pruned-2", "--out", "sparse-2", cwd=tmp_path)
+    assert process.returncode == 0, process.errors
     lines = [line for line in process.output.splitlines() if line.startswith("stays dense: ")]
-    assert [re.search(r" as (\S+) .*: experts are not packed yet$", line)[1] for line in lines] == [
+    assert [
+        re.search(r" as (\S+) .*: its module is none of experts", line)[1] for line in lines
+    ] == [
         "model.layers.0.mlp.experts.gate_up_proj",
         "model.layers.0.mlp.experts.down_proj",
     ]
-    card = (tmp_path / "sparse/README.md").read_text()
-    assert "experts are not packed yet" in card.partition("Stored dense:")[2]
+    card = (tmp_path / "sparse-2/README.md").read_text()
+    assert "its module is none of experts" in card.partition("Stored dense:")[2]
 
 
 def test_verbose_and_back(pruned: Path, tmp_path: Path):

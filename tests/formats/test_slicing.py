@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from besa.formats import FormatError, Packed, pack, quantize_int8
-from besa.formats.slicing import stack_rows, take_columns, take_rows
+from besa.formats.slicing import join_rows, stack_rows, take_columns, take_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
 
@@ -52,6 +52,17 @@ def test_rows(data: st.DataObject):
     )
     index = torch.tensor(picked, dtype=torch.int64)
     same(take_rows(packed, index), packed.unpack()[index])
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_rows_that_were_taken_are_joined_again(data: st.DataObject):
+    packed = data.draw(weights())
+    rows = packed.shape[0]
+    order = torch.tensor(data.draw(st.permutations(range(rows))))
+    cut = data.draw(st.integers(1, rows))
+    taken = [part for part in (order[:cut], order[cut:]) if len(part)]
+    same(join_rows([take_rows(packed, part) for part in taken], taken), packed.unpack())
 
 
 @settings(deadline=None)

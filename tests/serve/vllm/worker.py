@@ -5,7 +5,7 @@
 A job is {"model": directory, "flags": arguments of vllm.LLM, "adapter": a LoRA's directory or
 none, "records": whether weights become records as on a GPU, which the operator multiplies here by
 its oracle}; its result {"tokens": …, "logprobs": …} of every prompt, greedily, and the bytes that
-each rank's linears hold; or {"error": message}.
+each rank's linears and experts hold; or {"error": message}.
 vLLM takes ten seconds to import and three for a tiny model, so many jobs share a process.
 """
 
@@ -28,15 +28,16 @@ NEW_TOKENS = 12
 
 
 def held(model: Any) -> int:
-    """Bytes of the weights of all linears in a rank's blocks."""
+    """Bytes of the weights of all linears and packed experts in a rank's blocks."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.linear import LinearBase
 
     return sum(
         parameter.nbytes
         for module in model.modules()
-        if isinstance(module, LinearBase)
+        if isinstance(module, LinearBase | RoutedExperts)
         for name, parameter in module.named_parameters(recurse=False)
-        if name.startswith("weight")
+        if name.startswith(("weight", "w13_", "w2_")) and not name.endswith("bias")
     )
 
 
