@@ -18,6 +18,7 @@ import openai
 import psutil
 import pytest
 
+from besa.formats.config import FORMAT_VERSION
 from besa.machine import cores
 from tests.helpers import PATIENCE, Process, run
 from tests.serve import serving
@@ -44,7 +45,7 @@ def future(sparse: Path, directory: Path) -> Path:
     shutil.copytree(sparse, directory)
     path = directory / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["format_version"] = 3
+    config["quantization_config"]["format_version"] = FORMAT_VERSION + 1
     path.write_text(json.dumps(config))
     return directory
 
