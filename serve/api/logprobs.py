@@ -2,10 +2,10 @@
 
 >>> from transformers import AutoTokenizer
 >>> tokenizer = AutoTokenizer.from_pretrained("path/to/sparse")
->>> yes, no = tokenizer("yes")["input_ids"][0], tokenizer("no")["input_ids"][0]
->>> found = for_completion(tokenizer, [Likelihood(no, -1.5, [(yes, -0.5)])], before=0)
->>> found.tokens, found.token_logprobs, found.text_offset
-(['no'], [-1.5], [0])
+>>> y, n = tokenizer("y")["input_ids"][0], tokenizer("n")["input_ids"][0]
+>>> found = for_completion(tokenizer, [Likelihood(n, -1.5, [(y, -0.5)])], before=0)
+>>> found.tokens, found.token_logprobs, found.top_logprobs, found.text_offset
+(['n'], [-1.5], [{'y': -0.5, 'n': -1.5}], [0])
 
 They are the model's own, before temperature, penalties and biases, as vLLM's.
 """
