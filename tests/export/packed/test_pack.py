@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
-import besa.model.files
 from besa.errors import BesaError
 from besa.export import ExportConfig, export
 from besa.formats.config import FORMAT_VERSION
@@ -469,7 +469,7 @@ def test_a_file_that_is_cut_off(sparse: Path, tmp_path: Path):
 def test_what_the_disk_got_wrong_is_noticed(
     quantize: str | None, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    write = besa.model.files.save_file
+    write = safetensors.torch.save_file
 
     def wrong(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
         changed = {
@@ -478,7 +478,7 @@ def test_what_the_disk_got_wrong_is_noticed(
         }
         write(changed, path, **options)
 
-    monkeypatch.setattr(besa.model.files, "save_file", wrong)
+    monkeypatch.setattr(safetensors.torch, "save_file", wrong)
     line = refused(pruned, tmp_path / "out", quantize=quantize)
     assert f"does not hold what was written ({Q_PROJ})" in line
     monkeypatch.undo()
