@@ -55,13 +55,14 @@ class Drawing(Protocol):
     def seed(self) -> int: ...
 
 
-def draw_samples(checkpoint: Checkpoint, text: str, settings: Drawing) -> Tensor:
+def draw_samples(checkpoint: Checkpoint, text: str, settings: Drawing, spare: int = 0) -> Tensor:
     """Token ids int64 [samples, seqlen]; the same settings give the same ones.
 
     Args:
         checkpoint: of the model, whose tokenizer cuts the text.
         text: a source of `besa.data.texts`, of which the calibration split is read.
         settings: which of its windows.
+        spare: for each sample so many windows more, after the samples, if the text has them.
 
     Raises:
         BesaError: the model takes fewer tokens at once, the text has too few, or the tokenizer has
@@ -83,7 +84,7 @@ def draw_samples(checkpoint: Checkpoint, text: str, settings: Drawing) -> Tensor
         bos=token,
         limit=limit,
     )
-    windows = calibration_windows(stream, samples, seqlen, settings.seed, token)
+    windows = calibration_windows(stream, samples, seqlen, settings.seed, token, spare * samples)
     check_known(windows, known_tokens(checkpoint.model))
     return windows
 

@@ -67,7 +67,12 @@ def token_stream(
 
 
 def calibration_windows(
-    stream: Tensor, samples: int, seqlen: int, seed: int, bos: int | None = None
+    stream: Tensor,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    bos: int | None = None,
+    spare: int = 0,
 ) -> Tensor:
     """A random choice of windows that do not overlap.
 
@@ -77,9 +82,10 @@ def calibration_windows(
     Args:
         stream: int64 [n].
         bos: a token to begin each window with, its first of `seqlen`.
+        spare: how many windows more to draw, if there are as many. They follow the samples.
 
     Returns:
-        int64 [samples, seqlen].
+        int64 [samples, seqlen], or up to [samples + spare, seqlen].
 
     Raises:
         BesaError: the stream is too short.
@@ -94,7 +100,7 @@ def calibration_windows(
     offsets = min(taken, len(stream) - samples * taken + 1)
     offset = int(torch.randint(offsets, (), generator=generator))
     windows = evaluation_windows(stream[offset:], seqlen, bos)
-    return windows[torch.randperm(len(windows), generator=generator)[:samples]]
+    return windows[torch.randperm(len(windows), generator=generator)[: samples + spare]]
 
 
 def evaluation_windows(stream: Tensor, seqlen: int, bos: int | None = None) -> Tensor:

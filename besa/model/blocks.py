@@ -60,10 +60,14 @@ class Linear:
         return (matrix.mT if self.transposed else matrix).reshape(like.shape)
 
 
+# What configs call the number of routed experts.
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
 def expert_count(config: Any) -> int | None:
     """The number of routed experts a config speaks of, under any of its usual names."""
     config = config.get_text_config()
-    for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+    for name in EXPERT_COUNTS:
         if isinstance(count := getattr(config, name, None), int):
             return count
     return None

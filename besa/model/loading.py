@@ -45,6 +45,16 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def computing_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """What weights that are stored in a dtype are computed in, by the name or by `auto`."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cpu" or stored == torch.float32:
+        return torch.float32
+    return torch.bfloat16  # float16 too: its range is too small for gradients
+
+
 def max_positions(directory: Path, trust_remote_code: bool = False) -> int | None:
     """How many tokens the model takes at once; None where its config sets no bound.
 

@@ -79,6 +79,7 @@ class LinearRecord:
         zeros: how many weights are zero; `sparsity` is their fraction.
         rows: how the rows share them.
         unrouted_experts: experts that no calibration token reached.
+        expert_tokens: calibration tokens that each expert read; empty of other linears.
     """
 
     name: str
@@ -87,6 +88,7 @@ class LinearRecord:
     sparsity: float
     rows: RowRates | None = None
     unrouted_experts: tuple[int, ...] = field(default=(), metadata=ABSENT_IF_DEFAULT)
+    expert_tokens: tuple[int, ...] = field(default=(), metadata=ABSENT_IF_DEFAULT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +204,8 @@ class PruneRecord(Record):
         blocks: in the model's order.
         peak_device_memory_bytes: the most memory that was in use on a GPU; None on a CPU.
         notes: what the user should know of the run, a sentence each.
+        dropped_experts: what was left out before pruning, by the names of the experts' modules, as
+            the model numbered them.
         rotation: what was rotated before pruning, in words.
         recovery: how the pruned model was trained; the blocks' figures are from before.
     """
@@ -214,5 +218,8 @@ class PruneRecord(Record):
     blocks: tuple[BlockRecord, ...] = ()
     peak_device_memory_bytes: int | None = None
     notes: tuple[str, ...] = ()
+    dropped_experts: dict[str, tuple[int, ...]] = field(
+        default_factory=dict, metadata=ABSENT_IF_DEFAULT
+    )
     rotation: str | None = field(default=None, metadata=ABSENT_IF_DEFAULT)
     recovery: Recovery | None = field(default=None, metadata=ABSENT_IF_DEFAULT)

@@ -52,6 +52,19 @@ class Call:
         return Call(*pytree.tree_map(move, (self.args, self.kwargs)))
 
 
+def on_device(
+    calls: Sequence[Sequence[Call]], index: int, device: torch.device, dtype: torch.dtype
+) -> list[Call]:
+    """The calls of one block on a device; batches that share one there share one here.
+
+    Args:
+        calls: `calls[batch][block]`.
+    """
+    own = [batch[index] for batch in calls]
+    moved = {id(call): call.to(device, dtype) for call in own}
+    return [moved[id(call)] for call in own]
+
+
 def _same(a: Any, b: Any) -> bool:
     leaves_a, spec_a = pytree.tree_flatten(a)
     leaves_b, spec_b = pytree.tree_flatten(b)

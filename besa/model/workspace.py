@@ -168,6 +168,16 @@ class Workspace:
             return None
         return record if unharmed else None
 
+    def remember(self, name: str, value: Any) -> Any:
+        """Keeps a value, JSON, until the output is whole; gives it back."""
+        write_text(json.dumps(value), self.path / f"{name}.finished.json")
+        return value
+
+    def remembered(self, name: str) -> Any:
+        """What `remember` kept, or None."""
+        path = self.path / f"{name}.finished.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
     def log(self, event: Mapping[str, Any]) -> None:
         """Adds a line to log.jsonl."""
         path = self.path / "log.jsonl"

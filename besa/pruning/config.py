@@ -132,6 +132,18 @@ class PruneConfig:
     samples: int | None = setting(
         None, f"calibration samples (default: {SAMPLES}, with high effort {3 * SAMPLES})"
     )
+    expert_tokens: int | None = setting(
+        None,
+        "add samples, up to three times as many, until each expert sees so many tokens "
+        "(default: none are added)",
+        metavar="N",
+    )
+    drop_experts: int | None = setting(
+        None,
+        "before pruning, leave out so many experts of each layer, those that carry least "
+        "(default: none)",
+        metavar="N",
+    )
     seqlen: int | None = setting(None, "tokens in a sample (default: 2048, or the model's most)")
     bos: str = setting(
         "auto",
@@ -180,7 +192,7 @@ class PruneConfig:
             )
         if not 0 < self.rate < 1:
             raise BesaError(f"sparsity {self.sparsity} is not between 0 and 1")
-        for name in ("samples", "epochs", "seqlen"):
+        for name in ("samples", "epochs", "seqlen", "expert_tokens", "drop_experts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BesaError(f"{name} {value} is not positive")

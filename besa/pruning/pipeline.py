@@ -29,34 +29,32 @@ from besa.model.ahead import LoadAhead
 from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
 from besa.model.finite import FiniteCheck, check_finite
-from besa.model.loading import fitting_in_memory, pick_device
+from besa.model.loading import computing_dtype, fitting_in_memory, pick_device
 from besa.model.observe import observe
 from besa.model.prune_record import BlockRecord, BlockUpdate, PruneRecord
 from besa.model.record import read_record
-from besa.model.replay import Call, capture
+from besa.model.replay import Call, capture, on_device
 from besa.model.workspace import Workspace
 from besa.progress import REPLAY, WRITTEN, Event, Tell
 from besa.pruning import methods, updates
 from besa.pruning.activations import Activations
+from besa.pruning.batches import batches_of
 from besa.pruning.block_run import BlockRun, Pruned, copy_to
 from besa.pruning.budget import Budget, budgets
 from besa.pruning.config import PruneConfig
+from besa.pruning.dense_blocks import check_experts
+from besa.pruning.expert_tokens import SPARE, feeding, routed_tokens
 from besa.pruning.guard import guarded, held_out_of
 from besa.pruning.learn import Step
 from besa.pruning.methods import wanda
+from besa.pruning.model_copy import ModelCopy
 from besa.pruning.plan import plan_of
 from besa.pruning.record import block_record, run_record, settings_of
-from besa.pruning.rotated import Rotated
 from besa.pruning.shared import borrows, later_uses
 from besa.pruning.streams import Streams
 from besa.pruning.transfers import copies_for
 from besa.report.pages import write_pages
 from besa.typed_json import from_json, to_json
-
-# Tokens that go through a block at once: enough to keep the cores busy, few enough to fit. A longer
-# sample is a batch of its own, as are the paper's of 2,048 tokens, which keep a GPU busy. Larger
-# batches of short samples would mean fewer steps for BESA, which takes one for each batch.
-_BATCH_TOKENS = 512
 
 # A block's error is measured on the first of so many parts of its batches.
 _ERROR_PARTS = 8
@@ -84,7 +82,8 @@ def prune_blocks(
     tell: Tell = lambda event: None,
     *,
     may_be_there: bool = False,
-    rotated: Rotated | None = None,
+    dropped: ModelCopy | None = None,
+    rotated: ModelCopy | None = None,
 ) -> PruneResult:
     """Prunes a model on disk (or on the hub, when online) and writes it to `config.out`.
 
@@ -93,7 +92,8 @@ def prune_blocks(
         config: the settings.
         tell: is given every step's event for display.
         may_be_there: what the same settings gave before is taken as it is.
-        rotated: a rotated copy of the model, which is pruned in its place.
+        dropped, rotated: copies of the model with fewer experts, and rotated; the last one is
+            pruned in its place.
 
     Raises:
         BesaError: something that the user can mend; what was finished stays in `OUT.partial`
@@ -102,11 +102,14 @@ def prune_blocks(
     started = time.monotonic()
     out = Path(config.out)
     device = pick_device(config.device)
-    place = rotated.directory if rotated else model
-    checkpoint = Checkpoint.open(place, config.trust_remote_code)
-    dtype = _dtype(config.dtype, device, checkpoint.dtype)
+    copy = rotated or dropped
+    checkpoint = Checkpoint.open(copy.directory if copy else model, config.trust_remote_code)
+    dtype = computing_dtype(config.dtype, device, checkpoint.dtype)
     plan = plan_of(checkpoint, config)
-    windows = draw_samples(checkpoint, config.calibration, config)
+    if config.expert_tokens:
+        check_experts(checkpoint, "--expert-tokens")
+    spare = SPARE if config.expert_tokens else 0
+    windows = draw_samples(checkpoint, config.calibration, config, spare)
     settings = settings_of(model, config, checkpoint, windows, device, dtype)
     if may_be_there and (found := _made_before(out, settings)):
         return found
@@ -117,8 +120,7 @@ def prune_blocks(
         with workspace.interruptible(), fitting_in_memory(too_large, remedy):
             shards = pipeline.all_blocks(windows)
         seconds = time.monotonic() - started
-        words = rotated.words if rotated else None
-        record = run_record(checkpoint, settings, shards, seconds, device, words)
+        record = run_record(checkpoint, settings, shards, seconds, device, dropped, rotated)
         workspace.write_index(shards)
         checkpoint.copy_companions(workspace.path)
         write_pages(record, workspace.path)
@@ -134,27 +136,9 @@ def _made_before(out: Path, settings: Mapping[str, Any]) -> PruneResult | None:
     return None
 
 
-def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The dtype of the computation."""
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device.type == "cpu" or stored == torch.float32:
-        return torch.float32
-    return torch.bfloat16  # float16 too: its range is too small for gradients
-
-
 def _loads_ahead(device: torch.device) -> bool:
     """A CPU that prunes has neither time to load meanwhile nor memory for a second block."""
     return device.type != "cpu"
-
-
-def _batches(windows: Tensor, held_out: int) -> tuple[list[Tensor], int]:
-    """Windows by batches, those that are held out in the last ones; and how many these are."""
-    size = max(1, _BATCH_TOKENS // windows.shape[1])
-    seen = len(windows) - held_out
-    last = windows[seen:].split(size) if held_out else ()
-    return [*windows[:seen].split(size), *last], len(last)
 
 
 def _measured(stream: Activations) -> int:
@@ -194,7 +178,8 @@ class _Pipeline:
     def all_blocks(self, windows: Tensor) -> list[dict[str, Any]]:
         """Prunes every block that is not finished yet; gives the records of all shards."""
         shards = [self._copy_others()]
-        batches, self.held_out = _batches(windows, held_out_of(self.config))
+        windows = self._samples(windows)
+        batches, self.held_out = batches_of(windows, held_out_of(self.config))
         with self.checkpoint.loaded_base() as base:
             hidden, self.calls = capture(base, list(self.checkpoint.blocks), batches)
         streams = self._streams(hidden)
@@ -206,9 +191,32 @@ class _Pipeline:
         streams.close()
         return shards
 
+    def _samples(self, windows: Tensor) -> Tensor:
+        """The samples, and of the spare windows those that experts without enough tokens need."""
+        count, wanted = self.config.sample_count, self.config.expert_tokens
+        if wanted is None:
+            return windows
+        seen = count - held_out_of(self.config)
+        candidates = torch.cat([windows[:seen], windows[count:]])
+        added = self.workspace.remembered("added-samples")
+        if added is None:
+            where = self.dtype, self.device, self._activations
+            tokens = routed_tokens(self.checkpoint, candidates, *where, self._counted)
+            added = self.workspace.remember("added-samples", feeding(tokens, seen, wanted))
+        return torch.cat([candidates[[*range(seen), *added]], windows[seen:count]])
+
+    def _counted(self, index: int) -> None:
+        blocks = len(self.plan)
+        self.tell(Event("counting", index + 1, blocks, what="the tokens of each expert"))
+
+    @property
+    def _activations(self) -> Path | None:
+        """Where activations go; None: they stay in memory."""
+        return self.workspace.path if self.config.activations == "disk" else None
+
     def _streams(self, hidden: list[Tensor]) -> Streams:
         """What enters the first block, and room for its targets."""
-        directory = self.workspace.path if self.config.activations == "disk" else None
+        directory = self._activations
 
         def copied(name: str) -> Activations:
             return Activations.of(hidden, self.dtype, directory, name, copies_for(self.device))
@@ -239,10 +247,7 @@ class _Pipeline:
         return finished
 
     def _calls_of(self, index: int) -> list[Call]:
-        """The calls of a block on the device; batches that share one there share one here."""
-        calls = [batch[index] for batch in self.calls]
-        moved = {id(call): call.to(self.device, self.dtype) for call in calls}
-        return [moved[id(call)] for call in calls]
+        return on_device(self.calls, index, self.device, self.dtype)
 
     def _copy_others(self) -> dict[str, Any]:
         """The shard with all that belongs to no block: embedding, last norm, head."""

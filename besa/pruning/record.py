@@ -28,6 +28,8 @@ from besa.model.prune_record import (
 )
 from besa.pruning.block_run import BlockRun, Tensors
 from besa.pruning.config import PruneConfig
+from besa.pruning.model_copy import ModelCopy
+from besa.pruning.scores import InputNorms
 from besa.typed_json import from_json
 from besa.version import __version__, versions
 
@@ -59,13 +61,14 @@ def settings_of(
     }
 
 
-def linear_record(linear: Linear, stored: Tensor, unseen: Sequence[int]) -> LinearRecord:
+def linear_record(linear: Linear, stored: Tensor, norms: InputNorms) -> LinearRecord:
     """The zeros of one linear and how its rows share them.
 
     Args:
         stored: the pruned parameter.
-        unseen: groups that no calibration token reached.
+        norms: of its inputs.
     """
+    of_experts = stored.ndim == 3
     zeros = (linear.matrix(stored) == 0).reshape(-1, linear.cols).sum(1)
     rates = zeros.double() / linear.cols
     return LinearRecord(
@@ -79,7 +82,8 @@ def linear_record(linear: Linear, stored: Tensor, unseen: Sequence[int]) -> Line
             max=float(rates.max()),
             histogram=tuple(torch.histc(rates, bins=50, min=0, max=1).int().tolist()),
         ),
-        unrouted_experts=tuple(unseen) if linear.groups > 1 else (),
+        unrouted_experts=tuple(norms.unseen(linear)) if of_experts else (),
+        expert_tokens=tuple(norms.tokens[linear.name].tolist()) if of_experts else (),
     )
 
 
@@ -131,8 +135,7 @@ def block_record(
         update: what was chosen to follow the mask.
     """
     linears = [
-        linear_record(x, run.stored.get_parameter(x.parameter).data, run.norms.unseen(x))
-        for x in run.linears
+        linear_record(x, run.stored.get_parameter(x.parameter).data, run.norms) for x in run.linears
     ]
     weights = sum(math.prod(linear.shape) for linear in linears)
     zeros = sum(linear.zeros for linear in linears)
@@ -158,13 +161,14 @@ def run_record(
     shards: Sequence[Mapping[str, Any]],
     seconds: float,
     device: torch.device,
-    rotation: str | None = None,
+    dropped: ModelCopy | None = None,
+    rotated: ModelCopy | None = None,
 ) -> PruneRecord:
     """The record of a whole run.
 
     Args:
-        rotation: what was rotated before, in words.
         shards: what was written, each with its digest and, of a block, its record.
+        dropped, rotated: what was pruned in the model's place.
     """
     blocks = [from_json(BlockRecord, shard["record"]) for shard in shards if "record" in shard]
     zeros = sum(block.zeros for block in blocks)
@@ -189,19 +193,22 @@ def run_record(
         blocks=tuple(blocks),
         peak_device_memory_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
         notes=(
-            *_rotation_notes(rotation),
+            *([f"before pruning, {dropped.words}"] if dropped else ()),
+            *_rotation_notes(rotated),
             *_rounding_notes(settings, blocks),
             *_update_notes(settings),
             *_unrouted_notes(blocks),
+            *_starved_notes(settings, blocks),
         ),
-        rotation=rotation,
+        dropped_experts=dropped.dropped if dropped else {},
+        rotation=rotated.words if rotated else None,
     )
 
 
-def _rotation_notes(rotation: str | None) -> list[str]:
-    if rotation is None:
+def _rotation_notes(rotated: ModelCopy | None) -> list[str]:
+    if rotated is None:
         return []
-    return [f"before pruning {rotation}, which leaves the model's function as it is"]
+    return [f"before pruning {rotated.words}, which leaves the model's function as it is"]
 
 
 def _rounding_notes(settings: Mapping[str, Any], blocks: Sequence[BlockRecord]) -> list[str]:
@@ -225,6 +232,21 @@ def _update_notes(settings: Mapping[str, Any]) -> list[str]:
         f"the masks stand alone: of {settings['samples']} samples none can be held out to choose "
         f"updates by; give --samples {HELD_OUT} or more"
     ]
+
+
+def _starved_notes(settings: Mapping[str, Any], blocks: Sequence[BlockRecord]) -> list[str]:
+    wanted = settings["expert_tokens"] or 0
+    notes = []
+    for block in blocks:
+        for linear in block.linears:
+            few = {e: n for e, n in enumerate(linear.expert_tokens) if 0 < n < wanted}
+            if few:
+                told = ", ".join(f"{expert} ({tokens})" for expert, tokens in few.items())
+                notes.append(
+                    f"{block.name}.{linear.name}: fewer than {wanted} calibration tokens reached "
+                    f"experts {told}"
+                )
+    return notes
 
 
 def _unrouted_notes(blocks: Sequence[BlockRecord]) -> list[str]:

@@ -7,7 +7,8 @@
 Low and medium effort prune block by block. High effort does so with more samples, rotates the model
 before (`besa.rotation`), and trains it as a whole afterwards, towards the dense one
 (`besa.recovery`). In between, the rotated model is in `OUT.rotated` and the pruned one in
-`OUT.pruned`, from where an interrupted run goes on.
+`OUT.pruned`, from where an interrupted run goes on; so is a model without some of its experts in
+`OUT.dropped`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from besa.model.record import read_record
 from besa.model.workspace import check_free, publish
 from besa.progress import Tell
 from besa.pruning.config import PruneConfig
+from besa.pruning.dropped import dropped_copy
+from besa.pruning.model_copy import ModelCopy
 from besa.pruning.pipeline import PruneResult, prune_blocks
-from besa.pruning.rotated import Rotated, rotated_copy
+from besa.pruning.rotated import rotated_copy
 from besa.recovery.config import RecoverConfig, check_accelerate
 from besa.report.pages import write_pages
 
@@ -47,18 +50,25 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
     trains = config.effort == "high" and config.quantize is None  # which would undo the rounding
     if trains:
         check_accelerate()
-    rotated = None if config.rotate == "off" else rotated_copy(model, config, tell)
+    dropped = dropped_copy(model, config, tell) if config.drop_experts else None
+    whole = dropped.directory if dropped else model
+    rotated = None if config.rotate == "off" else rotated_copy(whole, config, tell)
     if trains:
-        result = _pruned_and_recovered(model, config, rotated, tell)
+        result = _pruned_and_recovered(model, config, dropped, rotated, tell)
     else:
-        result = prune_blocks(model, config, tell, rotated=rotated)
-    if rotated is not None:
-        rotated.remove()
+        result = prune_blocks(model, config, tell, dropped=dropped, rotated=rotated)
+    for copy in (dropped, rotated):
+        if copy is not None:
+            copy.remove()
     return result
 
 
 def _pruned_and_recovered(
-    model: str | Path, config: PruneConfig, rotated: Rotated | None, tell: Tell
+    model: str | Path,
+    config: PruneConfig,
+    dropped: ModelCopy | None,
+    rotated: ModelCopy | None,
+    tell: Tell,
 ) -> PruneResult:
     """Prunes beside the output, and trains what that gives towards the dense model."""
     # The Trainer takes seconds to import, which other runs are to be spared.
@@ -67,7 +77,12 @@ def _pruned_and_recovered(
     out = Path(config.out)
     first = out.with_name(out.name + ".pruned")
     result = prune_blocks(
-        model, replace(config, out=first), tell, may_be_there=True, rotated=rotated
+        model,
+        replace(config, out=first),
+        tell,
+        may_be_there=True,
+        dropped=dropped,
+        rotated=rotated,
     )
     recovery = RecoverConfig(
         teacher=model,

@@ -26,16 +26,20 @@ from besa.model.blocks import Linear
 
 
 class InputNorms:
-    """Sums of squares of every linear's inputs, per column and group."""
+    """Sums of squares of every linear's inputs, per column and group, and how many they are."""
 
     def __init__(self, linears: Sequence[Linear], device: torch.device) -> None:
         self.squares = {x.name: torch.zeros(x.groups, x.cols, device=device) for x in linears}
-        self.tokens = {x.name: torch.zeros(x.groups, dtype=torch.int64) for x in linears}
+        counts = {x.name: torch.zeros(x.groups, dtype=torch.int64, device=device) for x in linears}
+        self.tokens = counts
 
     def add(self, linear: Linear, group: int, inputs: Tensor) -> None:
         """Adds inputs [tokens, cols] of one group."""
-        self.squares[linear.name][group] += inputs.detach().float().square().sum(0)
-        self.tokens[linear.name][group] += len(inputs)
+        squares = inputs.detach().float().square()
+        self.squares[linear.name][group] += squares.sum(0)
+        # Some models give each expert every token, zeros where it is another's.
+        own = squares.any(1).sum() if linear.groups > 1 else len(inputs)
+        self.tokens[linear.name][group] += own
 
     def of(self, linear: Linear) -> Tensor:
         """||X_j||_2 as float32 [groups, cols]; ones for a group that saw no token."""
@@ -48,7 +52,7 @@ class InputNorms:
         return self._saw_nothing(linear).nonzero().flatten().tolist()
 
     def _saw_nothing(self, linear: Linear) -> Tensor:
-        """bool [groups]. Some models give each expert every token, zeros where it is another's."""
+        """Which groups, bool [groups]."""
         return (self.squares[linear.name] == 0).all(1)
 
 

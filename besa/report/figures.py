@@ -34,6 +34,8 @@ FLAGS = (  # of `besa prune`: what of the settings a user can type
     "separator",
     "bos",
     "samples",
+    "expert_tokens",
+    "drop_experts",
     "seqlen",
     "epochs",
     "seed",
