@@ -3,6 +3,8 @@
 >>> config = shape_config("tinyllama")
 >>> config["hidden_size"], config["num_hidden_layers"]
 (2048, 22)
+>>> shape_config("gpt-oss-20b", layers=2)["layer_types"]
+['sliding_attention', 'full_attention']
 
 `random_contenders` makes the models and removes them at its end.
 
@@ -21,30 +23,36 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 
 from besa.bench.events import OnEvent, Step, ignore
 from besa.bench.settings import Contender
 from besa.errors import BesaError, one_line
+from besa.model.blocks import Linear, expert_count, find_blocks, find_linears
 from besa.model.files import INDEX, write_tensors
+from besa.model.skeleton import skeleton_of, targets_of
 from besa.processes.child import ChildError, run_to_end
 from besa.writing import write_text
 
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
 _LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
     "attention_bias": False,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
+    **_TOKENS,
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "tinyllama": {
+        **_LLAMA,
         "hidden_size": 2048,
         "intermediate_size": 5632,
         "num_hidden_layers": 22,
@@ -55,6 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "llama-3.2-1b": {
+        **_LLAMA,
         "hidden_size": 2048,
         "intermediate_size": 8192,
         "num_hidden_layers": 16,
@@ -67,6 +76,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 500000.0,
     },
     "llama-2-7b": {
+        **_LLAMA,
         "hidden_size": 4096,
         "intermediate_size": 11008,
         "num_hidden_layers": 32,
@@ -75,6 +85,63 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 32000,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": False,
+        **_TOKENS,
+    },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "sliding_window": 128,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "attention_bias": True,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 201088,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+        **_TOKENS,
+    },
+    "mixtral-8x7b": {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+        **_TOKENS,
     },
 }
 _TEMPORARY = "besa-bench-shape-"
@@ -88,13 +155,18 @@ def random_contenders(
     quantize: str | None,
     cache: Path | None,
     on_event: OnEvent = ignore,
+    layers: int | None = None,
 ) -> Iterator[tuple[Contender, ...]]:
     """The dense model and the packed one; removed afterwards unless there is a cache.
+
+    Args:
+        layers: only so many, which their names say.
 
     Raises:
         BesaError: no such shape, sparsity or pattern, or they cannot be written.
     """
-    config = shape_config(shape)
+    config = shape_config(shape, layers)
+    of = "" if layers is None else f", {layers} of {layers_of(shape_config(shape))} layers"
     keep = parse_pattern(pattern)
     if not 0 < sparsity < 1:
         raise BesaError(f"--sparsity is {sparsity}: above 0 and below 1")
@@ -118,22 +190,48 @@ def random_contenders(
             on_event(Step(f"writes {sparse.name}"))
             _make_sparse(folder, sparse, config, (sparsity, keep), quantize)
         yield (
-            Contender("dense", str(dense), random_weights=True),
-            Contender(name, str(sparse), random_weights=True),
+            Contender("dense" + of, str(dense), random_weights=True),
+            Contender(name + of, str(sparse), random_weights=True),
         )
     finally:
         if cache is None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def shape_config(shape: str) -> dict[str, Any]:
+def shape_config(shape: str, layers: int | None = None) -> dict[str, Any]:
     """The config.json of a shape, by name or from a file.
 
+    Args:
+        layers: only so many, the first ones.
+
     Raises:
-        BesaError: neither.
+        BesaError: neither, or it has fewer layers.
     """
+    config = {**_read_shape(shape), "dtype": "bfloat16"}
+    if layers is None:
+        return config
+    most = layers_of(config)
+    if not 0 < layers <= most:
+        raise BesaError(f"--layers {layers}: {shape} has {most}")
+    by_layer = {k: v[:layers] for k, v in config.items() if isinstance(v, list) and len(v) == most}
+    return {**config, **by_layer, "num_hidden_layers": layers}
+
+
+def layers_of(config: dict[str, Any]) -> int:
+    """How many layers a config has.
+
+    Raises:
+        BesaError: it does not say.
+    """
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        raise BesaError("--layers: the config.json has no num_hidden_layers")
+    return layers
+
+
+def _read_shape(shape: str) -> dict[str, Any]:
     if shape in SHAPES:
-        return {**_LLAMA, **SHAPES[shape], "dtype": "bfloat16"}
+        return SHAPES[shape]
     path = Path(shape)
     if not path.is_file():
         raise BesaError(f"--shape {shape} is none of {', '.join(SHAPES)}, and no config.json")
@@ -142,7 +240,7 @@ def shape_config(shape: str) -> dict[str, Any]:
         config.pop("quantization_config", None)
         if "model_type" not in config:
             raise BesaError(f"{path} has no model_type")
-    return {**config, "dtype": "bfloat16"}
+    return config
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
@@ -189,11 +287,10 @@ def make_model(
     Args:
         how: sparsity and N:M of the blocks' linears; None for dense.
     """
-    shapes = _shapes(config)
-    groups: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
-        block = re.search(r"\.\d+\.", name)
-        groups.setdefault(name[: block.end()] if block else "", {})[name] = shape
+    groups: dict[str, list[_Stored]] = {}
+    for tensor in _stored(config):
+        block = re.search(r"\.\d+\.", tensor.name)
+        groups.setdefault(tensor.name[: block.end()] if block else "", []).append(tensor)
     partial = out.with_name(out.name + ".writing")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -201,11 +298,9 @@ def make_model(
         index: dict[str, str] = {}
         for number, members in enumerate(groups.values(), 1):
             file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            tensors = {name: _random(name, shape) for name, shape in members.items()}
-            if how is not None:
-                tensors = {n: _pruned(n, t, *how) for n, t in tensors.items()}
+            tensors = {one.name: _weights(one, how) for one in members}
             write_tensors(tensors, partial / file)
-            index |= dict.fromkeys(members, file)
+            index |= dict.fromkeys(tensors, file)
         write_text(json.dumps({"metadata": {}, "weight_map": index}), partial / INDEX)
         write_text(json.dumps(config, indent=2), partial / "config.json")
         write_tokenizer(partial, int(config["vocab_size"]))
@@ -214,19 +309,50 @@ def make_model(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that the checkpoint stores."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a checkpoint.
+
+    Attributes:
+        linear: what of a block it belongs to that is pruned, or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    linear: Linear | None
+
+
+def _stored(config: dict[str, Any]) -> list[_Stored]:
+    """Every tensor that the checkpoint stores, under the names that are usual on disk."""
+    from transformers import AutoConfig
 
     fields = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
-    with one_line("--shape: the model cannot be made"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(config["model_type"], **fields)
-        )
-    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if model.config.get_text_config().tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    return state
+    with one_line("--shape: the model cannot be made"):
+        own = AutoConfig.for_model(config["model_type"], **fields)
+        model = skeleton_of(own, torch.bfloat16)
+        name, blocks = find_blocks(model)
+        experts = expert_count(own)
+        linears = {
+            f"{name}.{index}.{linear.parameter}": linear
+            for index, block in enumerate(blocks)
+            for linear in find_linears(block, f"{name}.{index}", experts, strict=False)
+        }
+        state = model.state_dict()
+        if own.get_text_config().tie_word_embeddings:
+            state.pop("lm_head.weight", None)
+        stored = revert_weight_conversion(model, state)
+    targets, _ = targets_of(stored, model, get_model_conversion_mapping(model))
+    return [_Stored(k, tuple(t.shape), linears.get(targets[k])) for k, t in stored.items()]
+
+
+def _weights(stored: _Stored, how: tuple[float, tuple[int, int] | None] | None) -> Tensor:
+    weight = _random(stored.name, stored.shape)
+    if how is None or stored.linear is None:
+        return weight
+    turned = stored.linear.transposed and weight.ndim > 1
+    matrix = weight.mT if turned else weight
+    pruned = _pruned(stored.name, matrix.reshape(-1, matrix.shape[-1]), *how).view(matrix.shape)
+    return pruned.mT.contiguous() if turned else pruned
 
 
 def _random(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -238,8 +364,6 @@ def _random(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _pruned(name: str, weight: Tensor, sparsity: float, keep: tuple[int, int] | None) -> Tensor:
-    if weight.ndim != 2 or not re.search(r"\.\d+\.", name):
-        return weight
     drawn = torch.rand(weight.shape, generator=torch.Generator().manual_seed(_seed(name) + 1))
     if keep is None:
         return weight.masked_fill(drawn < sparsity, 0)

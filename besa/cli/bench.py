@@ -62,7 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "taken from OPENAI_API_KEY",
     )
     add_flags(contenders, BenchConfig, "engine", "engine_args")
-    add("--shape", help="tinyllama, llama-3.2-1b, llama-2-7b or a config.json: random weights")
+    add(
+        "--shape",
+        help="tinyllama, llama-3.2-1b, llama-2-7b, qwen3-30b-a3b, gpt-oss-20b, mixtral-8x7b or a "
+        "config.json: random weights",
+    )
+    add("--layers", type=int, metavar="N", help="of --shape: only so many, so that it fits")
     add("--sparsity", type=float, default=0.5, help="of --shape (default: %(default)s)")
     add(
         "--pattern",
@@ -152,7 +157,13 @@ def _random_models(args: argparse.Namespace) -> Iterator[tuple[Contender, ...]]:
         terminated(),
         shown_events() as on_event,
         random_contenders(
-            args.shape, args.sparsity, args.pattern, args.quantize, args.cache, on_event
+            args.shape,
+            args.sparsity,
+            args.pattern,
+            args.quantize,
+            args.cache,
+            on_event,
+            args.layers,
         ) as made,
     ):
         yield made
