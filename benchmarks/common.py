@@ -260,6 +260,31 @@ def random_llama(directory: Path, shape: Shape, layers: int, vocab: int = 4096) 
     LlamaForCausalLM(llama_config(shape, layers, vocab, 2048)).save_pretrained(directory)
 
 
+def random_mixture(
+    experts: int, directory: Path, shape: Shape, layers: int, vocab: int = 4096
+) -> None:
+    """Writes a Mixtral with seeded random bfloat16 weights and a tokenizer, a byte a token.
+
+    Each expert has an eighth of the shape's inner width, and two of them read a token. Call it
+    through `apart`, which leaves no torch in the caller.
+    """
+    from besa.bench.random_models import make_model
+
+    config = llama_config(shape, layers, vocab, 2048).to_diff_dict()
+    config |= {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "intermediate_size": shape.inter // 8,
+        "num_local_experts": experts,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+        "num_hidden_layers": layers,
+        "vocab_size": vocab,
+        "dtype": "bfloat16",
+    }
+    make_model(directory, config, None)
+
+
 def write_words(path: Path, count: int = 40_000) -> None:
     """Writes a calibration text of `count` words: numbers in words, the same every time."""
     digits = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -8,6 +8,10 @@ whatever the depth; it is taken off before the growth is figured. Since importin
 transformers makes up most of so small a run, the growth is also given beyond what the imports
 alone hold, and as a share of the weights that the deeper model has more: 0% says that no layer's
 weights stay in memory, 100% that all do.
+
+    python benchmarks/memory.py --experts 64 --layers 2 6 --json benchmarks/results/memory-64.json
+
+does the same with mixtures of 64 experts, each of an eighth of the width.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from common import (
     besa_prune,
     conditions,
     random_llama,
+    random_mixture,
     run_measured,
     spread,
     table,
@@ -44,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", default="small", choices=SHAPES)
     parser.add_argument("--layers", type=int, nargs=2, default=[8, 32], metavar=("FEW", "MANY"))
+    parser.add_argument("--experts", type=int, help="mixtures of so many instead of Llamas")
     parser.add_argument("--methods", nargs="+", default=["wanda", "besa"])
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
@@ -61,7 +67,8 @@ def main() -> None:
         text = Path(folder, "words.txt")
         write_words(text)
         for layers in (few, many):
-            apart(random_llama, Path(folder, f"{layers}"), shape, layers, args.vocab)
+            make = (random_mixture, args.experts) if args.experts else (random_llama,)
+            apart(*make, Path(folder, f"{layers}"), shape, layers, args.vocab)
         imports = run_measured([sys.executable, "-c", IMPORTS]).peak_rss
         settings = ("--samples", args.samples, "--seqlen", args.seqlen, "--calibration", text)
         settings += ("--update", "none")  # the masks alone
@@ -106,6 +113,7 @@ def main() -> None:
                 "vocab": args.vocab,
                 "dtype": "bfloat16",
                 "layers": [few, many],
+                "experts": args.experts,
             },
             "samples": args.samples,
             "seqlen": args.seqlen,

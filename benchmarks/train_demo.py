@@ -1,8 +1,11 @@
-"""Trains the small Llama that besa ships, on the text that CPython brings; or one on other text.
+"""Trains the small Llama that besa ships, on the text that CPython brings; one on other text; or a
+small mixture of experts from the Llama.
 
     python benchmarks/train_demo.py --out besa/demo/model
     python benchmarks/train_demo.py --out /tmp/second --text wikitext2-valid.txt ptb-valid.txt \
         --untied --steps 1500 --log /tmp/second.jsonl
+    python benchmarks/train_demo.py --out /tmp/mixture --init besa/demo/model --experts 8 \
+        --steps 1000 --lr 2e-3 --log benchmarks/results/train_mixture.jsonl
 
 The corpus is the `train` split of `besa.data.builtin` and CPython's own test suite where it is
 installed (train only). Everything is local: a byte-level BPE tokenizer is trained first, then the
@@ -10,6 +13,10 @@ model, AdamW with linear warm-up and linear decay to zero; weights are kept in f
 learn and shipped in bfloat16. One JSON line per logged step goes to `--log`. The second model is to
 show that what was chosen on the first one holds elsewhere; the last tenth of each of its texts is
 not trained on, and written to `OUT/held-out.txt`.
+
+A mixture is a Mixtral that begins as the dense model ("sparse upcycling", Komatsuzaki et al., arXiv
+2212.05055): each expert has a random half of the MLP's units, and two experts read a token. A tenth
+of the tokens from scratch would teach so small a mixture next to nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +32,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from besa.data.builtin import documents
 
@@ -95,7 +109,34 @@ def batches(stream: torch.Tensor, batch: int, seed: int) -> Iterator[torch.Tenso
 
 
 @torch.no_grad()
-def validation_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
+def mixture_of(dense: LlamaForCausalLM, experts: int) -> MixtralForCausalLM:
+    """A Mixtral that chooses two experts, each with a random half of the dense MLP's units."""
+    config, half = dense.config, dense.config.intermediate_size // 2
+    shared = {name: getattr(config, name) for name in CONFIG if name != "intermediate_size"}
+    mixture = MixtralForCausalLM(
+        MixtralConfig(
+            **shared,
+            intermediate_size=half,
+            num_local_experts=experts,
+            num_experts_per_tok=2,
+            router_aux_loss_coef=0.01,
+            rope_parameters=config.rope_parameters,
+        )
+    )
+    mixture.load_state_dict(dense.state_dict(), strict=False)
+    for layer, block in zip(dense.model.layers, mixture.model.layers, strict=True):
+        mlp = layer.mlp
+        for gate_up, down in zip(
+            block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj, strict=True
+        ):
+            units = torch.randperm(config.intermediate_size)[:half]
+            gate_up.copy_(torch.cat([mlp.gate_proj.weight[units], mlp.up_proj.weight[units]]))
+            down.copy_(2 * mlp.down_proj.weight[:, units])  # the weights of two experts sum to 1
+    return mixture
+
+
+@torch.no_grad()
+def validation_loss(model: PreTrainedModel, stream: torch.Tensor) -> float:
     """Mean nats a token over the first windows of the validation split."""
     windows = stream.unfold(0, SEQLEN, SEQLEN)[:128]
     losses = [model(input_ids=w, labels=w).loss.item() for w in windows.split(16)]
@@ -109,10 +150,10 @@ def split(path: Path) -> tuple[str, str]:
     return text[:place], text[place:]
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Writes a bfloat16 copy of the model and the tokenizer."""
     weights = {name: p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}
-    copy = LlamaForCausalLM(LlamaConfig(**model.config.to_diff_dict())).to(torch.bfloat16)
+    copy = type(model)(type(model.config)(**model.config.to_diff_dict())).to(torch.bfloat16)
     copy.load_state_dict(weights, strict=False)
     copy.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -128,9 +169,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--init", type=Path, help="go on from these weights, not from scratch")
+    parser.add_argument("--experts", type=int, help="a mixture of so many, of which --init is made")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.experts and not args.init:
+        parser.error("--experts needs --init, the dense model")
     torch.manual_seed(args.seed)
 
     if args.text:
@@ -142,6 +186,8 @@ def main() -> None:
     if args.init:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init, model_max_length=SEQLEN)
         model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
+        if args.experts:
+            model = mixture_of(model, args.experts)
     else:
         tokenizer = train_tokenizer(texts)
         config = LlamaConfig(**{**CONFIG, "tie_word_embeddings": not args.untied})
@@ -149,8 +195,8 @@ def main() -> None:
     model.to(args.device)
     stream = tokens_of(tokenizer, texts)
     held_out = tokens_of(tokenizer, rest).to(args.device)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim != 2]
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         lr=args.lr,
@@ -170,6 +216,7 @@ def main() -> None:
                 "train_tokens": len(stream),
                 "seen_tokens": args.steps * args.batch * SEQLEN,
                 "init": str(args.init) if args.init else None,
+                "experts": args.experts,
                 "steps": args.steps,
                 "batch": args.batch,
                 "seqlen": SEQLEN,
@@ -182,13 +229,17 @@ def main() -> None:
         flush=True,
     )
 
-    model.compile(dynamic=False)
+    # Of a mixture the balance of its experts is part of the loss, and which tokens an expert reads
+    # differs by batch.
+    options = {"output_router_logits": True} if args.experts else {}
+    if not args.experts:
+        model.compile(dynamic=False)
     start, running = time.monotonic(), 0.0
     for step, window in enumerate(
         islice(batches(stream, args.batch, args.seed), args.steps), start=1
     ):
         window = window.to(args.device)
-        loss = model(input_ids=window, labels=window).loss
+        loss = model(input_ids=window, labels=window, **options).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
