@@ -112,7 +112,11 @@ class BesaQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         self.dtypes = dtypes_of(model)
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+    def update_weight_conversions(
+        self,
+        weight_conversions: list[Any],
+        model: nn.Module | None = None,  # noqa: ARG002 - given by transformers from 5.24 on
+    ) -> list[Any]:
         """What transformers does to stored tensors, but to parts of packed weights."""
         from besa.serve.transformers.experts import keeping_parts
 
