@@ -150,12 +150,12 @@ def test_generators(tmp_path: Path, generator: str, monkeypatch: pytest.MonkeyPa
         assert found["output_tokens"] == [8, 8]
         # Room for a busy machine: the test above is the strict one.
         e2e, itl = (found["summary"][name]["median"] for name in ("e2e_p50", "itl_p50"))
-        assert e2e == pytest.approx(true, abs=0.05 * true + 2 * late)
-        assert itl == pytest.approx(0.02, abs=0.002 + 2 * late)
+        assert e2e == pytest.approx(true, abs=0.2 * true + 2 * late)
+        assert itl == pytest.approx(0.02, abs=0.005 + 2 * late)
     # The last four came at random times, the same ones for both.
     arrivals = [sorted(x["received"] for x in lines[-4:]) for lines in asked]
     gaps = [[y - x for x, y in itertools.pairwise(one)] for one in arrivals]
-    assert gaps[0] == pytest.approx(gaps[1], abs=0.06 + 4 * late)
+    assert gaps[0] == pytest.approx(gaps[1], abs=0.1 + 4 * late)
     assert max(gaps[0]) - min(gaps[0]) > 0.03
 
 
