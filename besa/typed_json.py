@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -44,7 +44,7 @@ def to_json(value: Any) -> Any:
         return {
             each.name: to_json(found)
             for each in fields(value)
-            if (found := getattr(value, each.name)) != each.default
+            if (found := getattr(value, each.name)) != _default(each)
             or each.metadata != ABSENT_IF_DEFAULT
         }
     if isinstance(value, float):
@@ -52,6 +52,11 @@ def to_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: to_json(each) for key, each in value.items()}
     return [to_json(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _default(field: Field[Any]) -> Any:
+    """What a field holds that was not given."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def from_json(kind: type[T], value: Any, *, lenient: bool = False) -> T:

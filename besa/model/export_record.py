@@ -11,10 +11,11 @@ A field is a key of the file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from besa.model.prune_record import Record
+from besa.typed_json import ABSENT_IF_DEFAULT
 
 # Of the records of exports. Those of pruning runs have theirs in the key "format".
 RECORD_VERSION = 1
@@ -77,7 +78,7 @@ class PackedLinearRecord:
     density: float
     dense_bytes: int
     bytes: int
-    expert: bool = False
+    expert: bool = field(default=False, metadata=ABSENT_IF_DEFAULT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,7 +178,7 @@ def test_json_is_the_report(gpus: list[Gpu], capsys: pytest.CaptureFixture[str])
     record = json.loads(capsys.readouterr().out)
     assert record["gpus"] == to_json([gpus[0]])
     report = from_json(DoctorReport, record)
-    assert report.record_version == 1
+    assert report.record_version == 2
     assert report.gpu_kernels is not None
     assert report.gpu_kernels.gpus[0].products[0].ways[0].path == "kernel"
     assert to_json(report) == record
