@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from besa.errors import BesaError
 from besa.formats import Packed, pack, quantize_int8
-from besa.kernels import Activation, linear, native, sparse_experts, sparse_experts_reference
-from besa.kernels.isa import ISAS, available
+from besa.kernels import Activation, native, sparse_experts, sparse_experts_reference
+from tests.kernels.damage import DAMAGES, Damage
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 SILU = Activation("silu")
@@ -25,14 +25,6 @@ GPT_OSS = Activation("silu", interleaved=True, alpha=1.702, limit=7.0, shift=1.0
 # these types, and once more to int8.
 ROUNDING = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 2e-6}
 INT8_ROUNDING = 2e-2
-
-
-@pytest.fixture(scope="module", params=available())
-def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One test for each instruction set; none without the native library."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "isa_number", lambda: ISAS.index(request.param))
-        yield
 
 
 def sparse(*shape: int, seed: int) -> Tensor:
@@ -276,18 +268,8 @@ def test_without_the_library_torch_makes_the_same(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("tokens", [1, 30])
 @pytest.mark.parametrize("which", ["gate_up", "down"])
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda values, mask, rows: (values, mask, rows.index_fill(0, torch.tensor([3]), 10**12)),
-        lambda values, mask, rows: (values, mask, rows - 7),
-        lambda values, mask, rows: (values, mask, rows.flip(0)),
-        lambda values, mask, rows: (values[:-30], mask, rows),
-        lambda values, mask, rows: (values[:0], mask, rows),
-        lambda values, mask, rows: (values, mask ^ 1, rows),
-    ],
-)
-def test_damage_is_an_error(damage: Callable[..., tuple[Tensor, ...]], which: str, tokens: int):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_an_error(damage: Damage, which: str, tokens: int):
     case = Case(2, 16, 32, tokens, 2)
     case.ids[:] = torch.tensor([0, 1])
     arguments, at = case.arguments(), 3 if which == "gate_up" else 6

@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -23,9 +22,10 @@ from torch import Tensor
 
 from besa.errors import BesaError
 from besa.formats import Packed, pack, quantize_int8
-from besa.kernels import dense_linear, linear, nibbles, sparse_linear, sparse_linear_reference
+from besa.kernels import dense_linear, nibbles, sparse_linear, sparse_linear_reference
 from besa.kernels.isa import ISAS, available
 from tests.helpers import PATIENCE
+from tests.kernels.damage import DAMAGES, Damage
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 HERE = available()
@@ -34,14 +34,6 @@ HERE = available()
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 11, 16, 17, 18, 24, 65, 70]
 
 pytestmark = pytest.mark.skipif(not HERE, reason="no native kernels here")
-
-
-@pytest.fixture(scope="module", params=HERE)
-def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One test for each instruction set."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "isa_number", lambda: ISAS.index(request.param))
-        yield
 
 
 def whole(*shape: int, most: int, seed: int) -> Tensor:
@@ -268,21 +260,8 @@ def parts(packed: Packed) -> list[Tensor]:
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda values, mask, rows: (values, mask, rows.index_fill(0, torch.tensor([3]), 10**12)),
-        lambda values, mask, rows: (values, mask, rows - 7),
-        lambda values, mask, rows: (values, mask, rows.flip(0)),
-        lambda values, mask, rows: (values[:-30], mask, rows),
-        lambda values, mask, rows: (values[:0], mask, rows),
-        lambda values, mask, rows: (values, mask ^ 1, rows),
-        lambda values, mask, rows: (values, mask | 255, rows),
-    ],
-)
-def test_damage_is_an_error(
-    damage: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype, tokens: int
-):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_an_error(damage: Damage, dtype: torch.dtype, tokens: int):
     given = damage(*parts(pack(uneven(16, 64, seed=1).to(dtype))))
     with pytest.raises(BesaError, match="corrupt"):
         torch.ops.besa.sparse_linear(torch.ones(tokens, 64, dtype=dtype), *given)
