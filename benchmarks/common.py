@@ -117,6 +117,11 @@ def gain(ratio: Mapping[str, float]) -> str:
     return f"{ratio['median']:.2f}× {span}"
 
 
+def in_tokens(count: int) -> str:
+    """As a table has it: "1 token", "4 tokens"."""
+    return f"{count} token{'' if count == 1 else 's'}"
+
+
 def milliseconds(seconds: float) -> str:
     """Three digits or so."""
     value = seconds * 1e3

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, conditions, gain, spread, write_json
+from common import RESULTS, conditions, gain, in_tokens, spread, write_json
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -159,8 +159,7 @@ def experts_table(record: dict[str, Any]) -> str:
         last = dense[-1]
         cells = [times[name] for name in dense]
         cells += [f"{times[name]}, {gain(made[name][f'over_{last}'])}" for name in ours]
-        plural = "token" if row["tokens"] == 1 else "tokens"
-        lines.append(f"| {row['tokens']} {plural} | {' | '.join(cells)} |")
+        lines.append(f"| {in_tokens(row['tokens'])} | {' | '.join(cells)} |")
     threads = "a thread" if there["threads"] == 1 else f"{there['threads']} threads"
     lines += [
         "",

@@ -11,7 +11,7 @@ import json
 import math
 from typing import Any
 
-from common import RESULTS, gain
+from common import RESULTS, gain, in_tokens
 
 from besa.bench.statistics import CONFIDENCE, coverage
 from besa.report.svg import line, linear, logarithmic, path, picture, tag, text
@@ -120,8 +120,8 @@ def readme_table(record: dict[str, Any]) -> str:
             parts = [times["torch"], times["dense"]]
             parts += [f"{times[name]}, {gain(made[name]['over_torch'])}" for name in names]
             limit = f"{made['50%']['of_limit']:.0%}" if row["tokens"] == 1 else ""
-            plural = "token" if row["tokens"] == 1 else "tokens"
-            lines.append(f"| {dtype}, {row['tokens']} {plural} | {' | '.join(parts)} | {limit} |")
+            tokens = in_tokens(row["tokens"])
+            lines.append(f"| {dtype}, {tokens} | {' | '.join(parts)} | {limit} |")
     conditions = record["conditions"]
     best = max(r["read_bandwidth"]["best"] for r in record["results"])
     lines += [
@@ -157,8 +157,7 @@ def isa_table(*records: dict[str, Any]) -> str:
                 )
                 if tokens == 1:
                     parts[-1] += f", {half['of_limit']:.0%} of the limit"
-            plural = "token" if tokens == 1 else "tokens"
-            lines.append(f"| {dtype}, {tokens} {plural} | {' | '.join(parts)} |")
+            lines.append(f"| {dtype}, {in_tokens(tokens)} | {' | '.join(parts)} |")
     first = records[0]
     best = max(r["read_bandwidth"]["best"] for record in records for r in record["results"])
     lines += [
