@@ -29,7 +29,7 @@ from transformers.core_model_loading import WeightConverter, dot_natural_key
 
 from besa.model.blocks import Linear
 from besa.model.layout import Layout
-from besa.model.skeleton import all_targets_of
+from besa.model.skeleton import all_targets_of, by_source_pattern, renamings_and_converters
 
 # What stands for the columns while rows are counted: fewer than any weight has rows.
 _COLS = 2
@@ -76,12 +76,7 @@ def parts_of(
             if name in stacked:
                 by_target[name][pattern].append(key)
                 known |= {name} if len(names) == 1 else set()
-    converters = {
-        pattern: entry
-        for entry in conversions
-        if isinstance(entry, WeightConverter)
-        for pattern in entry.source_patterns
-    }
+    converters = by_source_pattern(renamings_and_converters(conversions)[1])
     found: dict[str, tuple[Part, ...] | None] = {}
     for name, linear in stacked.items():
         sources = by_target[name]

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,10 @@ class Layout:
         """A matrix [rows, cols] as it is stored, contiguous."""
         stack = matrix if self.groups is None else matrix.unflatten(0, (self.groups, -1))
         return (stack.mT if self.transposed else stack).contiguous()
+
+
+def layout_of(linear: nn.Linear | Conv1D) -> Layout:
+    """How a file holds a linear's weight."""
+    transposed = isinstance(linear, Conv1D)
+    rows, cols = linear.weight.shape[::-1] if transposed else linear.weight.shape
+    return Layout(rows, cols, transposed)

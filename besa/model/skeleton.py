@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,6 +87,21 @@ def targets_of(
     return targets, {key for key, (_, pattern) in found.items() if pattern is not None}
 
 
+def renamings_and_converters(
+    conversions: Sequence[Any],
+) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """A model's conversions as transformers tells them apart."""
+    return (
+        [entry for entry in conversions if isinstance(entry, WeightRenaming)],
+        [entry for entry in conversions if isinstance(entry, WeightConverter)],
+    )
+
+
+def by_source_pattern(converters: Iterable[WeightConverter]) -> dict[str, WeightConverter]:
+    """Each converter by the patterns of the names that it takes."""
+    return {pattern: entry for entry in converters for pattern in entry.source_patterns}
+
+
 def all_targets_of(
     keys: Iterable[str], model: nn.Module, conversions: list[Any]
 ) -> dict[str, tuple[list[str], str | None]]:
@@ -94,9 +109,8 @@ def all_targets_of(
 
     That is the pattern of a converter that its name fits, or None where it is renamed at most.
     """
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    renamings, converters = renamings_and_converters(conversions)
+    by_pattern = by_source_pattern(converters)
     known, prefix = model.state_dict(), model.base_model_prefix
     found: dict[str, tuple[list[str], str | None]] = {}
     for key in keys:

@@ -33,7 +33,7 @@ from besa.model.checkpoint import Checkpoint
 from besa.model.expert_parts import parts_of
 from besa.model.export_record import UnpackedRecord, UnpackedSizes
 from besa.model.files import read_tensor, resolve, stored_bytes, stored_dtype, weight_files
-from besa.model.layout import Layout
+from besa.model.layout import Layout, layout_of
 from besa.model.quantization import dequantizing, not_floats, stored_as
 from besa.model.record import read_raw_record, read_record, write_record
 from besa.model.workspace import Workspace, check_free
@@ -155,9 +155,7 @@ def _layouts(skeleton: Checkpoint, weights: Collection[str]) -> dict[str, Layout
         except AttributeError:
             module, weight = None, None
         if isinstance(module, nn.Linear | Conv1D):
-            transposed = isinstance(module, Conv1D)
-            rows, cols = module.weight.shape[::-1] if transposed else module.weight.shape
-            layouts[name] = Layout(rows, cols, transposed)
+            layouts[name] = layout_of(module)
         elif module is not None and weight is not None and weight.ndim == 3:
             stacks[target] = stacked(module, own)
         else:

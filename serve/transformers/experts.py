@@ -7,8 +7,7 @@
 SparseExperts(4 experts, gate_up_proj, down_proj, Activation(function='silu', ...), values=float32)
 
 transformers 5 holds a layer's experts in one module of stacked parameters, and joins those that a
-file has one by one.
-Packed ones go into `SparseExperts` under names of their own, which joins them.
+file has one by one. Packed ones go into `SparseExperts` under names of their own, which joins them.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from besa.formats.experts import SparseExperts, Stack
 from besa.model.blocks import stacked
 from besa.model.expert_function import function_of
 from besa.model.expert_parts import Part, parts_of
+from besa.model.skeleton import renamings_and_converters
 
 # In a pattern of names: what follows is no part of a packed weight. Without inner brackets, which
 # transformers would not take out where it makes a name of a pattern.
@@ -60,7 +60,7 @@ def make_sparse_experts(
         if parameter.ndim == 3 and name in wanted
     }
     parts = parts_of(stacks, targets, model, conversions)
-    kept = _split(keeping_parts(conversions))
+    kept = renamings_and_converters(keeping_parts(conversions))
     names: dict[str, str] = {}
     for owner in dict.fromkeys(target.rpartition(".")[0] for target in stacks):
         module = model.get_submodule(owner)
@@ -98,14 +98,6 @@ def make_sparse_experts(
     return names
 
 
-def _split(conversions: Sequence[Any]) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    """The renamings and the converters, as transformers tells them apart."""
-    return (
-        [entry for entry in conversions if isinstance(entry, WeightRenaming)],
-        [entry for entry in conversions if isinstance(entry, WeightConverter)],
-    )
-
-
 def _own_name(
     part: Part,
     owner: str,
@@ -135,7 +127,7 @@ def keeping_parts(conversions: Sequence[Any], packed: Collection[str] = ()) -> l
         packed: the packed weights of the files. What would join them counts as used, so that the
             model is saved as it was stored once it is dense.
     """
-    renamings, converters = _split(conversions)
+    renamings, converters = renamings_and_converters(conversions)
     for name in packed:
         rename_source_key(name, renamings, converters)
     return [_keeping(entry) if entry in converters else entry for entry in conversions]

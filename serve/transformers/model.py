@@ -34,6 +34,7 @@ from besa.formats.checkpoint import parts_in
 from besa.formats.experts import SparseExperts
 from besa.formats.module import SparseLinear
 from besa.model.blocks import find_blocks
+from besa.model.layout import layout_of
 from besa.model.skeleton import all_targets_of
 from besa.serve.transformers.experts import keeping_parts, make_sparse_experts
 
@@ -71,10 +72,11 @@ def make_sparse(model: nn.Module, files: Sequence[str], config: PackedConfig) ->
             target = targets[name]
             linear = None if name in experts else _linear(model, target, name)
             if linear is not None:
-                transposed = isinstance(linear, Conv1D)
-                shape = linear.weight.shape[::-1] if transposed else linear.weight.shape
-                weight, dtype = read(name, *shape).to("meta"), linear.weight.dtype
-                sparse = SparseLinear(weight, linear.bias, config.int8_input, dtype, transposed)
+                layout, dtype = layout_of(linear), linear.weight.dtype
+                weight = read(name, layout.rows, layout.cols).to("meta")
+                sparse = SparseLinear(
+                    weight, linear.bias, config.int8_input, dtype, layout.transposed
+                )
                 model.set_submodule(target.removesuffix(".weight"), sparse)
         names = {name: experts.get(name, targets[name]) for name in packed}
         _check_names(parts, names, model, keeping_parts(conversions))
