@@ -30,8 +30,9 @@ class InputNorms:
 
     def __init__(self, linears: Sequence[Linear], device: torch.device) -> None:
         self.squares = {x.name: torch.zeros(x.groups, x.cols, device=device) for x in linears}
-        counts = {x.name: torch.zeros(x.groups, dtype=torch.int64, device=device) for x in linears}
-        self.tokens = counts
+        self.tokens = {
+            x.name: torch.zeros(x.groups, dtype=torch.int64, device=device) for x in linears
+        }
 
     def add(self, linear: Linear, group: int, inputs: Tensor) -> None:
         """Adds inputs [tokens, cols] of one group."""
