@@ -105,10 +105,9 @@ def _spinner(config: ServeConfig) -> AbstractContextManager[object]:
 
 def _wait_for_end(engine: RunningEngine, command: EngineCommand) -> int:
     """Waits for an engine that nobody told to stop."""
-    code = engine.wait()
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    engine.wait()
     reason = engine.reason()
-    _say(f"{command.engine} ended by itself ({how}){': ' + reason if reason else ''}")
+    _say(f"{command.engine} ended by itself ({engine.ending()}){': ' + reason if reason else ''}")
     return 1
 
 

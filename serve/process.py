@@ -16,15 +16,17 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 
 from besa.errors import BesaError
-from besa.processes.child import ChildProcess
+from besa.processes.child import ChildProcess, last_line
 from besa.serve.command import EngineCommand
 from besa.serve.log import reason_of
 from besa.serve.settings import KEY_VARIABLES, ServeConfig
@@ -97,18 +99,26 @@ class RunningEngine(ChildProcess):
         """
         while not self._answers("GET", "/health"):
             if self.popen.poll() is not None:
-                raise self._failure()
+                raise self._failure("it did not answer")
             time.sleep(_POLL_SECONDS)
         # A healthy engine may still be unable to compute: kernels that lack a shape fail with the
         # first call.
         body = {"model": self.config.name, "prompt": "a", "max_tokens": 1}
-        if (status := self._ask("POST", "/v1/completions", body)) is None or status >= 500:
-            raise self._failure()
+        status = self._ask("POST", "/v1/completions", body)
+        if status is None or status >= 500:
+            raise self._failure(f"its first answer was {f'HTTP {status}' if status else 'missing'}")
         self.shown = True
 
-    def _failure(self) -> EngineError:
+    def _failure(self, seen: str) -> EngineError:
+        """Why it did not start: from its log or, where no line tells, from what was seen."""
+        with suppress(subprocess.TimeoutExpired):  # a moment for an end to be seen
+            self.popen.wait(timeout=1)
         self._let_log_end()
-        return EngineError(self.command.engine, self.reason() or "its log does not say why")
+        if self.popen.returncode is not None:
+            seen = f"it ended ({self.ending()})"
+        last = last_line("\n".join(self.log))
+        told = f"the last line of its log: {last}" if last else "its log is empty"
+        return EngineError(self.command.engine, self.reason() or f"{seen}; {told}")
 
     def _let_log_end(self) -> None:
         """Waits for the last lines that the process wrote, which may still be on their way."""
@@ -117,6 +127,11 @@ class RunningEngine(ChildProcess):
     def reason(self) -> str | None:
         """Why it ended, from the engine's log; None if no line tells."""
         return reason_of(list(self.log))
+
+    def ending(self) -> str:
+        """How it ended, once it has: the signal's name, or its exit code."""
+        code = self.popen.returncode
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def wait(self) -> int:
         """The engine's exit code, once it has ended."""

@@ -33,6 +33,21 @@ _PROCESSES = 3 * _GIB
 _SEQUENCES = 64
 
 
+def allow_amx() -> bool:
+    """Asks Linux to let this process use AMX.
+
+    On a CPU that has it, vLLM 0.32's attention uses it in bfloat16 without asking, which ends the
+    engine at its first request (illegal instruction), unless something else in the process asked
+    before.
+
+    Returns:
+        Whether the process may use it; False on CPUs without AMX.
+    """
+    import torch  # whose import takes seconds: this module also plans for engines yet to start
+
+    return bool(torch.cpu._init_amx())
+
+
 def thread_binding(ranks: int) -> str | None:
     """VLLM_CPU_OMP_THREADS_BIND for so many ranks on this machine.
 

@@ -3,8 +3,9 @@
     pip install besa[vllm]
     vllm serve SPARSE          # nothing to import, no flag
 
-vLLM calls `register` once or more in each of its processes, whatever the model; all that it does is
-to make the quantization method "besa" known. See besa.serve.vllm.config for the rest.
+vLLM calls `register` once or more in each of its processes, whatever the model. It makes the
+quantization method "besa" known (see besa.serve.vllm.config for the rest), and asks Linux for AMX,
+which vLLM 0.32 computes attention with but does not ask for.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import warnings
 
 from besa.errors import BesaWarning
+from besa.serve.vllm.cpu import allow_amx
 from besa.serve.vllm.engine import VERSIONS, version_warning
 
 
 def register() -> None:
     """Makes vLLM know packed checkpoints; a warning where this vLLM is not one that besa knows."""
+    allow_amx()
     found = _version()
     if (message := version_warning(found)) is not None:
         warnings.warn(message, BesaWarning, stacklevel=2)

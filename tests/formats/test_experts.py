@@ -128,4 +128,6 @@ def test_inputs_that_are_sorted_by_expert(bias: bool):
     rows = torch.einsum("eoi,eti->eto", dense.up, x) + (dense.added[:, None] if bias else 0)
     gate, up = rows.chunk(2, -1)
     expected = torch.einsum("eoi,eti->eto", dense.down, nn.functional.gelu(gate) * up)
-    torch.testing.assert_close(module(x.flatten(0, 1)), expected.detach().flatten(0, 1))
+    torch.testing.assert_close(
+        module(x.flatten(0, 1)), expected.detach().flatten(0, 1), atol=1e-4, rtol=1e-4
+    )

@@ -33,6 +33,23 @@ def test_why_it_did_not_start():
     assert str(caught.value) == "transformers did not start: too few cores"
 
 
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        (
+            "import os; print('loads', flush=True); os.abort()",
+            "(SIGABRT); the last line of its log: loads",
+        ),
+        ("raise SystemExit(3)", "(exit code 3); its log is empty"),
+    ],
+)
+def test_what_is_seen_where_the_log_does_not_say_why(program: str, reason: str):
+    config = ServeConfig("sparse", port=9)
+    with RunningEngine(command(program), config) as engine, pytest.raises(EngineError) as caught:
+        engine.wait_until_ready()
+    assert caught.value.reason == f"it ended {reason}"
+
+
 @pytest.mark.parametrize("verbose", [False, True])
 def test_where_its_log_is(sparse: Path, monkeypatch: pytest.MonkeyPatch, verbose: bool):
     """Only where it was not shown already."""

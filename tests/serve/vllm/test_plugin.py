@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import torch
 
 from besa.serve.vllm.engine import VERSIONS, fits
 from tests.helpers import REPOSITORY
@@ -21,16 +22,34 @@ CALL = "from importlib.metadata import entry_points as e; {}; print('goes on')"
 REGISTER = "[p.load()() for p in e(group='vllm.general_plugins') if p.name == 'besa']"
 
 
-def register(directory: Path, version: str) -> subprocess.CompletedProcess[str]:
+def register(
+    directory: Path, version: str, program: str = CALL.format(REGISTER)
+) -> subprocess.CompletedProcess[str]:
     """What vLLM does when it starts, with a vLLM that has nothing of what besa needs."""
     (directory / "vllm").mkdir()
     (directory / "vllm" / "__init__.py").write_text(f"__version__ = '{version}'\n")
     return subprocess.run(
-        [sys.executable, "-c", CALL.format(REGISTER)],
+        [sys.executable, "-c", program],
         env={**os.environ, "PYTHONPATH": str(directory)},
         capture_output=True,
         text=True,
     )
+
+
+# Linux's arch_prctl: what the process may use of the CPU, a bit each.
+PERMISSIONS = """
+import ctypes; found = ctypes.c_ulong()
+assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(found)) == 0
+print("AMX" if found.value >> 18 & 1 else "no AMX")
+"""
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="a CPU without AMX")
+def test_processes_may_use_amx(tmp_path: Path):
+    """Whatever the model: vLLM's attention uses it unasked."""
+    program = "\n".join([PERMISSIONS, CALL.format(REGISTER), PERMISSIONS])
+    finished = register(tmp_path, f"{VERSIONS[0]}.1", program)
+    assert finished.stdout.splitlines() == ["no AMX", "goes on", "AMX"], finished.stderr
 
 
 @pytest.mark.parametrize("version", ["0.11.2", "0.99.0", "dev"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,11 +96,23 @@ def records_on_the_cpu(wanted: bool) -> Iterator[None]:
         gpu.usable, gpu.tuned = before
 
 
+def start_ranks_from_one_import() -> None:
+    """Ranks begin as forks of a process that has imported vLLM, instead of importing it each."""
+    from vllm.v1.executor import multiproc_executor
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["vllm.v1.worker.cpu_worker", "vllm.v1.executor.multiproc_executor"]
+    )
+    multiproc_executor.get_mp_context = lambda: context
+
+
 def main(jobs: Path, results: Path) -> None:
     # vLLM learns what each architecture can do in a process of its own, to leave CUDA alone: 10 s.
     from vllm.model_executor.models import registry
 
     registry._run_in_subprocess = lambda inspect: inspect()
+    start_ranks_from_one_import()
     done = []
     for job in json.loads(jobs.read_text()):
         try:
