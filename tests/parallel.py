@@ -1,7 +1,9 @@
 """How the workers of pytest-xdist share a machine; `make test` starts two of them.
 
 A worker gets whole files (`--dist loadfile`), so that what the tests of a file share, a server or
-a model, is made once. The files that take longest come first, so that the workers end together.
+a model, is made once. The file whose tests are to be alone comes first, beside files of many short
+tests, which soon leave the room; then those files that take longest, so that the workers end
+together.
 
 A test marked `alone` measures time or memory. No other test runs while it does, or its fixtures:
 
@@ -26,16 +28,26 @@ from typing import IO
 
 import pytest
 
-# Where the long tests are, the longest first; the other folders follow as they come.
-LONGEST_FIRST = ("tests/serve/", "tests/bench/", "tests/demo/", "tests/test_packaging.py")
+# Files in the order in which workers take them; the others follow as they come.
+FIRST = (
+    "tests/bench/test_cli.py",  # to be alone
+    "tests/pruning/test_every_type.py",  # short
+    "tests/pruning/test_families.py",  # short
+    "tests/kernels/test_sparse_linear.py",  # short
+    "tests/serve/",  # long
+    "tests/demo/",
+    "tests/kernels/test_arm.py",
+    "tests/benchmarks/",
+    "tests/test_packaging.py",
+)
 
 # The folder with the locks; set where there are workers.
 LOCKS = "BESA_TEST_LOCKS"
 
 
-def longest_first(item: pytest.Item) -> int:
+def place_of(item: pytest.Item) -> int:
     """The place of a test's file among the others."""
-    starts = [item.nodeid.startswith(place) for place in LONGEST_FIRST]
+    starts = [item.nodeid.startswith(place) for place in FIRST]
     return starts.index(True) if any(starts) else len(starts)
 
 
@@ -49,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=longest_first)  # stable: inside a file nothing moves
+    items.sort(key=place_of)  # stable: inside a file nothing moves
 
 
 @pytest.hookimpl(wrapper=True)

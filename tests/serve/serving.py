@@ -207,7 +207,7 @@ def ready(served: Served) -> Served:
 def rests(served: Served, **sampling: Any) -> None:
     """Asserts that the engine rests soon after its only client has gone, again and again.
 
-    What is held to a limit is time of the processor. Eight answers that went on would take seconds.
+    What is held to a limit is time of the processor. Eight answers that went on would take more.
     """
 
     def used() -> float:
@@ -224,10 +224,17 @@ def rests(served: Served, **sampling: Any) -> None:
         )
         next(iter(stream))
         stream.close()
-    time.sleep(1)
-    before = used()
-    time.sleep(2)
-    assert used() - before < 0.5
+    before = now = used()
+
+    def is_idle() -> bool:
+        nonlocal now
+        earlier = now
+        time.sleep(0.5)
+        now = used()
+        return now - earlier < 0.05
+
+    served.wait_for(is_idle)
+    assert now - before < 1
 
 
 def finishes(served: Served, dense: Path) -> None:

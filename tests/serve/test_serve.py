@@ -422,7 +422,6 @@ def test_many_of_whom_half_give_up(server: Served, dense: Path):
     check(server, dense)
 
 
-@pytest.mark.alone  # threads that spin beside another program's use up processor time, too
 def test_who_gives_up_costs_nothing_more(server: Served):
     serving.rests(server, seed=1)
 

@@ -137,7 +137,6 @@ def test_prompts_of_tokens(server: Served):
         assert server.request("POST", "/v1/completions", body)[0] == 400, prompt
 
 
-@pytest.mark.alone  # threads that spin beside another program's use up processor time, too
 def test_who_gives_up_costs_nothing_more(server: Served):
     serving.rests(server)
 
