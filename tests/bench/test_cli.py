@@ -24,7 +24,6 @@ from besa.processes.usage import family
 from besa.serve.vllm.engine import vllm_version
 from tests.bench.stubs import bench, entries, lateness, start_bench, stub
 from tests.helpers import PATIENCE
-from tests.serve.serving import ONE_PROCESS
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None and importlib.util.find_spec("guidellm") is None,
@@ -332,8 +331,7 @@ def test_a_random_shape_in_vllm(
     temporary = tempfile.mkdtemp()  # vLLM's sockets are here, whose paths have 107 characters
     request.addfinalizer(lambda: shutil.rmtree(temporary))
     monkeypatch.setenv("TMPDIR", temporary)
-    for name, value in {**ONE_PROCESS, "TORCHDYNAMO_DISABLE": "1"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     done, results = bench(
         tmp_path / "out", "--shape", tmp_path / "config.json", "--pattern", "2:4",
         "--engine", "vllm", "--engine-args=--enforce-eager --max-model-len 64", "--rounds", 1,

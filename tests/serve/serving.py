@@ -46,10 +46,6 @@ ENGINES = [
 PROMPTS = ["The function returns", "import os\n", "If the file does not", "class Test(", "def "]
 NEW_TOKENS = 24
 
-# Has vLLM compute in its engine's process, in place of another that imports all of it once more: a
-# third of its start. Several ranks cannot, see `test_besa_is_killed`.
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-
 # The simplest there is: each message is a line.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 

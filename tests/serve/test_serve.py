@@ -50,7 +50,6 @@ def server(
         tmp_path_factory.mktemp(engine),
         *("--dtype", "float32", *own),
         BESA_API_KEY=KEY,
-        **serving.ONE_PROCESS,
     )
     served.key = KEY
     try:
