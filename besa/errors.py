@@ -19,6 +19,10 @@ class BesaError(Exception):
     """One line: what is wrong and what to do. The command line prints it and exits with 2."""
 
 
+class PeerLostError(Exception):
+    """Another process of the group ended, and this one cannot go on without it."""
+
+
 class BesaWarning(UserWarning):
     """One line: what goes on, but not as it should. The command line prints it as such."""
 
@@ -62,7 +66,7 @@ def one_line(what: str) -> Iterator[None]:
     """Turns whatever a library raises inside into `what` and the first line of its reason."""
     try:
         yield
-    except BesaError:
+    except (BesaError, PeerLostError):
         raise
     except Exception as error:  # noqa: BLE001 - libraries raise what their many layers raise
         raise BesaError(f"{what}: {reason_of(error)}") from None
