@@ -10,7 +10,8 @@ the next block. The stream has thus already gone through the pruned blocks. A bl
 the dense block makes of that same stream, or with a dense teacher its output in the dense model,
 for which a second stream goes through the dense blocks.
 
-Of several processes (`besa.processes.ranks`) each has a part of the samples, and all have the block.
+Of several processes (`besa.processes.ranks`) each has a part of the samples, and all of them have
+the block.
 """
 
 from __future__ import annotations

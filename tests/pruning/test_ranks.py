@@ -1,0 +1,259 @@
+"""Several processes prune and evaluate like one: the same masks, one voice, no hang, resumable."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.agents import Launch
+from tests.helpers import (
+    Process,
+    digests,
+    random_model,
+    record_of,
+    run,
+    save_with_tokenizer,
+    start,
+    stored,
+    write_task,
+)
+
+BLOCKS = 2
+
+
+@dataclass
+class Case:
+    """A command and where its output goes."""
+
+    model: Path
+    directory: Path
+    calibration: Path
+    options: list[str] = field(default_factory=list)
+    name: str = "out"
+
+    @property
+    def out(self) -> Path:
+        return self.directory / self.name
+
+    @property
+    def partial(self) -> Path:
+        return self.directory / f"{self.name}.partial"
+
+    def arguments(self) -> list[object]:
+        """18 samples: 16 are learned from, in steps of 3, and 2 are held out; none divides well."""
+        given = {"--out": self.out, "--calibration": self.calibration, "--seqlen": 32}
+        given |= {"--samples": 18, "--step-samples": 3, "--device": "cpu"}
+        flat = [part for pair in given.items() for part in pair]
+        return ["prune", self.model, *flat, *self.options]
+
+    def run(self, launch: Launch | None = None) -> Process:
+        return run(*self.arguments(), cwd=self.directory, launch=launch)
+
+    def start(self, launch: Launch | None = None) -> Process:
+        return start(*self.arguments(), cwd=self.directory, launch=launch)
+
+    def finished(self, block: int) -> bool:
+        return (self.partial / f"block-{block:05d}.finished.json").exists()
+
+
+def agreement(ours: Path, theirs: Path) -> float:
+    """The share of weights that both checkpoints keep or both prune."""
+    pairs = [(tensor, stored(theirs)[name]) for name, tensor in stored(ours).items()]
+    same = sum(int(((a == 0) == (b == 0)).sum()) for a, b in pairs)
+    return same / sum(a.numel() for a, _ in pairs)
+
+
+def workers(process: Process) -> list[psutil.Process]:
+    """The processes that an agent started, by their ranks."""
+    found = psutil.Process(process.pid).children()
+    ranked = [each for each in found if each.environ().get("RANK") is not None]
+    return sorted(ranked or found, key=lambda each: each.pid)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fused experts, of which a process may see none in a step."""
+    directory = tmp_path_factory.mktemp("models") / "mixtral"
+    return save_with_tokenizer(random_model("mixtral"), directory, tiny_model)
+
+
+@pytest.fixture
+def case(model: Path, calibration: Path, tmp_path: Path) -> Case:
+    return Case(model, tmp_path, calibration)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The same command by one, by two and by four processes."""
+
+    one: Path
+    two: Path
+    four: Path
+    of_two: Process
+
+
+@pytest.fixture(scope="module")
+def runs(model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    directory = tmp_path_factory.mktemp("runs")
+    outs, processes = [], []
+    for name, launch in (("one", None), ("two", Launch(2)), ("four", Launch(4))):
+        case = Case(model, directory, calibration, name=name)
+        processes.append(case.run(launch))
+        assert processes[-1].returncode == 0, processes[-1].errors
+        outs.append(case.out)
+    return Runs(*outs, processes[1])
+
+
+@pytest.mark.slow
+def test_several_processes_prune_like_one(runs: Runs):
+    one = record_of(runs.one)
+    for count, out in ((2, runs.two), (4, runs.four)):
+        assert agreement(runs.one, out) >= 0.999
+        record = record_of(out)
+        assert record["processes"] == count
+        assert record["settings"] == one["settings"]
+        assert record["sparsity"] == one["sparsity"]
+        for ours, theirs in zip(record["blocks"], one["blocks"], strict=True):
+            assert ours["error"] == pytest.approx(theirs["error"], rel=0.02)
+            assert ours["error_wanda"] == pytest.approx(theirs["error_wanda"], rel=0.001)
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.001)
+            assert [x["expert_tokens"] for x in ours["linears"] if "expert_tokens" in x] == [
+                x["expert_tokens"] for x in theirs["linears"] if "expert_tokens" in x
+            ]
+    assert "processes" not in one
+
+
+@pytest.mark.slow
+def test_one_process_speaks(runs: Runs):
+    lines = runs.of_two.errors.splitlines()
+    assert sum("besa prune: 2 processes share steps of 3 samples" in line for line in lines) == 1
+    assert [bool(re.match(rf"block \d/{BLOCKS}  ", line)) for line in lines].count(True) == BLOCKS
+    assert runs.of_two.output.count("weights pruned") == 1
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(case: Case, runs: Runs):
+    process = case.start(Launch(2))
+    assert process.wait_for(lambda: case.finished(0)), process.errors
+    group = workers(process)
+    group[-1].kill()
+    assert process.wait() != 0
+    assert not psutil.wait_procs(group, timeout=0)[1]
+    assert not case.out.exists()
+    assert process.errors.count("another process of the group ended") <= 1
+    assert "Traceback" not in process.errors
+
+    gone_on = case.run(Launch(4))
+    assert gone_on.returncode == 0, gone_on.errors
+    assert gone_on.errors.count("finished before, replayed") == 1
+    assert agreement(runs.one, case.out) >= 0.999
+    assert record_of(case.out)["processes"] == 4
+    assert not case.partial.exists()
+
+
+@pytest.mark.slow
+def test_torchruns_restart_goes_on_and_a_number_of_processes_gives_the_same_bytes(
+    case: Case, runs: Runs
+):
+    process = case.start(Launch(2, max_restarts=1))
+    assert process.wait_for(lambda: case.finished(0)), process.errors
+    workers(process)[0].send_signal(signal.SIGKILL)  # the one that holds the lock
+    assert process.wait() == 0, process.errors
+    assert process.errors.count("finished before, replayed") == 1
+    assert digests(case.out) == digests(runs.two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--samples", "1"], "2 processes share 1 samples to learn from: give more --samples"),
+        (["--effort", "high"], "--effort high trains the pruned model as a whole, in one process"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    ],
+)
+def test_an_error_is_one_line_once(case: Case, options: list[str], said: str):
+    case.options = options
+    process = case.run(Launch(2))
+    ours = [line for line in process.errors.splitlines() if line.startswith("besa prune")]
+    assert len(ours) == 1, process.errors
+    assert said in ours[0]
+    assert "exitcode  : 2" in process.errors
+    assert not case.out.exists()
+
+
+@pytest.mark.slow
+def test_other_commands_are_one_processs_work(case: Case):
+    process = run("export", case.model, "--out", case.out, cwd=case.directory, launch=Launch(2))
+    assert process.errors.count("besa export is one process's work") == 1
+
+
+@pytest.mark.slow
+def test_evaluation_is_the_same(model: Path, runs: Runs, tmp_path: Path):
+    questions = [
+        {"question": f"{n} and", "choices": [str(n), "one"], "answer": n % 2} for n in range(7)
+    ]
+    command = ["eval", model, runs.one, "--seqlen", 32, "--limit", 5, "--json", "--device", "cpu"]
+    command += ["--tasks", "own_task", "--task-path", write_task(tmp_path, questions)]
+    one = run(*command, cwd=tmp_path)
+    assert one.returncode == 0, one.errors
+    two = run(*command, cwd=tmp_path, launch=Launch(2))
+    assert two.returncode == 0, two.errors
+    assert json.loads(two.output) == json.loads(one.output)
+
+
+# ------------------------------------------------------------------------------ two machines
+
+
+@pytest.fixture
+def machines() -> Iterator[tuple[str, str]]:
+    """Two network namespaces, `a` with 10.77.0.1 and `b` with 10.77.0.2, joined by a cable."""
+    if shutil.which("ip") is None:
+        pytest.skip("there is no `ip` here")
+    a, b = names = "besa-test-a", "besa-test-b"
+
+    def ip(*words: str) -> int:
+        return subprocess.run(["ip", *words], capture_output=True, check=False).returncode
+
+    try:
+        if any(ip("netns", "add", name) for name in names):
+            pytest.skip("this machine lets nobody make network namespaces")
+        ends = ("link", "add", "besa0", "netns", a, "type", "veth", "peer", "name", "besa0")
+        if ip(*ends, "netns", b):
+            pytest.skip("this machine lets nobody join network namespaces")
+        for number, name in enumerate(names, start=1):
+            inside = ("-n", name)
+            assert not ip(*inside, "addr", "add", f"10.77.0.{number}/24", "dev", "besa0")
+            assert not ip(*inside, "link", "set", "besa0", "up")
+            assert not ip(*inside, "link", "set", "lo", "up")
+        yield a, b
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+@pytest.mark.slow
+def test_two_machines(case: Case, runs: Runs, machines: tuple[str, str]):
+    agents = [
+        case.start(
+            Launch(
+                nproc_per_node=1,
+                nnodes=2,
+                rdzv_endpoint="10.77.0.1:29677",  # of a network of its own
+                network=network,
+                address=f"10.77.0.{number}",
+            )
+        )
+        for number, network in enumerate(machines, start=1)
+    ]
+    assert [agent.wait() for agent in agents] == [0, 0], [agent.errors for agent in agents]
+    assert digests(case.out) == digests(runs.two)
