@@ -21,6 +21,7 @@ class Launch:
     """torchrun's flags, by their names there.
 
     Attributes:
+        is_host: of several machines, this one is that of the endpoint.
         network: the network namespace to be in, as `ip netns` names it; None: this one.
         address: of this machine there.
     """
@@ -30,6 +31,7 @@ class Launch:
     max_restarts: int = 0
     rdzv_endpoint: str = "localhost:0"
     rdzv_id: str = "besa"
+    is_host: bool = True
     network: str | None = None
     address: str = "localhost"
 
@@ -47,6 +49,7 @@ def become_agent(launch: Launch, arguments: Sequence[str]) -> int:
         nproc_per_node=launch.nproc_per_node,
         rdzv_backend="c10d",
         rdzv_endpoint=launch.rdzv_endpoint,
+        rdzv_configs={"is_host": launch.is_host},
         run_id=launch.rdzv_id,
         max_restarts=launch.max_restarts,
         monitor_interval=0.05,

@@ -189,9 +189,9 @@ class _Pipeline:
         """Prunes every block that is not finished yet; gives the records of all shards."""
         shards = [self._copy_others()]
         windows = self._samples(windows)
-        warn_of_idle(self.config, windows.shape[1], self.ranks)
         step, held_out = self.config.step_samples, held_out_of(self.config)
         batches, self.groups = batches_of(windows, held_out, step, self.ranks)
+        warn_of_idle(self.config, windows.shape[1], self.ranks)
         with self.checkpoint.loaded_base() as base:
             hidden, self.calls = capture(base, list(self.checkpoint.blocks), batches)
         streams = self._streams(hidden)
