@@ -17,7 +17,7 @@ _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 
 
 @dataclass(frozen=True)
-class Launch:
+class Torchrun:
     """torchrun's flags, by their names there.
 
     Attributes:
@@ -36,7 +36,7 @@ class Launch:
     address: str = "localhost"
 
 
-def become_agent(launch: Launch, arguments: Sequence[str]) -> int:
+def become_agent(launch: Torchrun, arguments: Sequence[str]) -> int:
     """Runs `besa ARGUMENTS` as `torchrun` would; gives its exit code."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

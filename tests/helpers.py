@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from tests.agents import Launch, become_agent
+from tests.agents import Torchrun, become_agent
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -90,7 +90,7 @@ def start(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     largest_file: int | None = None,
-    launch: Launch | None = None,
+    launch: Torchrun | None = None,
 ) -> Process:
     """Starts `besa ARGUMENTS` in `cwd`; its output goes to files there.
 
@@ -178,7 +178,7 @@ def _become_besa(request: Mapping[str, Any]) -> None:
         if request["launch"] is None:
             code = main(request["arguments"])
         else:
-            code = become_agent(Launch(**request["launch"]), request["arguments"])
+            code = become_agent(Torchrun(**request["launch"]), request["arguments"])
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:  # noqa: BLE001 (what the interpreter itself does at the end)

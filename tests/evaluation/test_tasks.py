@@ -12,7 +12,7 @@ import pytest
 
 from besa.evaluation import tasks
 from besa.model.loading import load_model, load_tokenizer
-from tests.agents import Launch, become_agent
+from tests.agents import Torchrun, become_agent
 from tests.helpers import begin_texts, write_task
 
 BOS = 0  # of the tiny model's tokenizer
@@ -56,7 +56,7 @@ def evaluated(arguments: list[str], processes: int, output: Path) -> dict[str, A
     if child == 0:
         try:
             sys.stdout = output.open("w")  # the process that leads writes, and flushes it
-            os._exit(become_agent(Launch(processes), arguments))
+            os._exit(become_agent(Torchrun(processes), arguments))
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0

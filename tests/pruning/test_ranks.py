@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from besa.errors import BesaError
-from besa.processes import launch
+from besa.processes.launch import Launch
 from besa.processes.ranks import Ranks
 from besa.pruning.config import PruneConfig
 from besa.pruning.sharing import check_alike, check_shareable
-from tests.agents import Launch
+from tests.agents import Torchrun
 from tests.helpers import (
     Process,
     digests,
@@ -60,10 +60,10 @@ class Case:
         flat = [part for pair in given.items() for part in pair]
         return ["prune", self.model, *flat, *self.options]
 
-    def run(self, launch: Launch | None = None) -> Process:
+    def run(self, launch: Torchrun | None = None) -> Process:
         return run(*self.arguments(), cwd=self.directory, launch=launch)
 
-    def start(self, launch: Launch | None = None, env: dict[str, str] | None = None) -> Process:
+    def start(self, launch: Torchrun | None = None, env: dict[str, str] | None = None) -> Process:
         return start(*self.arguments(), cwd=self.directory, launch=launch, env=env)
 
     def finished(self, block: int) -> bool:
@@ -109,7 +109,7 @@ class Runs:
 def runs(model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     directory = tmp_path_factory.mktemp("runs")
     outs, processes = [], []
-    for name, launch in (("one", None), ("two", Launch(2)), ("four", Launch(4))):
+    for name, launch in (("one", None), ("two", Torchrun(2)), ("four", Torchrun(4))):
         case = Case(model, directory, calibration, name=name)
         processes.append(case.run(launch))
         assert processes[-1].returncode == 0, processes[-1].errors
@@ -138,7 +138,7 @@ def test_experts_that_a_process_does_not_see(case: Case, tiny_model: Path):
     case.model = save_with_tokenizer(random_model("mixtral"), case.directory / "m", tiny_model)
     case.options = ["--update", "admm", "--seqlen", "6"]
     records = []
-    for name, launch in (("one", None), ("two", Launch(2))):
+    for name, launch in (("one", None), ("two", Torchrun(2))):
         case.name = name
         process = case.run(launch)
         assert process.returncode == 0, process.errors
@@ -162,7 +162,7 @@ def test_one_process_speaks(runs: Runs):
 
 @pytest.mark.slow
 def test_a_killed_process_ends_all_and_one_process_goes_on(case: Case, runs: Runs):
-    process = case.start(Launch(2))
+    process = case.start(Torchrun(2))
     assert process.wait_for(lambda: case.finished(0)), process.errors
     group = workers(process)
     group[-1].kill()
@@ -183,7 +183,7 @@ def test_a_killed_process_ends_all_and_one_process_goes_on(case: Case, runs: Run
 def test_torchruns_restart_goes_on_and_a_number_of_processes_gives_the_same_bytes(
     case: Case, runs: Runs
 ):
-    process = case.start(Launch(2, max_restarts=1))
+    process = case.start(Torchrun(2, max_restarts=1))
     assert process.wait_for(lambda: case.finished(0)), process.errors
     workers(process)[0].send_signal(signal.SIGKILL)  # the one that holds the lock
     assert process.wait() == 0, process.errors
@@ -202,7 +202,7 @@ def test_torchruns_restart_goes_on_and_a_number_of_processes_gives_the_same_byte
 )
 def test_an_error_is_one_line_once(case: Case, options: list[str], said: str):
     case.options = options
-    process = case.run(Launch(2))
+    process = case.run(Torchrun(2))
     ours = [line for line in process.errors.splitlines() if line.startswith("besa prune")]
     assert len(ours) == 1, process.errors
     assert said in ours[0]
@@ -211,14 +211,14 @@ def test_an_error_is_one_line_once(case: Case, options: list[str], said: str):
 
 
 def test_what_one_process_must_do_is_refused():
-    two = Ranks(launch.Launch(0, 2))
-    with pytest.raises(BesaError, match="--effort high trains .* in one process: give --effort"):
+    two = Ranks(Launch(0, 2))
+    with pytest.raises(BesaError, match=r"--effort high trains .* in one process: give --effort"):
         check_shareable(PruneConfig(out="out", effort="high"), two)
     check_shareable(PruneConfig(out="out", effort="high", quantize="int8"), two)  # not trained
 
 
 def test_machines_that_differ_are_told(monkeypatch: pytest.MonkeyPatch):
-    two, settings = Ranks(launch.Launch(0, 2)), {"torch": "2.13.0", "threads": 1}
+    two, settings = Ranks(Launch(0, 2)), {"torch": "2.13.0", "threads": 1}
     for name, value, said in (
         ("torch", "2.12.1", "process 1 has torch = 2.12.1"),
         ("threads", 8, ""),
@@ -231,7 +231,7 @@ def test_machines_that_differ_are_told(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow
 def test_other_commands_are_one_processs_work(case: Case):
-    process = run("export", case.model, "--out", case.out, cwd=case.directory, launch=Launch(2))
+    process = run("export", case.model, "--out", case.out, cwd=case.directory, launch=Torchrun(2))
     assert process.errors.count("besa export is one process's work") == 1
 
 
@@ -240,7 +240,7 @@ def test_evaluation_is_the_same(model: Path, runs: Runs, tmp_path: Path):
     command = ["eval", model, runs.one, "--seqlen", 32, "--limit", 5, "--json", "--device", "cpu"]
     one = run(*command, cwd=tmp_path)
     assert one.returncode == 0, one.errors
-    two = run(*command, cwd=tmp_path, launch=Launch(2))
+    two = run(*command, cwd=tmp_path, launch=Torchrun(2))
     assert two.returncode == 0, two.errors
     assert json.loads(two.output) == json.loads(one.output)
 
@@ -279,7 +279,7 @@ def machines() -> Iterator[tuple[str, str]]:
 def test_two_machines(case: Case, runs: Runs, machines: tuple[str, str]):
     agents = []
     for number, network in enumerate(machines, start=1):
-        launch = Launch(
+        launch = Torchrun(
             nproc_per_node=1,
             nnodes=2,
             rdzv_endpoint="10.77.0.1:29677",  # of a network of its own
