@@ -100,8 +100,8 @@ def batches_of(
     size, seen = windows_at_once(windows.shape[1]), len(windows) - held_out
     if seen < ranks.size:
         raise BesaError(
-            f"{ranks.size} processes share {seen} samples to learn from: give more --samples, or "
-            "start fewer processes"
+            f"{ranks.size} processes need as many samples to learn from, not {seen}: give more "
+            "--samples, or start fewer processes"
         )
     tokens: list[Tensor] = []
 

@@ -42,5 +42,5 @@ def test_a_step_has_the_same_windows_however_many_processes_share_it(size: int, 
 
 
 def test_each_process_needs_a_sample_to_learn_from():
-    with pytest.raises(BesaError, match="5 processes share 4 samples"):
+    with pytest.raises(BesaError, match="5 processes need as many samples to learn from, not 4"):
         batches_of(WINDOWS[:5], held_out=1, ranks=Ranks(Launch(0, 5)))

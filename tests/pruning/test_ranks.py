@@ -195,7 +195,10 @@ def test_torchruns_restart_goes_on_and_a_number_of_processes_gives_the_same_byte
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--samples", "1"], "2 processes share 1 samples to learn from: give more --samples"),
+        (
+            ["--samples", "1"],
+            "2 processes need as many samples to learn from, not 1: give more --sam",
+        ),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     ],
     ids=["while they are joined", "before they are"],
