@@ -35,6 +35,8 @@ class Interrupted(KeyboardInterrupt):
 def interruptible(how_to_go_on: str) -> Iterator[None]:
     """Turns Ctrl-C inside into `Interrupted`, also where a library makes another error of it.
 
+    The end of another process of the group gets the same word on how to go on.
+
     torch, for one, asks a sequence for its length, and whatever comes of it is a ValueError.
     """
     pressed = False
@@ -55,6 +57,8 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
     except BaseException as error:
         if pressed or isinstance(error, KeyboardInterrupt):
             raise Interrupted(f"interrupted; {how_to_go_on}") from None
+        if isinstance(error, PeerLostError):
+            raise PeerLostError(f"{error}; {how_to_go_on}") from error
         raise
     finally:
         if usual:

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         _say(f"besa {args.command}: {error}")
         return 2
     except PeerLostError as error:
-        _say(f"besa {args.command}: {error}: start the same command again")
+        _say(f"besa {args.command}: {error}")
         return 1
     except BrokenPipeError:  # `besa eval … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
