@@ -64,6 +64,7 @@ from besa.pruning.allocate import (
     rank_buckets,
     rate_mask,
 )
+from besa.pruning.batches import Group
 from besa.pruning.learn import learn_step
 from besa.pruning.masked import WeightFactory, masked
 
@@ -164,7 +165,7 @@ def besa_steps(block: Block, representation: Sequence[Tensor], target: Tensor) -
     ]
     learner = RateLearner(matrices, SPARSITY)
     while True:
-        yield learn_step(learner, block.forward, 0, target)
+        yield learn_step(learner, block.forward, Group(len(target), range(1)), [target])
 
 
 # ---- the dense way

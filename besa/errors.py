@@ -19,6 +19,10 @@ class BesaError(Exception):
     """One line: what is wrong and what to do. The command line prints it and exits with 2."""
 
 
+class PeerLostError(Exception):
+    """Another process of the group ended, and this one cannot go on without it."""
+
+
 class BesaWarning(UserWarning):
     """One line: what goes on, but not as it should. The command line prints it as such."""
 
@@ -30,6 +34,8 @@ class Interrupted(KeyboardInterrupt):
 @contextmanager
 def interruptible(how_to_go_on: str) -> Iterator[None]:
     """Turns Ctrl-C inside into `Interrupted`, also where a library makes another error of it.
+
+    The end of another process of the group gets the same word on how to go on.
 
     torch, for one, asks a sequence for its length, and whatever comes of it is a ValueError.
     """
@@ -51,6 +57,8 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
     except BaseException as error:
         if pressed or isinstance(error, KeyboardInterrupt):
             raise Interrupted(f"interrupted; {how_to_go_on}") from None
+        if isinstance(error, PeerLostError):
+            raise PeerLostError(f"{error}; {how_to_go_on}") from error
         raise
     finally:
         if usual:
@@ -62,7 +70,7 @@ def one_line(what: str) -> Iterator[None]:
     """Turns whatever a library raises inside into `what` and the first line of its reason."""
     try:
         yield
-    except BesaError:
+    except (BesaError, PeerLostError):
         raise
     except Exception as error:  # noqa: BLE001 - libraries raise what their many layers raise
         raise BesaError(f"{what}: {reason_of(error)}") from None

@@ -17,6 +17,7 @@ from typing import IO, Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from besa.processes.launch import launch_of
 from besa.typed_json import to_json
 
 # Phases of a pruning run that mean something to the display.
@@ -73,7 +74,13 @@ Tell = Callable[[Event], None]
 
 @contextmanager
 def progress_for(file: IO[str]) -> Iterator[Tell]:
-    """A receiver of `besa.prune`'s events that shows them on `file`."""
+    """A receiver of `besa.prune`'s events that shows them on `file`.
+
+    Of processes that share the run, the first one shows them.
+    """
+    if not launch_of().leads:
+        yield lambda event: None
+        return
     console = Console(file=file)
     if not console.is_terminal:
         yield _Plain(file)

@@ -21,10 +21,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
+
+from tests.agents import Torchrun, become_agent
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -88,12 +90,14 @@ def start(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     largest_file: int | None = None,
+    launch: Torchrun | None = None,
 ) -> Process:
     """Starts `besa ARGUMENTS` in `cwd`; its output goes to files there.
 
     Args:
         env: what its environment has more.
         largest_file: the bytes that a file of it may have (RLIMIT_FSIZE).
+        launch: how torchrun starts it; None: as one process.
     """
     number = len(list(cwd.glob("stdout-*")))
     stdout, stderr = cwd / f"stdout-{number}", cwd / f"stderr-{number}"
@@ -103,6 +107,7 @@ def start(
         "env": dict(env or {}),
         "largest_file": largest_file,
         "files": [str(stdout), str(stderr)],
+        "launch": launch and asdict(launch),
     }
     command = shlex.join(["besa", *request["arguments"]])
     return Process(command, _ask(request)["pid"], stdout, stderr)
@@ -170,7 +175,10 @@ def _become_besa(request: Mapping[str, Any]) -> None:
         if request["largest_file"] is not None:
             limit = request["largest_file"]
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        code = main(request["arguments"])
+        if request["launch"] is None:
+            code = main(request["arguments"])
+        else:
+            code = become_agent(Torchrun(**request["launch"]), request["arguments"])
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:  # noqa: BLE001 (what the interpreter itself does at the end)

@@ -13,17 +13,21 @@ from importlib import import_module
 from typing import NoReturn, TextIO
 
 from besa import telemetry
-from besa.errors import BesaError, BesaWarning
+from besa.errors import BesaError, BesaWarning, PeerLostError
+from besa.processes.launch import first_to_speak, launch_of
 from besa.version import __version__
 
 COMMANDS = ("prune", "recover", "export", "serve", "bench", "eval", "demo", "doctor")
+
+# Those whose work several processes can share.
+SHARED = ("prune", "eval")
 
 
 class _Parser(argparse.ArgumentParser):
     """Bad flags are one line and exit code 2, like every other user error."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        _say(f"{self.prog}: {message} (see `{self.prog} --help`)")
         raise SystemExit(2)
 
 
@@ -51,15 +55,21 @@ def main(argv: list[str] | None = None) -> int:
         args.engine_flags = unknown
     elif unknown:
         words = f"unrecognized arguments: {' '.join(unknown)} (see `besa {args.command} --help`)"
-        print(f"besa {args.command}: {words}", file=sys.stderr)
+        _say(f"besa {args.command}: {words}")
         return 2
     telemetry.turn_off()
+    if launch_of().size > 1 and args.command not in SHARED:
+        _say(f"besa {args.command} is one process's work: start it without torchrun")
+        return 2
     try:
         with _warnings_of(args.command):
             return int(args.run(args) or 0)
     except BesaError as error:
-        print(f"besa {args.command}: {error}", file=sys.stderr)
+        _say(f"besa {args.command}: {error}")
         return 2
+    except PeerLostError as error:
+        _say(f"besa {args.command}: {error}")
+        return 1
     except BrokenPipeError:  # `besa eval … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -67,11 +77,17 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno != errno.ENAMETOOLONG:
             raise
         words = f"the name {error.filename} is too long for this file system: give a shorter one"
-        print(f"besa {args.command}: {words}", file=sys.stderr)
+        _say(f"besa {args.command}: {words}")
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"besa {args.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        _say(f"besa {args.command}: {str(interrupt) or 'interrupted'}")
         return 130
+
+
+def _say(line: str) -> None:
+    """Says why the command ends, in one of the processes that share it."""
+    if first_to_speak():
+        print(line, file=sys.stderr)
 
 
 @contextmanager
@@ -87,7 +103,8 @@ def _warnings_of(command: str) -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if issubclass(category, BesaWarning):
-            print(f"besa {command}: {message}", file=sys.stderr)
+            if launch_of().leads:
+                print(f"besa {command}: {message}", file=sys.stderr)
         else:
             usual(message, category, filename, lineno, file, line)
 

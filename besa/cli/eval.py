@@ -6,6 +6,7 @@ do not overlap. Several checkpoints stand side by side, with their difference to
     besa eval DENSE WANDA BESA --text FILE --seqlen 2048
     besa eval PRUNED --text wikitext2 --text c4 --json
     besa eval PRUNED --tasks piqa,arc_easy,hellaswag
+    torchrun --nproc-per-node 2 -m besa eval DENSE PRUNED --seqlen 2048
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from besa.evaluation.config import EvalConfig
+from besa.processes.launch import launch_of
 from besa.settings import add_flags, given
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     config = EvalConfig(**given(EvalConfig, args))
     with _progress() as progress:
         results = evaluate(args.models, config, progress)
+    if not launch_of().leads:
+        return 0
     if args.json:
         print(json.dumps({"results": [_record(r) for r in results], "versions": _versions(config)}))
     else:
@@ -205,7 +209,13 @@ def _task_table(results: list[Result]) -> Table:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, str, int, int], None]]:
-    """A bar on standard error; where that is no terminal, a line for each tenth of the way."""
+    """A bar on standard error; where that is no terminal, a line for each tenth of the way.
+
+    Of processes that share the work, the first one shows it.
+    """
+    if not launch_of().leads:
+        yield lambda model, text, done, total: None
+        return
     if not sys.stderr.isatty():
         yield _print_progress
         return

@@ -6,7 +6,9 @@ besa prune MODEL --out PRUNED --pattern 2:4 --effort high
 besa prune MODEL --out PRUNED --quantize int4:64
 
 MODEL is a Hugging Face directory with safetensors, or a hub id when online. An interrupted run
-goes on when the same command is typed again.
+goes on when the same command is typed again. Several processes share the samples:
+
+torchrun --nproc-per-node 2 -m besa prune MODEL --out PRUNED
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from besa.processes.launch import launch_of
 from besa.pruning.config import PruneConfig
 from besa.settings import add_flags, given
 
@@ -31,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
     with progress_for(sys.stderr) as tell:
         result = prune(args.model, config, tell)
+    if not launch_of().leads:
+        return 0
     record = result.record
     print(
         f"{result.out}: {record.sparsity.zeros:,} of {record.sparsity.weights:,} "

@@ -5,6 +5,10 @@
 ...     print(result.model, result.perplexity.perplexity, "±", result.perplexity.standard_error)
 path/to/model ... ± ...
 path/to/pruned ... ± ...
+
+    torchrun --nproc-per-node 2 -m besa eval MODEL PRUNED
+
+Several processes share the windows and the tasks' questions; each holds the whole model.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from besa.formats.experts import SparseExperts
 from besa.formats.module import SparseLinear
 from besa.model import loading
 from besa.model.files import model_directory
+from besa.processes.ranks import ALONE, Ranks, joined
 
 # A model minds that windows lack its beginning token if that costs it more than so many nats a
 # token on the first windows. What the token itself takes from a window is far less.
@@ -101,8 +106,19 @@ def evaluate(
 
     Raises:
         BesaError: one of the models, texts, tasks or the device is not what it should be.
+        PeerLostError: of processes that share the work, another one ended.
     """
-    device = loading.pick_device(config.device)
+    with joined() as ranks:
+        return _evaluate(models, config, progress, ranks)
+
+
+def _evaluate(
+    models: Sequence[str],
+    config: EvalConfig,
+    progress: Callable[[str, str, int, int], None] | None,
+    ranks: Ranks,
+) -> list[Result]:
+    device = loading.pick_device(ranks.device(config.device))
     directories = [model_directory(model) for model in models]
     trust = config.trust_remote_code
     seqlen = _common_seqlen(models, directories, config.seqlen, trust)
@@ -125,7 +141,7 @@ def evaluate(
         model = loading.load_model(directory, config.dtype, device, trust)
         if index == 0 and config.bos == "auto" and with_bos:
             with loading.fitting_in_memory(name, "lower --batch-size or --seqlen"):
-                cost = bos_cost(model, windows[0][0], plain[0][0], config.batch_size)
+                cost = bos_cost(model, windows[0][0], plain[0][0], config.batch_size, ranks)
             with_bos = cost.minds
         windows = windows if with_bos else plain
         own = windows[index]
@@ -133,7 +149,7 @@ def evaluate(
         for text, batch in zip(config.texts, own, strict=True):
             report = partial(progress, name, text) if progress else None
             with loading.fitting_in_memory(name, "lower --batch-size or --seqlen"):
-                losses = window_losses(model, batch, config.batch_size, report)
+                losses = window_losses(model, batch, config.batch_size, report, ranks)
             measured.append(Perplexity.of(losses, seqlen))
         scores = tasks_bos = None
         if manager is not None:
@@ -145,6 +161,7 @@ def evaluate(
                 config.num_fewshot,
                 config.batch_size,
                 config.bos,
+                ranks,
             )
             tasks_bos = tokens[index] is not None
         zeros = sparsity(model) if (directory / "besa.json").is_file() else None
@@ -161,7 +178,7 @@ def evaluate(
                     difference=difference,
                     sparsity=zeros,
                     dtype=str(model.dtype).removeprefix("torch."),
-                    device=str(device),
+                    device=device.type if ranks.size > 1 else str(device),
                     tasks=scores,
                     bos=with_bos,
                     bos_cost=cost,
@@ -212,10 +229,13 @@ def _windows_of(
     return windows[: min(counts)] if counts else windows
 
 
-def bos_cost(model: nn.Module, begun: Tensor, plain: Tensor, batch_size: int) -> BosCost:
+def bos_cost(
+    model: nn.Module, begun: Tensor, plain: Tensor, batch_size: int, ranks: Ranks = ALONE
+) -> BosCost:
     """What a model loses on the first windows, begun with a token and as they come."""
     both = begun[:_FIRST_WINDOWS], plain[:_FIRST_WINDOWS]
-    with_bos, without = (float(window_losses(model, some, batch_size).mean()) for some in both)
+    losses = [window_losses(model, some, batch_size, ranks=ranks) for some in both]
+    with_bos, without = (float(found.mean()) for found in losses)
     return BosCost(with_bos, without, len(both[0]))
 
 

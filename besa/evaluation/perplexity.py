@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from besa.data.windows import check_known
 from besa.errors import BesaError
 from besa.model.skeleton import known_tokens
+from besa.processes.ranks import ALONE, Ranks
 
 # Logits turned into float32 at a time: 64 MiB of them.
 _LOGITS_AT_A_TIME = 1 << 24
@@ -43,7 +44,11 @@ Progress = Callable[[int, int], None]
 
 @torch.inference_mode()
 def window_losses(
-    model: nn.Module, windows: Tensor, batch_size: int = 1, progress: Progress | None = None
+    model: nn.Module,
+    windows: Tensor,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """The mean negative log-likelihood of each window's tokens but the first.
 
@@ -55,6 +60,7 @@ def window_losses(
         windows: int64 [n, seqlen], seqlen ≥ 2.
         batch_size: windows in one call of the model.
         progress: called with windows done and windows in all, first with none done.
+        ranks: the processes that share the windows; each gets the losses of all.
 
     Returns:
         float64 [n] on the CPU, nats a token.
@@ -64,20 +70,25 @@ def window_losses(
     """
     check_known(windows, known_tokens(model))
     device = next(model.parameters()).device
+    own = windows[ranks.rank :: ranks.size]
     losses: list[Tensor] = []
     if progress:
         progress(0, len(windows))
-    for batch in windows.split(batch_size):
+    for batch in own.split(batch_size) if len(own) else ():
         tokens = batch.to(device)
         try:
             logits = model(input_ids=tokens, use_cache=False).logits
         except (TypeError, ValueError) as error:  # its signature's, or its own check's
             name, reason = type(model).__name__, str(error).split("\n")[0]
             raise BesaError(f"a {name} does not take text alone: {reason}") from None
-        losses += [_loss(own[:-1], window[1:]) for own, window in zip(logits, tokens, strict=True)]
+        losses += [_loss(row[:-1], window[1:]) for row, window in zip(logits, tokens, strict=True)]
         if progress:
-            progress(len(losses), len(windows))
-    return torch.stack(losses).cpu()
+            progress(min(len(losses) * ranks.size, len(windows)), len(windows))
+    found = torch.zeros(len(windows), dtype=torch.float64)
+    if losses:
+        found[ranks.rank :: ranks.size] = torch.stack(losses).cpu()
+    ranks.sum_(found)
+    return found
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:

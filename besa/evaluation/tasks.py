@@ -3,7 +3,8 @@
     besa eval MODEL --tasks piqa,arc_easy
 
 The harness is the extra `eval` (https://github.com/EleutherAI/lm-evaluation-harness). Its tasks
-come from the hub; definitions of one's own, on local data, come from a directory.
+come from the hub; definitions of one's own, on local data, come from a directory. Several processes
+share a task's questions in the harness's own way, by the model's `rank` and `world_size`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from besa.data.beginning import begin_texts
 from besa.errors import BesaError, one_line
+from besa.processes.ranks import ALONE, Ranks
 
 
 def find(names: Sequence[str], task_path: Path | None = None) -> Any:
@@ -57,6 +62,7 @@ def run(
     num_fewshot: int | None = None,
     batch_size: int = 1,
     bos: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> dict[str, dict[str, float]]:
     """Runs tasks on a loaded model.
 
@@ -69,6 +75,7 @@ def run(
         batch_size: sequences in one call of the model.
         bos: whether texts begin with the tokenizer's beginning token, see `besa.data.beginning`;
             auto is the harness's own way, as the tokenizer does it. `always` changes the tokenizer.
+        ranks: the processes that share the questions; each gets the figures of all.
 
     Returns:
         {task: {metric: value}}; the standard error of `acc` is `acc_stderr`. A metric that is
@@ -84,9 +91,26 @@ def run(
         if bos == "always":
             begin_texts(tokenizer)
         special = {"always": True, "never": False}.get(bos)
+
+        class Shared(HFLM):  # type: ignore[misc]
+            """A model that is loaded already, as one of several processes has it."""
+
+            rank = property(lambda _: ranks.rank)
+            world_size = property(lambda _: ranks.size)
+
+            def all_gather(self, tensor: Tensor) -> Tensor:
+                return torch.tensor(ranks.gather(tensor.tolist()))
+
+            def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+                gathered = ranks.gather(obj)
+                return gathered if ranks.rank == dst else None
+
+            def barrier(self) -> None:
+                ranks.gather(None)
+
         with one_line("lm-evaluation-harness could not run the tasks"):
             outcome = lm_eval.simple_evaluate(
-                model=HFLM(
+                model=Shared(
                     pretrained=model,
                     tokenizer=tokenizer,
                     batch_size=batch_size,
@@ -97,6 +121,10 @@ def run(
                 task_manager=manager,
                 log_samples=False,
             )
+    return ranks.from_leader(lambda: _figures(outcome))
+
+
+def _figures(outcome: Any) -> dict[str, dict[str, float]]:
     return {
         task: {
             metric.removesuffix(",none"): float(value)

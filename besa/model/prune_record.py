@@ -200,6 +200,7 @@ class PruneRecord(Record):
     Attributes:
         format: the version of this record.
         device, dtype, threads: where and how it was computed.
+        processes: how many shared the samples, in the last part of a run that was resumed.
         sparsity: what was asked for and achieved.
         blocks: in the model's order.
         peak_device_memory_bytes: the most memory that was in use on a GPU; None on a CPU.
@@ -214,6 +215,7 @@ class PruneRecord(Record):
     device: str = ""
     dtype: str = ""
     threads: int | None = None
+    processes: int = field(default=1, metadata=ABSENT_IF_DEFAULT)
     sparsity: Sparsity
     blocks: tuple[BlockRecord, ...] = ()
     peak_device_memory_bytes: int | None = None

@@ -4,6 +4,9 @@ All work goes to `OUT.partial` beside the output. A finished block is a shard an
 the same command goes on from the last one. Only when everything is written does one rename make
 it `OUT`, so that nothing that looks finished exists before it is.
 
+Of several processes that share the work (`besa.processes.ranks`), process 0 writes. The others call
+the same functions, wait for it, and get what it gets.
+
 >>> from torch import zeros
 >>> out, settings = Path("pruned"), {"sparsity": 0.5}
 >>> with Workspace.open(out, settings, overwrite=False, needed_bytes=1000) as workspace:
@@ -20,6 +23,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +36,7 @@ from torch import Tensor
 
 from besa.errors import BesaError, interruptible
 from besa.model.files import INDEX, write_tensors
+from besa.processes.ranks import ALONE, Ranks
 from besa.writing import sha256, write_text, writing
 
 # The longest that the name of an output gets while it is made.
@@ -40,43 +45,64 @@ _LONGEST_SUFFIX = ".rotated.writing"
 
 @dataclass
 class Workspace:
-    """An unfinished output. `path` is where it grows, `out` what it will be."""
+    """An unfinished output.
+
+    Attributes:
+        out: what it will be.
+        path: where it grows.
+        overwrite: whether what is at `out` goes.
+        ranks: the processes that share the work, of which one writes.
+    """
 
     out: Path
     path: Path
     overwrite: bool
-    _lock: IO[str]
+    ranks: Ranks = ALONE
+    _lock: IO[str] | None = None
 
     @classmethod
     def open(
-        cls, out: Path, settings: Mapping[str, Any], overwrite: bool, needed_bytes: int
+        cls,
+        out: Path,
+        settings: Mapping[str, Any],
+        overwrite: bool,
+        needed_bytes: int,
+        ranks: Ranks = ALONE,
     ) -> Workspace:
         """Makes the workspace, or finds the one that the same command left.
 
         Raises:
             BesaError: the output is not empty, another run is writing it or left it with other
-                settings, or the disk has not `needed_bytes` left.
+                settings, the disk has not `needed_bytes` left, or not all processes see it.
         """
         path = out.with_name(out.name + ".partial")
-        check_free(out, overwrite)
+        workspace = cls(out, path, overwrite, ranks)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir(exist_ok=True)
-            lock = (path / "lock").open("w")
-        except OSError as error:
-            raise BesaError(f"cannot write to {path}: {error.strerror}") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise BesaError(f"another besa is writing {path}: let it end, or end it") from None
-        workspace = cls(out, path, overwrite, lock)
-        try:
-            workspace._resume_or_begin(settings, needed_bytes)
+            ranks.from_leader(lambda: workspace._begin(settings, needed_bytes))
+            if not (path / "settings.json").exists():
+                raise BesaError(
+                    f"{platform.node()} does not see {path}, which process 0 made: give an --out "
+                    "that all machines share"
+                )
         except BaseException:
             workspace.close()
             raise
         return workspace
+
+    def _begin(self, settings: Mapping[str, Any], needed_bytes: int) -> None:
+        """Makes the directory, and locks it while this process lives."""
+        check_free(self.out, self.overwrite)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=True)
+            self._lock = (self.path / "lock").open("w")
+        except OSError as error:
+            raise BesaError(f"cannot write to {self.path}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BesaError(f"another besa is writing {self.path}: let it end, or end it") from None
+        self._resume_or_begin(settings, needed_bytes)
 
     def _resume_or_begin(self, settings: Mapping[str, Any], needed_bytes: int) -> None:
         """Leaves what a run with the same settings has finished; else begins anew."""
@@ -131,7 +157,8 @@ class Workspace:
 
     def close(self) -> None:
         """Lets go of the lock."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def interruptible(self) -> AbstractContextManager[None]:
         """Says of Ctrl-C inside how to go on."""
@@ -147,39 +174,57 @@ class Workspace:
         self,
         name: str,
         shard: Path,
-        tensors: dict[str, Tensor],
+        tensors: dict[str, Tensor] | Callable[[], dict[str, Tensor]],
         record: Mapping[str, Any],
         check: Callable[[Path], None] = lambda path: None,
     ) -> dict[str, Any]:
-        """Writes a shard, lets `check` read it, then writes the record that it is finished."""
-        write_tensors(tensors, shard)
-        check(shard)
-        record = {"file": shard.name, "sha256": sha256(shard), "keys": list(tensors), **record}
-        write_text(json.dumps(record), self.path / f"{name}.finished.json")
-        return record
+        """Writes a shard, lets `check` read it, then writes the record that it is finished.
+
+        Args:
+            tensors: what is written, or what makes it, where only the process that writes needs to.
+        """
+
+        def write() -> dict[str, Any]:
+            made = tensors if isinstance(tensors, dict) else tensors()
+            write_tensors(made, shard)
+            check(shard)
+            whole = {"file": shard.name, "sha256": sha256(shard), "keys": list(made), **record}
+            write_text(json.dumps(whole), self.path / f"{name}.finished.json")
+            return whole
+
+        return self.ranks.from_leader(write)
 
     def finished(self, name: str) -> dict[str, Any] | None:
         """The record of a shard that is finished and unharmed, or None."""
-        path = self.path / f"{name}.finished.json"
-        try:
-            record: dict[str, Any] = json.loads(path.read_text())
-            unharmed = sha256(self.path / record["file"]) == record["sha256"]
-        except (FileNotFoundError, ValueError, KeyError):
-            return None
-        return record if unharmed else None
+
+        def read() -> dict[str, Any] | None:
+            try:
+                path = self.path / f"{name}.finished.json"
+                record: dict[str, Any] = json.loads(path.read_text())
+                unharmed = sha256(self.path / record["file"]) == record["sha256"]
+            except (FileNotFoundError, ValueError, KeyError):
+                return None
+            return record if unharmed else None
+
+        return self.ranks.from_leader(read)
 
     def remember(self, name: str, value: Any) -> Any:
         """Keeps a value, JSON, until the output is whole; gives it back."""
-        write_text(json.dumps(value), self.path / f"{name}.finished.json")
+        if self.ranks.leads:
+            write_text(json.dumps(value), self.path / f"{name}.finished.json")
         return value
 
     def remembered(self, name: str) -> Any:
         """What `remember` kept, or None."""
         path = self.path / f"{name}.finished.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return self.ranks.from_leader(
+            lambda: json.loads(path.read_text()) if path.exists() else None
+        )
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Adds a line to log.jsonl."""
+        if not self.ranks.leads:
+            return
         path = self.path / "log.jsonl"
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
@@ -200,7 +245,7 @@ class Workspace:
         # A run that was killed may have left what safetensors was writing, as `.tmpXXXXXX`.
         for pattern in ("*.finished.json", "*.activations", "*.writing", ".tmp*"):
             for path in self.path.glob(pattern):
-                path.unlink()
+                path.unlink(missing_ok=True)  # another process may remove its own
         (self.path / "settings.json").unlink()
         (self.path / "lock").unlink()
         publish(self.path, self.out, self.overwrite)

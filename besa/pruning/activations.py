@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from besa.errors import BesaWarning
+from besa.processes.launch import launch_of
 from besa.pruning.transfers import Copies, Done, pinned, staged
 from besa.writing import writing
 
@@ -54,7 +55,8 @@ class Activations(Sequence[Tensor]):
         copies: Copies | None = None,
     ) -> None:
         self.directory = directory
-        self.path = directory / f"{name}.activations" if directory else None
+        own = f"-{rank}" if (rank := launch_of().rank) else ""  # processes may share the directory
+        self.path = directory / f"{name}{own}.activations" if directory else None
         self.tensors, self.copies = _host_memory(shapes, dtype, self.path, copies)
         self._expected: deque[int] = deque()
         self._arriving: dict[int, tuple[Tensor, Done]] = {}

@@ -164,6 +164,10 @@ class RateLearner:
         self.shares = sizes / sizes.sum()
         self.rates: Tensor = self.theta.new_full((len(self.theta),), sparsity)
 
+    def parameters(self) -> list[Tensor]:
+        """theta."""
+        return [self.theta]
+
     def propose(self) -> Proposal:
         """The weights under the hard masks of the rates as they are."""
         rows = kept_buckets(self.theta, self.candidates)

@@ -3,6 +3,7 @@
 >>> from besa.model.blocks import find_linears
 >>> from besa.pruning.budget import Budget
 >>> from besa.pruning.methods import load
+>>> from besa.pruning.batches import single
 >>> block, targets = nn.Sequential(nn.Linear(16, 8)), []
 >>> run = BlockRun(
 ...     stored=block,
@@ -10,6 +11,7 @@
 ...     calls=[Call((), {})],
 ...     stream=[torch.randn(1, 4, 16)],
 ...     targets=targets,
+...     groups=single([1]),
 ...     device=torch.device("cpu"),
 ...     dtype=torch.float32,
 ...     config=PruneConfig(out="pruned"),
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -34,7 +36,9 @@ from torch import Tensor, nn
 from besa.model.blocks import Linear
 from besa.model.observe import observe
 from besa.model.replay import Call
+from besa.processes.ranks import ALONE, Ranks
 from besa.pruning.activations import Activations
+from besa.pruning.batches import Groups
 from besa.pruning.config import PruneConfig
 from besa.pruning.grams import LevelGrams, level_inputs
 from besa.pruning.learn import (
@@ -43,6 +47,7 @@ from besa.pruning.learn import (
     Loss,
     OnStep,
     balanced_error,
+    group_square,
     learn,
     relative_error,
 )
@@ -84,7 +89,8 @@ class BlockRun:
             not kept, and the dense block on `stream` stands for it.
         targets: what the dense block makes of `stream`, or for updates its outputs in the dense
             model: of all batches or the first ones.
-        held_out: how many of the batches, the last ones, nothing is learned from.
+        groups: which batches belong together, in a step of learning or held out.
+        ranks: the processes that have the other batches of each group.
         device, dtype: of the computation.
         config: the settings of the run.
         generator: for what a method draws at random.
@@ -103,7 +109,8 @@ class BlockRun:
     device: torch.device
     dtype: torch.dtype
     config: PruneConfig
-    held_out: int = 0
+    groups: Groups
+    ranks: Ranks = ALONE
     generator: torch.Generator = field(default_factory=torch.Generator)
     on_step: OnStep = lambda step: None
     block: nn.Module = field(init=False)
@@ -128,12 +135,13 @@ class BlockRun:
     @property
     def seen(self) -> int:
         """How many of the batches, the first ones, are learned from."""
-        return len(self.calls) - self.held_out
+        return self.groups.seen
 
     def observe(self, hessians: bool, on_output: Callable[[int, Tensor], None]) -> None:
         """Runs the block on all batches, and gathers statistics of its linears' inputs.
 
-        What is held out is not in the statistics.
+        What is held out is not in the statistics, nor, before `share_statistics`, what the other
+        processes see.
 
         Args:
             hessians: X^T X, too.
@@ -154,6 +162,12 @@ class BlockRun:
         self.norms.add(linear, group, inputs)
         if self.hessians is not None:
             self.hessians.add(linear, group, inputs)
+
+    def share_statistics(self) -> None:
+        """Adds the inputs that the other processes saw to the statistics."""
+        self.norms.sum_over(self.ranks)
+        if self.hessians is not None:
+            self.hessians.sum_over(self.ranks)
 
     def expect(self, order: Sequence[int], targets: bool = True) -> None:
         """Says in which order batches are read next, so that they are on the device by then.
@@ -201,12 +215,13 @@ class BlockRun:
             learner,
             forward,
             self.targets,
-            batches=self.seen,
+            steps=self.groups.steps,
             loss=loss,
             epochs=epochs,
             generator=self.generator,
             on_step=self.on_step,
             on_order=self.expect,
+            ranks=self.ranks,
         )
 
     def matrices(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -220,10 +235,13 @@ class BlockRun:
 
     def levels(self) -> list[Level]:
         """The linears by who reads whose output (`besa.pruning.levels`)."""
-        return levels(self.block, self.linears, lambda: self.output(0))
+        # Which experts a batch reaches differs, and the order is to be the same everywhere.
+        return self.ranks.from_leader(
+            lambda: levels(self.block, self.linears, lambda: self.output(0))
+        )
 
     def grams(self, level: Level, weights: Tensors) -> LevelGrams:
-        """Products of a level's inputs over the seen batches, with `weights` in the block.
+        """Products of a level's inputs over all that is seen, with `weights` in the block.
 
         Args:
             weights: [groups, rows, cols] by the linears' names; they stay in the running block.
@@ -241,6 +259,7 @@ class BlockRun:
             self.use(weights)
             inputs = level_inputs(self.block, level, call, hidden)
             grams.add(inputs, dense, hidden.shape[:-1].numel())
+        grams.sum_over(self.ranks)
         return grams
 
     def kept(self, pruned: Pruned) -> Tensors:
@@ -254,6 +273,17 @@ class BlockRun:
             running = self.block.get_parameter(linear.parameter)
             placed = linear.stored(weights[linear.name], running)
             running.data = placed.to(self.device, self.dtype).contiguous()
+
+    def agreed(self, pruned: Pruned) -> Pruned:
+        """What process 0 has of it, which another kind of processor may have rounded otherwise."""
+        if self.ranks.size == 1:
+            return pruned
+        masks = {name: mask.contiguous() for name, mask in pruned.masks.items()}
+        weights = pruned.weights
+        if weights is not None:
+            weights = {name: weight.contiguous() for name, weight in weights.items()}
+        self.ranks.broadcast_(*masks.values(), *(weights or {}).values())
+        return replace(pruned, masks=masks, weights=weights)
 
     def put(self, pruned: Pruned) -> None:
         """Puts pruned weights into the stored block, and into the running one what is stored.
@@ -296,25 +326,37 @@ class BlockRun:
         return self.stored.get_parameter(linear.parameter).dtype
 
     def error(self, batches: int) -> float:
-        """||dense - pruned||^2 / ||dense||^2 of the block's output over the first batches."""
+        """||dense - pruned||^2 / ||dense||^2 of the block's output over the first batches.
+
+        Args:
+            batches: how many of this process's; all processes' are measured together.
+        """
         self.expect(range(batches))
         sums = []
         for i in range(batches):
             target = self.targets[i].to(self.device).float()
             output = self.output(i).float()
             sums.append(torch.stack([(output - target).square().sum(), target.square().sum()]))
-        wrong = right = 0.0
-        for of_wrong, of_right in torch.stack(sums).tolist():  # the device is waited for once
-            wrong += of_wrong
-            right += of_right
+        # The device is waited for once.
+        both = torch.stack(sums).tolist() if sums else []
+        total = torch.tensor([[0.0, 0.0], *both], dtype=torch.float64).sum(0)
+        self.ranks.sum_(total)
+        wrong, right = total.tolist()
         return wrong / right if right else 0.0
 
     def held_out_error(self) -> float:
         """The mean `balanced_error` of the block's output over what is held out."""
-        batches = range(self.seen, len(self.calls))
-        self.expect(batches)
-        errors = [balanced_error(self.output(i), self.targets[i]) for i in batches]
-        return float(torch.stack(errors).mean())
+        held_out = self.groups.held_out
+        self.expect(range(self.seen, len(self.calls)))
+        errors = torch.zeros(len(held_out), device=self.device)
+        for error, group in zip(errors, held_out, strict=True):
+            own = [self.targets[i].to(self.device) for i in group.batches]
+            square = group_square(group, own, self.device, self.ranks)
+            for i, target in zip(group.batches, own, strict=True):
+                share = len(target) / group.windows
+                error += balanced_error(self.output(i), target, square) * share
+        self.ranks.sum_(errors)
+        return float(errors.mean())
 
 
 def _expect(batches: Sequence[Tensor], order: Sequence[int]) -> None:

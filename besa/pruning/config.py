@@ -151,6 +151,12 @@ class PruneConfig:
         "before a text (default: %(default)s)",
         choices=CHOICES,
     )
+    step_samples: int | None = setting(
+        None,
+        "samples that a step of learning sees; several processes share them (default: as many as "
+        "hold 512 tokens, at least one)",
+        metavar="N",
+    )
     epochs: int = setting(1, "BESA's passes over the samples (default: %(default)s)")
     seed: int = setting(0, "(default: %(default)s)")
     device: str | None = setting(None, "cpu, cuda, cuda:1 (default: the GPU if there is one)")
@@ -192,7 +198,14 @@ class PruneConfig:
             )
         if not 0 < self.rate < 1:
             raise BesaError(f"sparsity {self.sparsity} is not between 0 and 1")
-        for name in ("samples", "epochs", "seqlen", "expert_tokens", "drop_experts"):
+        for name in (
+            "samples",
+            "epochs",
+            "step_samples",
+            "seqlen",
+            "expert_tokens",
+            "drop_experts",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BesaError(f"{name} {value} is not positive")

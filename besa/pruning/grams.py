@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from besa.model.blocks import Linear
 from besa.model.observe import observe
 from besa.model.replay import Call
+from besa.processes.ranks import Ranks
 from besa.pruning.levels import Level
 from besa.pruning.scores import check_hessian
 
@@ -103,6 +104,30 @@ class LevelGrams:
                     cross.addmm_(other.T, x)
                 else:
                     self.cross[key] = None
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Adds the inputs that the other processes saw: of experts, each may have seen others."""
+        if ranks.size == 1:
+            return
+        whole = {key: (len(own), self.cross[key] is not None) for key, own in self.own.items()}
+        places: dict[tuple[str, int], tuple[str, int]] = {}
+        found: dict[tuple[str, int], tuple[int, bool]] = {}
+        for their_places, theirs in ranks.gather((self.places, whole)):
+            places = their_places | places
+            for key, (cols, crossed) in theirs.items():
+                found[key] = cols, crossed and found.get(key, (cols, True))[1]
+        zeros = {
+            key: torch.zeros(cols, cols, device=self.device) for key, (cols, _) in found.items()
+        }
+        own = {key: self.own.get(key, zeros[key]) for key in found}
+        cross = {
+            key: zeros[key].clone() if (mine := self.cross.get(key)) is None else mine
+            for key, (_, crossed) in found.items()
+            if crossed
+        }
+        ranks.sum_(*own.values(), *cross.values())
+        self.places, self.own = places, own
+        self.cross = {key: cross.get(key) for key in found}
 
     def of(self, linear: Linear) -> list[Gram | None]:
         """One for each group; None for a group that saw no token."""

@@ -96,6 +96,10 @@ class WeightLearner:
         zeros = sum(int((~mask).sum()) for mask in masks)
         self.rate = zeros / sum(mask.numel() for mask in masks)
 
+    def parameters(self) -> list[Tensor]:
+        """The weights."""
+        return self.weights
+
     def propose(self) -> Proposal:
         """The weights as they are."""
         parts = zip(self.weights, self.masks, self.steps, strict=True)

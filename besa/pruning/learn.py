@@ -6,6 +6,9 @@ of the dense block, plus what the learner adds to it. What is learned is the lea
 neighbours stay, `besa.pruning.kept_weights` what the kept weights are. The first two give masked
 weights with straight-through gradients to their parameters, and the examples of all three show the
 loop at work.
+
+A step may see several batches, of several processes: their errors are parts of the step's error, so
+that a step is the same however it is cut up.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from besa.processes.ranks import ALONE, Ranks
+from besa.pruning.batches import Group, single
 from besa.pruning.masked import WeightFactory
 
 T = TypeVar("T")
@@ -27,17 +32,28 @@ T_co = TypeVar("T_co", covariant=True)
 # The learners do not mind the loss's scale; float16 gradients would vanish without one.
 LOSS_SCALE = 2.0**16
 
-# How wrong an output is against its target, a scalar.
-Loss = Callable[[Tensor, Tensor], Tensor]
+# How wrong an output is against its target, a scalar, where the mean square of all targets that are
+# judged together is given.
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # The block's output for batch i with masked weights, one factory for each matrix.
 Forward = Callable[[int, Sequence[WeightFactory]], Tensor]
 
 
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """||output - target||^2 / ||target||^2 in float32, a scalar on the output's device."""
+def mean_square(target: Tensor) -> Tensor:
+    """The mean of the squares in float32, a scalar."""
+    return target.float().square().mean()
+
+
+def relative_error(output: Tensor, target: Tensor, square: Tensor | None = None) -> Tensor:
+    """||output - target||^2 / ||target||^2 in float32, a scalar on the output's device.
+
+    Args:
+        square: the mean square of all targets that this one is a part of; None: it stands alone.
+    """
     output, target = output.float(), target.to(output.device).float()
-    return (output - target).square().mean() / target.square().mean()
+    square = target.square().mean() if square is None else square
+    return (output - target).square().mean() / square
 
 
 def token_error(output: Tensor, target: Tensor) -> Tensor:
@@ -51,12 +67,12 @@ def token_error(output: Tensor, target: Tensor) -> Tensor:
     return (wrong / right.clamp_min(torch.finfo(torch.float32).tiny)).mean()
 
 
-def balanced_error(output: Tensor, target: Tensor) -> Tensor:
+def balanced_error(output: Tensor, target: Tensor, square: Tensor | None = None) -> Tensor:
     """Half `relative_error`, half `token_error`.
 
     What most tokens are matters, and so does what a few large ones are: all others attend to them.
     """
-    return (relative_error(output, target) + token_error(output, target)) / 2
+    return (relative_error(output, target, square) + token_error(output, target)) / 2
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,9 @@ class Proposal:
 
 class Learner(Protocol[T_co]):
     """Parameters, how they make masks, and how they move."""
+
+    def parameters(self) -> Sequence[Tensor]:
+        """What takes the gradients, in the same order in every process."""
 
     def propose(self) -> Proposal:
         """The masked weights of the parameters as they are, differentiable."""
@@ -117,25 +136,27 @@ def learn(
     forward: Forward,
     targets: Sequence[Tensor],
     *,
-    batches: int | None = None,
+    steps: Sequence[Group] | None = None,
     loss: Loss = relative_error,
     epochs: int = 1,
     generator: torch.Generator,
     on_step: OnStep = lambda step: None,
     on_order: Callable[[list[int]], None] = lambda order: None,
+    ranks: Ranks = ALONE,
 ) -> Learned[T]:
     """Learns for some epochs, with steps that shrink to nothing along a cosine.
 
     Args:
         targets: the dense block's outputs, one tensor a batch.
-        batches: to learn from, the first ones; None for all.
+        steps: the batches that each step sees; None: one batch a step.
         loss: of an output.
-        generator: orders the batches.
+        generator: orders the steps; every process has the same.
         on_step: is told of every step; on a GPU, once the step after it is queued.
         on_order: is told the order of an epoch's batches before the first of them.
+        ranks: the processes that share each step.
     """
-    count = len(targets) if batches is None else batches
-    total = epochs * count
+    groups = single([len(x) for x in targets]).steps if steps is None else steps
+    total = epochs * len(groups)
     losses: list[float] = []
     unread: deque[_Figures] = deque()
 
@@ -147,11 +168,11 @@ def learn(
             on_step(Step(len(losses), total, loss, rate))
 
     for epoch in range(epochs):
-        order = torch.randperm(count, generator=generator).tolist()
-        on_order(order)
-        for done, i in enumerate(order, start=epoch * count):
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        on_order([i for number in order for i in groups[number].batches])
+        for done, number in enumerate(order, start=epoch * len(groups)):
             size = (1 + math.cos(math.pi * done / total)) / 2
-            figures = learn_step(learner, forward, i, targets[i], size, loss)
+            figures = learn_step(learner, forward, groups[number], targets, size, loss, ranks)
             unread.append(_Figures(*figures))
             report(but=1 if unread[-1].on_gpu else 0)
     report(but=0)
@@ -183,17 +204,51 @@ class _Figures:
 def learn_step(
     learner: Learner[object],
     forward: Forward,
-    i: int,
-    target: Tensor,
+    group: Group,
+    targets: Sequence[Tensor],
     size: float = 1.0,
     loss: Loss = relative_error,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor]:
-    """One step on batch `i`; gives the error before it and the rate, scalars on the device."""
+    """One step on a group of batches, of which this process may have some or none.
+
+    Returns:
+        The error before the step and the rate, scalars on the device, the same in every process.
+    """
+    device = learner.parameters()[0].device
+    own = [targets[i].to(device) for i in group.batches]
+    square = group_square(group, own, device, ranks)
+    error = torch.zeros((), device=device)
     with torch.enable_grad():
         proposal = learner.propose()
-        error = loss(forward(i, proposal.weights), target)
-        ((error + proposal.penalty) * LOSS_SCALE).backward()
+        penalty = proposal.penalty if ranks.leads else 0.0  # which is to count once
+        for left, i, target in zip(reversed(range(len(own))), group.batches, own, strict=True):
+            part = loss(forward(i, proposal.weights), target, square) * (
+                len(target) / group.windows
+            )
+            error += part.detach()
+            joined = part if left else part + penalty
+            (joined * LOSS_SCALE).backward(retain_graph=left > 0)
+        if not own and isinstance(penalty, Tensor):
+            (penalty * LOSS_SCALE).backward()
+    ranks.sum_gradients(learner.parameters())
+    ranks.sum_(error)
     learner.update(size)
     rate = proposal.rate
     rate = rate.detach() if isinstance(rate, Tensor) else error.new_full((), rate)
-    return error.detach(), rate
+    return error, rate
+
+
+def group_square(
+    group: Group, own: Sequence[Tensor], device: torch.device, ranks: Ranks = ALONE
+) -> Tensor:
+    """The mean square of a group's targets over all processes, float32 [] on the device.
+
+    Args:
+        own: the targets of this process's batches.
+    """
+    square = torch.zeros((), device=device)
+    for target in own:
+        square += mean_square(target) * (len(target) / group.windows)
+    ranks.sum_(square)
+    return square

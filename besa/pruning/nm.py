@@ -75,6 +75,10 @@ class ChoiceLearner:
         smallest = torch.finfo(torch.float32).tiny
         self.importances = [x.clamp_min(smallest).log().requires_grad_() for x in scores]
 
+    def parameters(self) -> list[Tensor]:
+        """The importances."""
+        return self.importances
+
     def propose(self) -> Proposal:
         """The weights under the masks of the importances as they are."""
         parts = zip(self.importances, self.weights, self.result(), strict=True)

@@ -9,6 +9,9 @@ and an update make up for it, put what is left into the block, measure it, and h
 the next block. The stream has thus already gone through the pruned blocks. A block's target is what
 the dense block makes of that same stream, or with a dense teacher its output in the dense model,
 for which a second stream goes through the dense blocks.
+
+Of several processes (`besa.processes.ranks`) each has a part of the samples, and all of them have
+the block.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +39,11 @@ from besa.model.prune_record import BlockRecord, BlockUpdate, PruneRecord
 from besa.model.record import read_record
 from besa.model.replay import Call, capture, on_device
 from besa.model.workspace import Workspace
+from besa.processes.ranks import ALONE, Ranks
 from besa.progress import REPLAY, WRITTEN, Event, Tell
 from besa.pruning import methods, updates
 from besa.pruning.activations import Activations
-from besa.pruning.batches import batches_of
+from besa.pruning.batches import Groups, batches_of
 from besa.pruning.block_run import BlockRun, Pruned, copy_to
 from besa.pruning.budget import Budget, budgets
 from besa.pruning.config import PruneConfig
@@ -49,15 +54,13 @@ from besa.pruning.learn import Step
 from besa.pruning.methods import wanda
 from besa.pruning.model_copy import ModelCopy
 from besa.pruning.plan import plan_of
-from besa.pruning.record import block_record, run_record, settings_of
+from besa.pruning.record import block_record, resumable, run_record, settings_of
 from besa.pruning.shared import borrows, later_uses
+from besa.pruning.sharing import check_alike, warn_of_idle
 from besa.pruning.streams import Streams
 from besa.pruning.transfers import copies_for
 from besa.report.pages import write_pages
 from besa.typed_json import from_json, to_json
-
-# A block's error is measured on the first of so many parts of its batches.
-_ERROR_PARTS = 8
 
 # What to do when a block's numbers leave the range of the computation's dtype.
 _OVERFLOW = "try --dtype float32, or mend the checkpoint"
@@ -84,6 +87,7 @@ def prune_blocks(
     may_be_there: bool = False,
     dropped: ModelCopy | None = None,
     rotated: ModelCopy | None = None,
+    ranks: Ranks = ALONE,
 ) -> PruneResult:
     """Prunes a model on disk (or on the hub, when online) and writes it to `config.out`.
 
@@ -94,6 +98,7 @@ def prune_blocks(
         may_be_there: what the same settings gave before is taken as it is.
         dropped, rotated: copies of the model with fewer experts, and rotated; the last one is
             pruned in its place.
+        ranks: the processes that share the samples.
 
     Raises:
         BesaError: something that the user can mend; what was finished stays in `OUT.partial`
@@ -101,7 +106,7 @@ def prune_blocks(
     """
     started = time.monotonic()
     out = Path(config.out)
-    device = pick_device(config.device)
+    device = pick_device(ranks.device(config.device))
     copy = rotated or dropped
     checkpoint = Checkpoint.open(copy.directory if copy else model, config.trust_remote_code)
     dtype = computing_dtype(config.dtype, device, checkpoint.dtype)
@@ -113,19 +118,28 @@ def prune_blocks(
     settings = settings_of(model, config, checkpoint, windows, device, dtype)
     if may_be_there and (found := _made_before(out, settings)):
         return found
-    with Workspace.open(out, settings, config.overwrite, checkpoint.nbytes) as workspace:
-        pipeline = _Pipeline(checkpoint, config, plan, workspace, device, dtype, tell)
+    check_alike(settings, ranks)
+    to_resume = resumable(settings)
+    with Workspace.open(out, to_resume, config.overwrite, checkpoint.nbytes, ranks) as workspace:
+        pipeline = _Pipeline(checkpoint, config, plan, workspace, device, dtype, tell, ranks)
         too_large = "a block and its calibration samples"
         remedy = "lower --seqlen, or give --device cpu"
         with workspace.interruptible(), fitting_in_memory(too_large, remedy):
             shards = pipeline.all_blocks(windows)
         seconds = time.monotonic() - started
-        record = run_record(checkpoint, settings, shards, seconds, device, dropped, rotated)
-        workspace.write_index(shards)
-        checkpoint.copy_companions(workspace.path)
-        write_pages(record, workspace.path)
-        workspace.publish()
-    return PruneResult(out, record)
+
+        def publish() -> PruneRecord:
+            copies = dropped, rotated
+            record = run_record(
+                checkpoint, settings, shards, seconds, device, *copies, processes=ranks.size
+            )
+            workspace.write_index(shards)
+            checkpoint.copy_companions(workspace.path)
+            write_pages(record, workspace.path)
+            workspace.publish()
+            return record
+
+        return PruneResult(out, ranks.from_leader(publish))
 
 
 def _made_before(out: Path, settings: Mapping[str, Any]) -> PruneResult | None:
@@ -141,17 +155,12 @@ def _loads_ahead(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _measured(stream: Activations) -> int:
-    """The batches that a block's error is measured on: the first ones."""
-    return max(1, len(stream) // _ERROR_PARTS)
-
-
 @dataclass
 class _Pipeline:
     """One pass over the blocks.
 
     Attributes:
-        held_out: the last batches, which nothing is learned from.
+        groups: which batches belong together, in a step of learning or held out.
         chosen: the updates of the blocks so far, where held-out windows chose them.
         calls: how the model calls its blocks, `calls[batch][block]`.
         files: where each tensor is now, of what blocks share the pruned one.
@@ -164,7 +173,8 @@ class _Pipeline:
     device: torch.device
     dtype: torch.dtype
     tell: Tell
-    held_out: int = field(init=False, default=0)
+    ranks: Ranks
+    groups: Groups = field(init=False)
     chosen: list[BlockUpdate] = field(init=False, default_factory=list)
     calls: list[list[Call]] = field(init=False, default_factory=list)
     files: dict[str, Path] = field(init=False)
@@ -179,7 +189,9 @@ class _Pipeline:
         """Prunes every block that is not finished yet; gives the records of all shards."""
         shards = [self._copy_others()]
         windows = self._samples(windows)
-        batches, self.held_out = batches_of(windows, held_out_of(self.config))
+        step, held_out = self.config.step_samples, held_out_of(self.config)
+        batches, self.groups = batches_of(windows, held_out, step, self.ranks)
+        warn_of_idle(self.config, windows.shape[1], self.ranks)
         with self.checkpoint.loaded_base() as base:
             hidden, self.calls = capture(base, list(self.checkpoint.blocks), batches)
         streams = self._streams(hidden)
@@ -201,7 +213,9 @@ class _Pipeline:
         added = self.workspace.remembered("added-samples")
         if added is None:
             where = self.dtype, self.device, self._activations
-            tokens = routed_tokens(self.checkpoint, candidates, *where, self._counted)
+            own = candidates.tensor_split(self.ranks.size)[self.ranks.rank]
+            counted = routed_tokens(self.checkpoint, own, *where, self._counted)
+            tokens = torch.cat(self.ranks.gather(counted))
             added = self.workspace.remember("added-samples", feeding(tokens, seen, wanted))
         return torch.cat([candidates[[*range(seen), *added]], windows[seen:count]])
 
@@ -224,7 +238,8 @@ class _Pipeline:
         pruned = copied("stream")
         dense = copied("dense") if self.config.teacher == "dense" else None
         some = dense is None and not methods.load(self.config.method).targets
-        targets = Activations.like(pruned, _measured(pruned) if some else len(pruned), "targets")
+        count = max(1, self.groups.measured) if some else len(pruned)
+        targets = Activations.like(pruned, count, "targets")
         return Streams(pruned, dense, targets)
 
     def _finish_block(self, index: int, streams: Streams, calls: list[Call]) -> dict[str, Any]:
@@ -232,9 +247,11 @@ class _Pipeline:
         name = f"block-{index:05d}"
         finished = self.workspace.finished(name)
         if finished is None:
-            tensors, record = self._prune_block(index, streams, calls)
+            record = self._prune_block(index, streams, calls)
             shard = self.workspace.shard(index + 2, len(self.plan) + 1)
+            tensors = partial(self.checkpoint.stored_tensors, index)
             finished = self.workspace.finish(name, shard, tensors, {"record": to_json(record)})
+            self.checkpoint.unload_block(index)
             self._event(index, WRITTEN, record=record)
         else:
             self._replay(index, finished, streams, calls)
@@ -258,17 +275,16 @@ class _Pipeline:
                 finished = self.workspace.finish("others", shard, tensors, {})
         return finished
 
-    def _prune_block(
-        self, index: int, streams: Streams, calls: list[Call]
-    ) -> tuple[dict[str, Tensor], BlockRecord]:
-        """Prunes one block and sends the stream through it; gives its tensors and its record."""
+    def _prune_block(self, index: int, streams: Streams, calls: list[Call]) -> BlockRecord:
+        """Prunes one block, which stays loaded, and sends the stream through it."""
         started = time.monotonic()
         method, linears = methods.load(self.config.method), self.plan[index]
         budget = budgets(self.plan, self.config)[index]
-        measured = _measured(streams.pruned)
+        measured = self.groups.measured
         run = self._block_run(index, self._take(index), linears, streams, calls)
         self._observe(index, run, streams, method.hessians)
         pruned, update = self._updated(index, run, streams, method.mask(run, budget), budget)
+        pruned = run.agreed(pruned)
 
         error_wanda = None
         if linears and self.config.method != "wanda":
@@ -278,7 +294,7 @@ class _Pipeline:
         error = run.error(measured)
         self._hand_on(index, "hand on", run, streams)
 
-        record = block_record(
+        return block_record(
             index,
             self._name(index),
             run,
@@ -289,9 +305,6 @@ class _Pipeline:
             seconds=time.monotonic() - started,
             update=update,
         )
-        tensors = self.checkpoint.stored_tensors(index)
-        self.checkpoint.unload_block(index)
-        return tensors, record
 
     def _updated(
         self, index: int, run: BlockRun, streams: Streams, pruned: Pruned, budget: Budget
@@ -305,7 +318,7 @@ class _Pipeline:
         if kind == "none" or not run.linears or later_uses(self.checkpoint, index, run.linears):
             return pruned, None  # what suits one use of shared weights may not suit the others
         if kind in ("auto", "learn"):
-            if not self.held_out:
+            if not self.groups.held_out:
                 return pruned, None
             learned_choice = self.config.method == "besa" and bool(self.config.pattern.m)
             others = {"wanda": wanda.mask(run, budget)} if learned_choice else None
@@ -349,7 +362,8 @@ class _Pipeline:
             stream=streams.pruned,
             dense_stream=streams.dense,
             targets=streams.targets,
-            held_out=self.held_out,
+            groups=self.groups,
+            ranks=self.ranks,
             device=self.device,
             dtype=self.dtype,
             config=self.config,
@@ -373,6 +387,7 @@ class _Pipeline:
         check.finish()
         if uses := later_uses(self.checkpoint, index, run.linears):
             self._observe_later(index, run, uses)
+        run.share_statistics()
 
     def _observe_later(
         self, index: int, run: BlockRun, uses: Mapping[int, Mapping[Linear, Linear]]

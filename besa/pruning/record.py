@@ -61,6 +61,11 @@ def settings_of(
     }
 
 
+def resumable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that a run which goes on must share; it may have other threads and processes."""
+    return {name: value for name, value in settings.items() if name != "threads"}
+
+
 def linear_record(linear: Linear, stored: Tensor, norms: InputNorms) -> LinearRecord:
     """The zeros of one linear and how its rows share them.
 
@@ -163,12 +168,14 @@ def run_record(
     device: torch.device,
     dropped: ModelCopy | None = None,
     rotated: ModelCopy | None = None,
+    processes: int = 1,
 ) -> PruneRecord:
     """The record of a whole run.
 
     Args:
         shards: what was written, each with its digest and, of a block, its record.
         dropped, rotated: what was pruned in the model's place.
+        processes: how many shared the samples.
     """
     blocks = [from_json(BlockRecord, shard["record"]) for shard in shards if "record" in shard]
     zeros = sum(block.zeros for block in blocks)
@@ -187,6 +194,7 @@ def run_record(
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         dtype=settings["dtype"],
         threads=settings["threads"],
+        processes=processes,
         sparsity=Sparsity(
             target=settings["sparsity"], achieved=zeros / weights, zeros=zeros, weights=weights
         ),

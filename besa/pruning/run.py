@@ -9,6 +9,10 @@ before (`besa.rotation`), and trains it as a whole afterwards, towards the dense
 (`besa.recovery`). In between, the rotated model is in `OUT.rotated` and the pruned one in
 `OUT.pruned`, from where an interrupted run goes on; so is a model without some of its experts in
 `OUT.dropped`.
+
+    torchrun --nproc-per-node 2 -m besa prune MODEL --out pruned
+
+Several processes share the samples (`besa.processes.ranks`); a copy is made by the first of them.
 """
 
 from __future__ import annotations
@@ -21,12 +25,14 @@ from besa.errors import BesaError
 from besa.model.prune_record import PruneRecord
 from besa.model.record import read_record
 from besa.model.workspace import check_free, publish
+from besa.processes.ranks import Ranks, joined
 from besa.progress import Tell
 from besa.pruning.config import PruneConfig
 from besa.pruning.dropped import dropped_copy
 from besa.pruning.model_copy import ModelCopy
 from besa.pruning.pipeline import PruneResult, prune_blocks
 from besa.pruning.rotated import rotated_copy
+from besa.pruning.sharing import check_shareable
 from besa.recovery.config import RecoverConfig, check_accelerate
 from besa.report.pages import write_pages
 
@@ -45,21 +51,31 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
     Raises:
         BesaError: something that the user can mend; what was finished stays in `OUT.partial`
             and the same call goes on from there.
+        PeerLostError: of processes that share the run, another one ended.
     """
+    with joined() as ranks:
+        return _prune(model, config, tell, ranks)
+
+
+def _prune(model: str | Path, config: PruneConfig, tell: Tell, ranks: Ranks) -> PruneResult:
+    check_shareable(config, ranks)
     check_free(Path(config.out), config.overwrite)
     trains = config.effort == "high" and config.quantize is None  # which would undo the rounding
     if trains:
         check_accelerate()
-    dropped = dropped_copy(model, config, tell) if config.drop_experts else None
+    dropped = rotated = None
+    if config.drop_experts:
+        dropped = ranks.from_leader(lambda: dropped_copy(model, config, tell))
     whole = dropped.directory if dropped else model
-    rotated = None if config.rotate == "off" else rotated_copy(whole, config, tell)
+    if config.rotate != "off":
+        rotated = ranks.from_leader(lambda: rotated_copy(whole, config, tell))
     if trains:
         result = _pruned_and_recovered(model, config, dropped, rotated, tell)
     else:
-        result = prune_blocks(model, config, tell, dropped=dropped, rotated=rotated)
+        result = prune_blocks(model, config, tell, dropped=dropped, rotated=rotated, ranks=ranks)
     for copy in (dropped, rotated):
         if copy is not None:
-            copy.remove()
+            ranks.from_leader(copy.remove)
     return result
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from besa.errors import BesaError
 from besa.model.blocks import Linear
+from besa.processes.ranks import Ranks
 
 
 class InputNorms:
@@ -41,6 +42,10 @@ class InputNorms:
         # Some models give each expert every token, zeros where it is another's.
         own = squares.any(1).sum() if linear.groups > 1 else len(inputs)
         self.tokens[linear.name][group] += own
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Adds the inputs that the other processes saw."""
+        ranks.sum_(*self.squares.values(), *self.tokens.values())
 
     def of(self, linear: Linear) -> Tensor:
         """||X_j||_2 as float32 [groups, cols]; ones for a group that saw no token."""
@@ -67,6 +72,10 @@ class Hessians:
         """Adds inputs [tokens, cols] of one group."""
         inputs = inputs.detach().float()
         self.sums[linear.name][group].addmm_(inputs.T, inputs)
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Adds the inputs that the other processes saw."""
+        ranks.sum_(*self.sums.values())
 
     def of(self, linear: Linear) -> Tensor:
         """X^T X as float32 [groups, cols, cols]."""

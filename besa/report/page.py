@@ -92,6 +92,7 @@ def render(record: PruneRecord) -> str:
             ("architecture", record.architecture or NONE),
             ("device, dtype", f"{record.device}, {record.dtype}"),
             ("threads", threads),
+            *([("processes", record.processes)] if record.processes > 1 else ()),
             *record.versions.items(),
         ],
         "unrouted": unrouted(blocks),

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from besa.model.blocks import Linear
 from besa.pruning.allocate import CANDIDATES, RankedMatrix, RateLearner, RateMask, rank_buckets
+from besa.pruning.batches import Group
 from besa.pruning.config import Pattern
 from besa.pruning.learn import Step, learn, learn_step
 from besa.pruning.masked import WeightFactory
@@ -294,7 +295,8 @@ def test_the_logits_of_all_matrices_move_together(uneven: Uneven, granularity: s
     ]
     learner = RateLearner(matrices, 0.5, granularity)
     with Counted() as counted:
-        learn_step(learner, uneven.forward, 0, uneven.targets[0])
+        group = Group(len(uneven.targets[0]), range(1))
+        learn_step(learner, uneven.forward, group, uneven.targets)
     counts = counted.counts
     assert counts["_softmax"] == counts["_softmax_backward_data"] == 1
     assert counts["cumsum"] == 2  # there and back

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from besa.methods import METHODS
 from besa.model.blocks import find_linears
 from besa.model.replay import Call
+from besa.pruning.batches import single
 from besa.pruning.block_run import BlockRun, Pruned
 from besa.pruning.budget import Budget, budgets
 from besa.pruning.config import PruneConfig
@@ -47,7 +48,7 @@ def block_run(
         device=torch.device("cpu"),
         dtype=torch.float32,
         config=PruneConfig(out="pruned"),
-        held_out=held_out,
+        groups=single([1] * batches, held_out),
     )
     with torch.no_grad():
         run.observe(load(method).hessians, lambda i, output: targets.append(output))

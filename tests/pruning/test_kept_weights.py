@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from besa.pruning.batches import Group
 from besa.pruning.kept_weights import WeightLearner, rms
 from besa.pruning.learn import learn, learn_step, relative_error, token_error
 from besa.pruning.masked import WeightFactory
@@ -55,7 +56,8 @@ def test_a_step_is_a_share_of_the_matrix_and_warms_up():
     moved = []
     for i in range(6):
         before = learner.weights[0].detach().clone()
-        learn_step(learner, lambda i, weights: x[i] @ weights[0]().T, i, x[i] @ weight.T)
+        group = Group(len(x[i]), range(i, i + 1))
+        learn_step(learner, lambda i, weights: x[i] @ weights[0]().T, group, x @ weight.T)
         moved.append(float((learner.weights[0].detach() - before).abs().max()))
     # Adam's first step is its full size for every weight; the first of five is a fifth of it.
     assert moved[0] == pytest.approx(0.02 / 5 * rms(weight), rel=1e-3)
@@ -73,7 +75,8 @@ def test_weights_stay_float32_where_the_computation_is_not():
     assert proposal.weights[0]().dtype == torch.bfloat16
     assert proposal.rate == pytest.approx(float((~mask).float().mean()))
     for i in range(4):  # steps that bfloat16 would round away
-        learn_step(learner, lambda i, w: x[i].bfloat16() @ w[0]().T, i, x[i] @ weight.T)
+        group = Group(len(x[i]), range(i, i + 1))
+        learn_step(learner, lambda i, w: x[i].bfloat16() @ w[0]().T, group, x @ weight.T)
     (found,) = learner.result()
     assert found.dtype == torch.float32
     assert (found[mask] != start[mask]).float().mean() > 0.9

@@ -121,7 +121,7 @@ def test_a_damaged_block_before_finished_ones_is_redone(
     model = family_model("llama")
     prune(model, tmp_path / "whole", calibration, "magnitude")
 
-    def ended(*_: object) -> None:
+    def ended(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "run_record", ended)

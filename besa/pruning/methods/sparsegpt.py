@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from besa.model.blocks import Linear
+from besa.processes.ranks import ALONE, Ranks
 from besa.pruning.block_run import BlockRun, Pruned
 from besa.pruning.budget import Budget
 from besa.pruning.compensate import GroupChoice, compensate, importance, inverse_factor
@@ -74,38 +75,51 @@ def sparsegpt(
 
 
 def sparsegpt_weights(
-    linears: Sequence[Linear], weights: Mapping[str, Tensor], hessians: Hessians, budget: Budget
+    linears: Sequence[Linear],
+    weights: Mapping[str, Tensor],
+    hessians: Hessians,
+    budget: Budget,
+    ranks: Ranks = ALONE,
 ) -> Pruned:
     """Masks of the linears, which all lose the same share, and new weights in float32.
 
     Args:
         weights: [groups, rows, cols] by name.
+        ranks: the processes that share the matrices; all of them get all.
 
     Raises:
         BesaError: a linear's statistics overflowed.
     """
+    matrices = [(x, group) for x in linears for group in range(x.groups)]
+    for linear, group in matrices:
+        check_hessian(hessians.of(linear)[group], linear, "SparseGPT", "choose another method")
     shares = budget.shares(linears)
-    by_magnitude = magnitude_masks(linears, weights, budget)
-    masks, updated = {}, {}
-    for linear in linears:
-        kept, matrices = [], []
-        for group, matrix in enumerate(weights[linear.name]):
-            hessian = hessians.of(linear)[group]
-            check_hessian(hessian, linear, "SparseGPT", "choose another method")
-            if hessian.any():
-                share = shares[linear.name][group]
-                matrix, mask = sparsegpt(matrix, hessian, share, budget.pattern)
-            else:
-                mask = by_magnitude[linear.name][group]
-            kept.append(mask)
-            matrices.append(matrix.float())
-        masks[linear.name], updated[linear.name] = torch.stack(kept), torch.stack(matrices)
+    masks = magnitude_masks(linears, weights, budget)
+    updated = {
+        x.name: torch.empty_like(
+            weights[x.name], dtype=torch.float32, memory_format=torch.contiguous_format
+        )
+        for x in linears
+    }
+    owners = ranks.deal([x.cols**2 * (x.cols + x.rows) for x, _ in matrices])
+    for (linear, group), owner in zip(matrices, owners, strict=True):
+        hessian = hessians.of(linear)[group]
+        if owner != ranks.rank:
+            continue
+        matrix, place = weights[linear.name][group], updated[linear.name][group]
+        if hessian.any():
+            share = shares[linear.name][group]
+            matrix, masks[linear.name][group] = sparsegpt(matrix, hessian, share, budget.pattern)
+        place.copy_(matrix)
+    for found in (masks, updated):
+        places = [found[linear.name][group] for linear, group in matrices]
+        ranks.exchange_(zip(places, owners, strict=True))
     return Pruned(masks, updated)
 
 
 def mask_and_update(run: BlockRun, budget: Budget) -> Pruned:
     assert run.hessians is not None
-    return sparsegpt_weights(run.linears, run.weights, run.hessians, budget)
+    return sparsegpt_weights(run.linears, run.weights, run.hessians, budget, run.ranks)
 
 
 METHOD = Method(mask_and_update, hessians=True)

@@ -20,6 +20,7 @@ from besa.model.blocks import find_linears
 from besa.pruning import compensate as module
 from besa.pruning import patterns
 from besa.pruning.allocate import RankedMatrix, RateLearner, RateMask, rank_buckets
+from besa.pruning.batches import Group
 from besa.pruning.compensate import block_errors_reference, inverse_factor
 from besa.pruning.config import Pattern
 from besa.pruning.learn import learn_step
@@ -151,7 +152,8 @@ def learning(device: str, dtype: torch.dtype) -> tuple[list[float], list[Tensor]
         with masked(block, linears, makes):
             return block(x)
 
-    errors = [float(learn_step(learner, forward, 0, target)[0]) for _ in range(6)]
+    group = Group(len(target), range(1))
+    errors = [float(learn_step(learner, forward, group, [target])[0]) for _ in range(6)]
     return errors, [rates.cpu() for rates in learner.result()]
 
 
