@@ -22,6 +22,20 @@ if TYPE_CHECKING:
 DOES_NOT_FIT = 3
 
 
+# The phases of `besa.planning.prune_work`, as people call them.
+_PHASES = {
+    "copy": "copy what is in no block",
+    "load": "load blocks",
+    "statistics": "gather statistics",
+    "masks": "choose masks",
+    "teacher": "run the dense model",
+    "update": "update weights",
+    "compare": "compare errors",
+    "hand on": "run the pruned model",
+    "write": "write blocks",
+}
+
+
 def print_prune_plan(plan: PrunePlan) -> int:
     """Prints it; gives the exit code."""
     shape, setting, config = plan.shape, plan.setting, plan.setting.config
@@ -43,10 +57,11 @@ def print_prune_plan(plan: PrunePlan) -> int:
         f"through each block, {_flops(plan.flops)}"
     )
     if plan.seconds is not None and plan.speed is not None:
-        slowest = max(plan.work, key=lambda name: plan.work[name].products)
+        speed = plan.speed
+        slowest = max(plan.work, key=lambda name: plan.work[name].seconds(speed))
         print(
-            f"time: about {duration(plan.seconds)}, most of it {_PHASES.get(slowest, slowest)} "
-            f"({plan.speed.products / 1e9:.0f} GFLOP/s measured)"
+            f"time: about {_days(plan.seconds)}, most of it to {_PHASES[slowest]} "
+            f"({speed.products / 1e9:.0f} GFLOP/s measured)"
         )
     for note in plan.notes:
         print(note)
@@ -57,16 +72,9 @@ def print_prune_plan(plan: PrunePlan) -> int:
 
     print(_lacks(lacking(plan.need, plan.room)))
     for advice in plan.advice:
-        end = ": then it fits" if advice.fits else ", which is not enough by itself"
-        print(f"  {advice.flag} takes {size(advice.gain)} less{end}")
+        end = ", and then it fits" if advice.fits else ""
+        print(f"  {advice.flag}: {size(advice.gain)} less{end}")
     return DOES_NOT_FIT
-
-
-_PHASES = {
-    "masks": "choosing masks",
-    "update": "updating weights",
-    "statistics": "gathering statistics",
-}
 
 
 def print_export_plan(plan: ExportPlan) -> int:
@@ -82,9 +90,7 @@ def print_export_plan(plan: ExportPlan) -> int:
     show(table)
     _memory("memory", plan.memory, plan.room.host)
     _disk(plan.output, 0, plan.room.disk)
-    print(
-        f"time: about {duration(plan.seconds)} ({plan.read_speed / 1e6:.0f} MB/s read and digested)"
-    )
+    print(f"time: about {_days(plan.seconds)} ({plan.read_speed / 1e6:.0f} MB/s read and digested)")
     for note in plan.notes:
         print(note)
     return _verdict(plan.missing)
@@ -132,6 +138,11 @@ def _memory(name: str, moment: Moment, room: int | None) -> None:
 def _disk(output: int, activations: int, room: int) -> None:
     more = f" and {size(activations)} of activations meanwhile" if activations else ""
     print(f"disk: {size(output)} for the output{more}, of {size(room)} that are free")
+
+
+def _days(seconds: float) -> str:
+    """A duration; from two days on in days."""
+    return duration(seconds) if seconds < 2 * 86400 else f"{seconds / 86400:.0f} days"
 
 
 def _count(numbers: float) -> str:

@@ -2,7 +2,7 @@
 
 >>> from besa.pruning.config import PruneConfig
 >>> plan = plan_prune("path/to/model", PruneConfig(out="pruned", samples=8, seqlen=32))
->>> plan.fits, plan.disk.output < 10**6
+>>> plan.fits, plan.need.output < 10**6
 (True, True)
 
 A plan reads config.json and the headers of the weights, and needs no weights: a directory with a

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ _BATCHES_THERE = 8
 
 # Tokens that a tokenizer cuts in a second, by a single thread.
 _CUT = 150_000
+
+# Changes that are made at once, at most, where one is not enough.
+_TOGETHER = 4
 
 # An advice that gains less than this part of what is needed is none.
 _LEAST_GAIN = 0.02
@@ -122,10 +126,6 @@ class PrunePlan:
     @property
     def device(self) -> Moment | None:
         return self.need.device
-
-    @property
-    def disk(self) -> Need:
-        return self.need
 
     @property
     def fits(self) -> bool:
@@ -249,14 +249,49 @@ def _advice(
     missing = lacking(before, room)
     if not missing:
         return
+    tried = _tried(_Changed({}, setting.config, device, seqlen), shape, room, missing)
+    for changed, after in tried:
+        yield Advice(changed.typed, _less(before, after, missing), not lacking(after, room))
+    if not tried or not lacking(tried[0][1], room):
+        return
+    for _ in range(_TOGETHER - 1):  # where no change is enough, some together may be
+        best, after = tried[0]
+        if not (tried := _tried(best, shape, room, lacking(after, room))):
+            return
+        changed, after = tried[0]
+        if not lacking(after, room):
+            yield Advice(changed.typed, _less(before, after, missing), fits=True)
+            return
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """Settings with some changes, and these as they are typed, by their flags."""
+
+    flags: Mapping[str, str]
+    config: PruneConfig
+    device: torch.device
+    seqlen: int
+
+    @property
+    def typed(self) -> str:
+        return " ".join(f"{flag} {value}" for flag, value in self.flags.items())
+
+
+def _tried(
+    start: _Changed, shape: ModelShape, room: Room, missing: Mapping[str, int]
+) -> list[tuple[_Changed, Need]]:
+    """Further changes that help with what is missing, and what each leaves; the best one first."""
     found = []
-    for flag, changed, place, length in _changes(setting.config, device, seqlen):
-        after = need_of(shape, setting_of(changed, shape, place, length), room.process)
+    for changed in _changes(start):
+        setting = setting_of(changed.config, shape, changed.device, changed.seqlen)
+        after = need_of(shape, setting, room.process)
         left = lacking(after, room)
-        gain = sum(min(missing[name], missing[name] - left.get(name, 0)) for name in missing)
+        gain = sum(missing[name] - left.get(name, 0) for name in missing)
         if gain > _LEAST_GAIN * sum(missing.values()) and not left.keys() - missing.keys():
-            found.append(Advice(flag, _less(before, after, missing), not left))
-    yield from sorted(found, key=lambda advice: (not advice.fits, -advice.gain))
+            found.append((gain, changed, after))
+    found.sort(key=lambda each: -each[0])
+    return [(changed, after) for _, changed, after in found]
 
 
 def _less(before: Need, after: Need, missing: Mapping[str, int]) -> int:
@@ -271,29 +306,32 @@ def _less(before: Need, after: Need, missing: Mapping[str, int]) -> int:
     return sum(less[name] for name in missing)
 
 
-def _changes(
-    config: PruneConfig, device: torch.device, seqlen: int
-) -> Iterator[tuple[str, PruneConfig, torch.device, int]]:
-    """Settings that take less, each as it is typed, with the device and tokens of a sample."""
-    changes: list[tuple[str, dict[str, Any]]] = [("--activations disk", {"activations": "disk"})]
-    changes += [("--activations host", {"activations": "host"})]
-    changes += [("--teacher pruned", {"teacher": "pruned"})]
-    changes += [(f"--update {kind}", {"update": kind}) for kind in ("admm", "none")]
-    changes += [("--method wanda --update none", {"method": "wanda", "update": "none"})]
-    changes += [("--dtype bfloat16", {"dtype": "bfloat16"})]
-    half = config.sample_count // 2
-    changes += [(f"--samples {half}", {"samples": half})] if half else []
-    for flag, change in changes:
+def _changes(start: _Changed) -> Iterator[_Changed]:
+    """Settings that take less."""
+    config, seqlen = start.config, start.seqlen
+    changes: list[dict[str, Any]] = [
+        {"activations": "disk"},
+        {"activations": "host"},
+        {"teacher": "pruned"},
+        {"update": "admm"},
+        {"update": "none"},
+        {"method": "wanda", "update": "none"},
+        {"dtype": "bfloat16"},
+        {"samples": max(1, config.sample_count // 2)},
+    ]
+    for change in changes:
         if all(getattr(config, name) == value for name, value in change.items()):
             continue
-        try:
-            yield flag, replace(config, **change), device, seqlen
-        except BesaError:  # the settings do not go together
-            continue
+        flags = {**start.flags, **{f"--{name}": str(value) for name, value in change.items()}}
+        with suppress(BesaError):  # the settings do not go together
+            yield replace(start, flags=flags, config=replace(config, **change))
     if seqlen > 1:
-        yield f"--seqlen {seqlen // 2}", config, device, seqlen // 2
-    if device.type != "cpu":
-        yield "--device cpu", replace(config, device="cpu"), torch.device("cpu"), seqlen
+        flags = {**start.flags, "--seqlen": str(seqlen // 2)}
+        yield replace(start, flags=flags, seqlen=seqlen // 2)
+    if start.device.type != "cpu":
+        flags = {**start.flags, "--device": "cpu"}
+        cpu = torch.device("cpu")
+        yield replace(start, flags=flags, config=replace(config, device="cpu"), device=cpu)
 
 
 def _notes(config: PruneConfig) -> Iterator[str]:

@@ -33,6 +33,9 @@ _RECORD = 24  # counting zeros by row
 _LAUNCHES = 20
 _BACKWARD = 5  # times as many with gradients, as well as time for what is no product
 
+# Of a forward pass, what the way to the first linears takes at least: norms, and gathering inputs.
+_LEAST_WAY = 0.2
+
 # ADMM: products of a matrix [rows, cols] with [cols, cols].
 _ADMM_PRODUCTS = 20 + 5
 
@@ -185,7 +188,11 @@ def _solved(block: BlockShape, attention: Attention, setting: Setting, kind: str
     config = setting.config
     dense = config.teacher == "dense"
     tokens = (setting.samples - held_out_of(config)) * setting.seqlen
-    ways = partial_flops(block, attention, tokens, setting.seqlen)
+    whole = _forward(block, attention, setting, tokens)
+    ways = [
+        whole * max(part / whole.products, _LEAST_WAY)
+        for part in partial_flops(block, attention, tokens, setting.seqlen)
+    ]
     work = Work()
     for level, way in zip(block.levels, ways, strict=True):
         matrices = [x for x in level if x.pruned]
@@ -194,7 +201,7 @@ def _solved(block: BlockShape, attention: Attention, setting: Setting, kind: str
         first = matrices[0]
         shared = first.share < 1 or not dense
         grams = 2.0 * tokens * first.uses * first.cols**2 * (1 if shared else 2)
-        work += Work(products=grams + way * (2 if dense else 1))
+        work += way * (2 if dense else 1) + Work(products=grams)
         for x in matrices:
             square, cube = float(x.rows * x.cols**2), float(x.cols**3)
             aim = (cube / 3, 4 * square) if dense and x.share == 1 else (0.0, 0.0)

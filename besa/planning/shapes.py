@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from besa.formats import QUANT_METHOD
 from besa.model.architecture import read_config
 from besa.model.blocks import expert_count, experts_per_token, find_linears
 from besa.model.checkpoint import Checkpoint
@@ -152,19 +154,33 @@ class ModelShape:
 
 
 def open_headers(model: str | Path, trust_remote_code: bool = False) -> Checkpoint:
-    """A checkpoint whose weights need not be there: then it has no files.
+    """A checkpoint whose weights need not be there, or are packed: then it has no files.
 
     Raises:
         BesaError: no config.json, or what `Checkpoint.open` raises.
     """
     directory = resolve(model)
-    if any(directory.glob("*.safetensors*")):
+    packed = quantized_as(directory) == QUANT_METHOD
+    if not packed and any(directory.glob("*.safetensors*")):
         return Checkpoint.open(directory, trust_remote_code)
     config = read_config(directory, trust_remote_code)
+    if packed:  # its files hold other tensors than the model does
+        del config.quantization_config
     check_floats(directory, config)
     named = getattr(config.get_text_config(), "dtype", None)
     dtype = named if isinstance(named, torch.dtype) else torch.bfloat16
     return Checkpoint.of(directory, config, {}, trust_remote_code, dtype)
+
+
+def quantized_as(model: str | Path) -> str | None:
+    """The method that a model's config.json says its weights are stored by; None for floats."""
+    path = resolve(model) / "config.json"
+    try:
+        note = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (OSError, ValueError, AttributeError):
+        return None  # what is wrong with it, `read_config` says
+    method = note.get("quant_method")
+    return method if isinstance(method, str) else None
 
 
 def shape_of(checkpoint: Checkpoint, config: PruneConfig | None = None) -> ModelShape:
