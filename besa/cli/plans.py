@@ -68,9 +68,11 @@ def print_prune_plan(plan: PrunePlan) -> int:
     if plan.fits:
         print("It fits.")
         return 0
-    from besa.planning.prune import lacking
+    from besa.planning.need import lacking
 
     print(_lacks(lacking(plan.need, plan.room)))
+    if plan.need.output > plan.room.disk:
+        print(f"  --out on a disk with {size(plan.need.output)} free")
     for advice in plan.advice:
         end = ", and then it fits" if advice.fits else ""
         print(f"  {advice.flag}: {size(advice.gain)} less{end}")

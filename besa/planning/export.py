@@ -103,15 +103,15 @@ def plan_export(model: str | Path, config: ExportConfig) -> ExportPlan:
         BesaError: no such model, or one that is packed already and not to be unpacked.
     """
     room = room_for(torch.device("cpu"), Path(config.out))
-    packed = quantized_as(model) == QUANT_METHOD
-    if packed != (config.format == "dense"):
+    packed, unpacks = quantized_as(model), config.format == "dense"
+    if packed == QUANT_METHOD and not unpacks:
         raise BesaError(
             f"{model} is packed already: serve it as it is, or unpack it with --format dense"
-            if packed
-            else f"{model} is not packed: --format dense unpacks what `besa export` packed"
         )
-    config = config if packed else as_pruned(model, config)
-    shape = shape_of(open_headers(model, config.trust_remote_code))
+    if packed is None and unpacks:
+        raise BesaError(f"{model} is not packed: leave --format dense out")
+    config = config if unpacks else as_pruned(model, config)
+    shape = shape_of(open_headers(model, config.trust_remote_code, packed=unpacks))
     zeros, notes = _zeros(model, shape)
     base = {"Python, torch, transformers": room.process}
     if config.format == "dense":

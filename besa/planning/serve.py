@@ -155,7 +155,7 @@ def _weights(directory: Path, packing: PackedConfig | None) -> tuple[int, torch.
         data = sum(path.stat().st_size for path in directory.glob("*.onnx*"))
         return data, torch.float32
     files = list(directory.glob("*.safetensors"))
-    shape = shape_of(open_headers(directory))
+    shape = shape_of(open_headers(directory, packed=True))
     stored = sum(path.stat().st_size for path in files)
     return stored if files and packing else shape.stored_bytes, shape.dtype
 

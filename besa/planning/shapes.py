@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from besa.formats import QUANT_METHOD
 from besa.model.architecture import read_config
 from besa.model.blocks import expert_count, experts_per_token, find_linears
 from besa.model.checkpoint import Checkpoint
 from besa.model.files import resolve
-from besa.model.quantization import check_floats
+from besa.model.quantization import check_floats, drop_notes
 from besa.pruning.config import PruneConfig
 from besa.pruning.plan import plan_of
 
@@ -153,19 +152,25 @@ class ModelShape:
         return self.nbytes or self.parameters * self.itemsize
 
 
-def open_headers(model: str | Path, trust_remote_code: bool = False) -> Checkpoint:
-    """A checkpoint whose weights need not be there, or are packed: then it has no files.
+def open_headers(
+    model: str | Path, trust_remote_code: bool = False, *, packed: bool = False
+) -> Checkpoint:
+    """A checkpoint whose weights need not be there: then it has no files.
+
+    Args:
+        packed: whether the weights may be stored as anything but floats; such files are not read.
 
     Raises:
         BesaError: no config.json, or what `Checkpoint.open` raises.
     """
     directory = resolve(model)
-    packed = quantized_as(directory) == QUANT_METHOD
+    if quantized_as(directory) is None:
+        packed = False
     if not packed and any(directory.glob("*.safetensors*")):
         return Checkpoint.open(directory, trust_remote_code)
     config = read_config(directory, trust_remote_code)
-    if packed:  # its files hold other tensors than the model does
-        del config.quantization_config
+    if packed:
+        drop_notes(config)
     check_floats(directory, config)
     named = getattr(config.get_text_config(), "dtype", None)
     dtype = named if isinstance(named, torch.dtype) else torch.bfloat16
