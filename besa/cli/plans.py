@@ -92,7 +92,9 @@ def print_export_plan(plan: ExportPlan) -> int:
     show(table)
     _memory("memory", plan.memory, plan.room.host)
     _disk(plan.output, 0, plan.room.disk)
-    print(f"time: about {_days(plan.seconds)} ({plan.read_speed / 1e6:.0f} MB/s read and digested)")
+    if plan.seconds is not None and plan.read_speed is not None:
+        speed = f"{plan.read_speed / 1e6:.0f} MB/s read and digested"
+        print(f"time: about {_days(plan.seconds)} ({speed})")
     for note in plan.notes:
         print(note)
     return _verdict(plan.missing)

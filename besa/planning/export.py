@@ -50,8 +50,8 @@ class ExportPlan:
         output: bytes that the disk has to have.
         memory: the moment at which most of it is taken.
         room: what there is.
-        read_speed: bytes a second that are read and digested here.
-        seconds: estimated, by bytes.
+        read_speed: bytes a second that are read and digested here; None where not measured.
+        seconds: estimated, by bytes; None without a speed.
         notes: what the figures rest on.
     """
 
@@ -63,8 +63,8 @@ class ExportPlan:
     output: int
     memory: Moment
     room: Room
-    read_speed: float
-    seconds: float
+    read_speed: float | None
+    seconds: float | None
     notes: tuple[str, ...]
 
     @property
@@ -96,8 +96,11 @@ def packed_bytes(
     return int(nonzeros * value) + rows * (-(-linear.cols // 8) + 4 + scales)
 
 
-def plan_export(model: str | Path, config: ExportConfig) -> ExportPlan:
+def plan_export(model: str | Path, config: ExportConfig, *, timed: bool = True) -> ExportPlan:
     """Plans an export by config.json, headers and besa.json; writes nothing.
+
+    Args:
+        timed: whether to measure this machine, which takes two seconds.
 
     Raises:
         BesaError: no such model, or one that is packed already and not to be unpacked.
@@ -126,9 +129,12 @@ def plan_export(model: str | Path, config: ExportConfig) -> ExportPlan:
     else:
         files, moments = _packing(shape, zeros, config)
         what, output = f"packed as {config.quantize or _short(shape.dtype)}", files["the output"]
-    speed = measure(torch.device("cpu"), torch.float32, 64, 256, shape.weights)
-    moved = _PACKING * shape.parameters
-    through = 2 * shape.stored_bytes + 3 * output  # read twice; written, read back and digested
+    speed = seconds = None
+    if timed:
+        speed = measure(torch.device("cpu"), torch.float32, 64, 256, shape.weights)
+        # Read twice; written, read back and digested.
+        through = 2 * shape.stored_bytes + 3 * output
+        seconds = through / speed.read + _PACKING * shape.parameters / speed.moved
     return ExportPlan(
         name=shape.name,
         parameters=shape.parameters,
@@ -138,8 +144,8 @@ def plan_export(model: str | Path, config: ExportConfig) -> ExportPlan:
         output=output,
         memory=peak_of([moment.beside(base) for moment in moments]),
         room=room,
-        read_speed=speed.read,
-        seconds=through / speed.read + moved / speed.moved,
+        read_speed=speed.read if speed else None,
+        seconds=seconds,
         notes=tuple(notes),
     )
 
