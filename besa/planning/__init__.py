@@ -1,7 +1,7 @@
 """What a command would take, before it does any work: `besa prune`, `export`, `serve --plan`.
 
 >>> from besa.pruning.config import PruneConfig
->>> plan = plan_prune("path/to/model", PruneConfig(out="pruned", samples=8, seqlen=32))
+>>> plan = plan_prune("path/to/model", PruneConfig(out="pruned"), timed=False)
 >>> plan.fits, plan.need.output < 10**6
 (True, True)
 

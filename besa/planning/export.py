@@ -1,6 +1,6 @@
 """What `besa export` would take: the files, memory, and the time that their bytes take.
 
->>> plan = plan_export("path/to/pruned", ExportConfig(out="sparse"))
+>>> plan = plan_export("path/to/pruned", ExportConfig(out="sparse"), timed=False)
 >>> plan.missing, plan.output < plan.files["the model now"]
 ({}, True)
 

@@ -1,6 +1,7 @@
 """What `besa prune` would take: memory, disk, work, time, and what to change if it does not fit.
 
->>> plan = plan_prune("path/to/model", PruneConfig(out="pruned", samples=8, seqlen=32))
+>>> config = PruneConfig(out="pruned", samples=8, seqlen=32)
+>>> plan = plan_prune("path/to/model", config, timed=False)
 >>> plan.host.total > plan.room.process, plan.device is None, plan.fits
 (True, True, True)
 >>> plan.advice

@@ -2,7 +2,7 @@
 
 >>> from besa.planning.shapes import LinearShape
 >>> block = BlockShape((LinearShape("up", 1, 1024, 1024),), 2**20)
->>> setting = Setting(PruneConfig(out="pruned", method="wanda"), 2048, 32, 2048, 2, 4, False)
+>>> setting = Setting(PruneConfig(out="pruned", method="wanda"), 32, 32, 32, 2, 4, False)
 >>> peak_of(block_moments(block, Attention(0, 0, 0), setting).host).name
 'choose'
 
@@ -97,6 +97,7 @@ def block_moments(block: BlockShape, attention: Attention, setting: Setting) -> 
     - update: masks L, Gram matrices and factors of the largest matrix, new weights 4 L;
     - learn: masks L; what is best so far and what it began with, 4 L each; the weights, Adam's two
       moments and gradients, 16 L, or the activations of a batch, if these are more;
+    - compare: masks and new weights, Wanda's scores 4 L and masks L beside those of other methods;
     - write: what was put, masks, the new weights, and P s as the file will have it.
     """
     config = setting.config
@@ -114,9 +115,12 @@ def block_moments(block: BlockShape, attention: Attention, setting: Setting) -> 
         put[names[0]] = (whole - pruned) * stored
     activations = int(kept_activations(block, attention, setting.batch, setting.seqlen) * computed)
     passing = int(transient_activations(block, setting.batch) * computed)
+    # What other methods give is compared with Wanda's masks.
+    wanda = {"masks": 2 * pruned, "scores and sorting": _scores(block, setting)}
+    judged = {} if config.method == "wanda" else wanda
     moments = [
         Moment("choose", {**loaded, **_choosing(block, setting, activations, passing)}),
-        Moment("compare", {**put, "masks": pruned, "scores and sorting": _scores(block, setting)}),
+        Moment("compare", {**put, "masks": pruned, "activations": passing, **judged}),
         Moment("write", {**put, "masks": pruned, "the file": whole * stored}),
     ]
     kind = config.update
@@ -135,9 +139,8 @@ def block_moments(block: BlockShape, attention: Attention, setting: Setting) -> 
                 "gradients and activations": max(4 * pruned, activations) + 8 * largest,
             }
             moments.append(Moment("learn", {**put, **learning}))
-        compared = {"masks": 2 * pruned, "new weights": best}
-        scores = {"scores and sorting": _scores(block, setting)}
-        moments[1] = Moment("compare", {**put, **compared, **scores})
+        compared = {"masks": pruned, "new weights": best, "activations": passing}
+        moments[1] = Moment("compare", {**put, **compared, **judged})
         written = {"masks": pruned, "new weights": best, "the file": whole * stored}
         moments[2] = Moment("write", {**put, **written})
     if not setting.on_gpu:

@@ -31,7 +31,7 @@ _RECORD = 24  # counting zeros by row
 
 # Operations on tensors, whatever their size, for each linear and pass of a batch.
 _LAUNCHES = 20
-_BACKWARD = 5  # times as many with gradients, as well as time for what is no product
+_BACKWARD = 7  # times as many with gradients, as well as time for what is no product
 
 # Of a forward pass, what the way to the first linears takes at least: norms, and gathering inputs.
 _LEAST_WAY = 0.2
