@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from besa.cli import COMMANDS, build_parser
+from besa.cli.plan_flag import with_out
 from besa.evaluation.config import EvalConfig
 from besa.export.config import ExportConfig
 from besa.pruning.config import PruneConfig
@@ -149,4 +150,5 @@ def test_commands_parse(command: str) -> None:
     args, unknown = build_parser().parse_known_args(words)
     assert unknown == [] or args.command == "serve"
     if settings := SETTINGS.get(args.command):
-        settings(**given(settings, args))
+        found = given(settings, args)
+        settings(**(with_out(found, args) if "plan" in args else found))

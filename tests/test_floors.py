@@ -34,7 +34,7 @@ FLOORS = (
     {"formats", "model", "data", "report"},
     {"evaluation", "doctor"},
     {"pruning", "recovery", "rotation", "export", "serve", "bench"},
-    {"demo"},
+    {"demo", "planning"},
     {"cli"},
     {"besa", "registration", "__main__"},  # the facade: what `import besa` gives
 )

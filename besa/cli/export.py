@@ -6,12 +6,14 @@ besa export --format dense SPARSE --out DENSE
 besa export --format onnx PRUNED --out ONNX
 besa export --format onnx PRUNED --out ONNX --sparse --precision int8
 besa export --format onnx PRUNED --out ONNX --sparse --device cuda
+besa export PRUNED --plan
 
 PRUNED is any Hugging Face directory with safetensors whose linears hold zeros, whoever pruned it.
 SPARSE loads in vLLM and transformers wherever besa is installed. `--format dense` goes back, bit
 for bit. ONNX is a graph for ONNX Runtime and ONNX Runtime GenAI: one that runs anywhere or, with
 --sparse, one on packed weights. Graphs for NVIDIA GPUs (--device cuda) are untested on GPUs. An
-interrupted run goes on when the same command is typed again.
+interrupted run goes on when the same command is typed again. --plan says what a run would take of
+memory, disk and time, and writes nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from besa.cli.plan_flag import add_plan_flag, with_out
 from besa.export.config import ExportConfig
 from besa.settings import add_flags, given
 
@@ -27,10 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model directory or hub id")
     add_flags(parser, ExportConfig)
     parser.add_argument("--verbose", action="store_true", help="show every linear")
+    add_plan_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    config = ExportConfig(**given(ExportConfig, args))
+    config = ExportConfig(**with_out(given(ExportConfig, args), args))
+    if args.plan:
+        from besa.cli.plans import print_export_plan
+        from besa.planning.export import plan_export
+
+        return print_export_plan(plan_export(args.model, config))
 
     from besa.cli.packing import print_export
     from besa.export import export

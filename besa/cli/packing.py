@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from besa.cli.tables import show
 from besa.export.packed.card import left_dense, pattern_in_words
 from besa.kernels.abi import WHOLE
 from besa.model.export_record import (
@@ -57,10 +55,10 @@ def _print_packed(out: Path, record: PackedRecord, verbose: bool) -> None:
     )
     for name, dense, packed in rows:
         table.add_row(name, size(dense), size(packed), f"{packed / dense:.3f}×")
-    _show(table)
-    _show(_densities(linears))
+    show(table)
+    show(_densities(linears))
     if verbose:
-        _show(_every_linear(linears))
+        show(_every_linear(linears))
     for line in left_dense(record.dense):
         print(f"stays dense: {line}")
     print(
@@ -144,14 +142,3 @@ def _ratio(linears: Sequence[PackedLinearRecord]) -> str:
     """Packed over dense bytes."""
     dense = sum(linear.dense_bytes for linear in linears)
     return f"{sum(linear.bytes for linear in linears) / dense:.3f}×"
-
-
-def _show(table: Table) -> None:
-    # A pipe has no width: its lines are folded only where COLUMNS asks for it.
-    free = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    console = Console(width=10_000 if free else None, highlight=False)
-    with console.capture() as shown:
-        console.print(table)
-    # A table fills its last column with spaces, and has an empty line above and below.
-    lines = [line.rstrip() for line in shown.get().splitlines()]
-    print(*filter(None, lines), sep="\n", end="\n\n")

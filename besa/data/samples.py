@@ -26,7 +26,7 @@ from besa.model.skeleton import known_tokens
 _SEQLEN = 2048
 
 # Windows that each sample is drawn from: a text longer than that is not read to its end.
-_WINDOWS_PER_SAMPLE = 16
+WINDOWS_PER_SAMPLE = 16
 
 
 class Drawing(Protocol):
@@ -68,13 +68,10 @@ def draw_samples(checkpoint: Checkpoint, text: str, settings: Drawing, spare: in
         BesaError: the model takes fewer tokens at once, the text has too few, or the tokenizer has
             no token to begin windows with, or tokens that the model does not know.
     """
-    most = positions_of(checkpoint.config) or _SEQLEN
-    samples, seqlen = settings.sample_count, settings.seqlen or min(_SEQLEN, most)
-    if seqlen > most:
-        raise BesaError(f"{checkpoint.directory} takes {most} tokens at once: lower --seqlen")
+    samples, seqlen = settings.sample_count, sample_length(checkpoint, settings.seqlen)
     tokenizer = load_tokenizer(checkpoint.directory, checkpoint.trust_remote_code)
     token = bos_token(settings.bos, tokenizer)
-    limit = _WINDOWS_PER_SAMPLE * samples * seqlen
+    limit = WINDOWS_PER_SAMPLE * samples * seqlen
     stream = stream_of(
         text,
         "calibration",
@@ -87,6 +84,19 @@ def draw_samples(checkpoint: Checkpoint, text: str, settings: Drawing, spare: in
     windows = calibration_windows(stream, samples, seqlen, settings.seed, token, spare * samples)
     check_known(windows, known_tokens(checkpoint.model))
     return windows
+
+
+def sample_length(checkpoint: Checkpoint, asked: int | None) -> int:
+    """Tokens in a sample: as asked, else 2048 or as many as the model takes at once.
+
+    Raises:
+        BesaError: the model takes fewer than were asked for.
+    """
+    most = positions_of(checkpoint.config) or _SEQLEN
+    seqlen = asked or min(_SEQLEN, most)
+    if seqlen > most:
+        raise BesaError(f"{checkpoint.directory} takes {most} tokens at once: lower --seqlen")
+    return seqlen
 
 
 def samples_digest(samples: Tensor) -> str:

@@ -73,6 +73,22 @@ def expert_count(config: Any) -> int | None:
     return None
 
 
+# What configs call the number of experts that a token goes to.
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+
+
+def experts_per_token(config: Any) -> int | None:
+    """How many of the routed experts a token goes to; all where the config does not say.
+
+    None without experts.
+    """
+    count = expert_count(config)
+    if not count:
+        return None
+    text = config.get_text_config()
+    return min(count, next((n for name in _CHOSEN if (n := getattr(text, name, None))), count))
+
+
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The text decoder's blocks: of its module lists, the one that holds the most parameters.
 

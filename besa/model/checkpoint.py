@@ -109,15 +109,23 @@ class Checkpoint:
 
     @classmethod
     def of(
-        cls, directory: Path, config: Any, files: dict[str, Path], trust_remote_code: bool = False
+        cls,
+        directory: Path,
+        config: Any,
+        files: dict[str, Path],
+        trust_remote_code: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Checkpoint:
         """The skeleton for a config and the tensors that are stored; reads headers only.
+
+        Args:
+            dtype: of the skeleton; None: that of most stored tensors.
 
         Raises:
             BesaError: transformers does not know the architecture, or it has no blocks.
         """
         with one_line(f"{directory} is no causal language model"):
-            skeleton = skeleton_of(config, stored_dtype(files), trust_remote_code)
+            skeleton = skeleton_of(config, dtype or stored_dtype(files), trust_remote_code)
         blocks_name, blocks = find_blocks(skeleton)
         conversions = get_model_conversion_mapping(skeleton)
         targets, converted = targets_of(files, skeleton, conversions)

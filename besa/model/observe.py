@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -28,6 +29,9 @@ from besa.model.blocks import Linear
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm)
 
 T = TypeVar("T")
+
+# Is given a linear, a group of it, and inputs [tokens, cols].
+OnInput = Callable[[Linear, int, Tensor], None]
 
 
 class products(TorchFunctionMode, Generic[T]):
@@ -78,22 +82,27 @@ class observe(products[Linear]):
         self,
         block: nn.Module,
         linears: Sequence[Linear],
-        on_input: Callable[[Linear, int, Tensor], None],
+        on_input: OnInput,
     ) -> None:
         weights = {linear: block.get_parameter(linear.parameter) for linear in linears}
-        super().__init__(weights, self._on_product)
-        self.on_input = on_input
+        # A method of this object's would hold the object, and with it the block that `on_input`
+        # belongs to, until the garbage collector comes by.
+        super().__init__(weights, partial(_by_group, on_input))
 
-    def _on_product(self, linear: Linear, inputs: Tensor, weight: Tensor, turned: bool) -> None:
-        inputs_first = turned != (weight.stride(-1) == 1)
-        if inputs_first != linear.transposed:
-            raise BesaError(
-                f"besa does not know how {linear.name} is laid out; leave it dense with "
-                f"--exclude '{re.escape(linear.name)}'"
-            )
-        if weight.ndim == 3:  # all experts at once: inputs [groups, tokens, cols]
-            for group, group_inputs in enumerate(inputs):
-                self.on_input(linear, group, group_inputs)
-        else:
-            group = weight.storage_offset() // (linear.rows * linear.cols)
-            self.on_input(linear, group, inputs.reshape(-1, linear.cols))
+
+def _by_group(
+    on_input: OnInput, linear: Linear, inputs: Tensor, weight: Tensor, turned: bool
+) -> None:
+    """Reports a product's inputs group by group."""
+    inputs_first = turned != (weight.stride(-1) == 1)
+    if inputs_first != linear.transposed:
+        raise BesaError(
+            f"besa does not know how {linear.name} is laid out; leave it dense with "
+            f"--exclude '{re.escape(linear.name)}'"
+        )
+    if weight.ndim == 3:  # all experts at once: inputs [groups, tokens, cols]
+        for group, group_inputs in enumerate(inputs):
+            on_input(linear, group, group_inputs)
+    else:
+        group = weight.storage_offset() // (linear.rows * linear.cols)
+        on_input(linear, group, inputs.reshape(-1, linear.cols))

@@ -16,12 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from besa.export.packable import expert_lists
-from besa.model.blocks import expert_count
+from besa.model.blocks import expert_count, experts_per_token
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import PackedLinearRecord, ReadPerToken
-
-# How configs call the number of experts that a token goes to.
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
 def read_per_token(checkpoint: Checkpoint, linears: Sequence[PackedLinearRecord]) -> ReadPerToken:
@@ -35,11 +32,8 @@ def read_per_token(checkpoint: Checkpoint, linears: Sequence[PackedLinearRecord]
         linears: those that are packed.
     """
     experts = expert_count(checkpoint.config)
-    share = 1.0
-    if experts:
-        text = checkpoint.config.get_text_config()
-        chosen = next((n for name in _CHOSEN if (n := getattr(text, name, None))), experts)
-        share = min(1.0, chosen / experts)
+    chosen = experts_per_token(checkpoint.config)
+    share = chosen / experts if chosen and experts else 1.0
     dense = 0.0
     for block in checkpoint.blocks:
         routed = expert_lists(block, experts)

@@ -165,10 +165,19 @@ class Sampler:
 
 
 def cache_tokens(model: Any) -> int:
-    """How many tokens the cache holds: of a few longest sequences, in a quarter of free memory."""
-    text = model.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or _MOST_TOKENS
+    """How many tokens the cache of a model holds on this machine."""
+    return tokens_in_cache(model.config.get_text_config().to_dict(), memory().available)
+
+
+def tokens_in_cache(config: dict[str, Any], available: int) -> int:
+    """How many tokens the cache holds: of a few longest sequences, in a quarter of free memory.
+
+    Args:
+        config: of the text model, as in config.json.
+        available: bytes of memory that nothing uses.
+    """
+    longest = config.get("max_position_embeddings") or _MOST_TOKENS
     tokens = min(_SEQUENCES * longest, _MOST_TOKENS)
-    if (size := longest_sequence(text.to_dict())) is not None:
-        tokens = min(tokens, memory().available // 4 * longest // size)
+    if (size := longest_sequence(config)) is not None:
+        tokens = min(tokens, available // 4 * longest // size)
     return max(tokens, 2 * _PAGE)

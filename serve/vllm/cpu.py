@@ -28,7 +28,7 @@ from besa.serve.cpu import longest_sequence, most_threads, physical_cores
 _GIB = 1 << 30
 
 # What the engine's processes take besides weights and cache.
-_PROCESSES = 3 * _GIB
+PROCESSES = 3 * _GIB
 # More of the longest sequences than this do not run at the same time on a CPU.
 _SEQUENCES = 64
 
@@ -104,7 +104,7 @@ def cache_space(available: int, weights: int, sequence: int | None, ranks: int) 
     Returns:
         GiB for each of the ranks.
     """
-    spare = (available - weights * 1.2 - _PROCESSES) / 2
+    spare = (available - weights * 1.2 - PROCESSES) / 2
     fits = int(spare / _GIB / ranks)
     useful = fits if sequence is None else math.ceil(_SEQUENCES * sequence / _GIB / ranks)
     return max(1, min(fits, useful))

@@ -35,7 +35,7 @@ VERSIONS = ("0.32", "0.34")
 # Flags that leave nothing for besa to wait for.
 _NO_HTTP = ("--uds", "--grpc", "--headless", "--omni")
 
-_BINDING, _CACHE = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE"
+_BINDING, CACHE_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE"
 
 
 class VllmEngine(Engine):
@@ -86,7 +86,7 @@ class VllmEngine(Engine):
         return {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "ERROR",
-            _CACHE: "1",
+            CACHE_VARIABLE: "1",
             _BINDING: thread_binding(1) or "auto",
         }
 
@@ -188,7 +188,7 @@ def _cpu_environment(arguments: tuple[str, ...], directory: Path) -> dict[str, s
     in_bytes = flag_value(arguments, "--kv-cache-memory-bytes")
     share = flag_value(arguments, "--gpu-memory-utilization")
     if in_bytes is None and share is None:
-        chosen[_CACHE] = os.environ.get(_CACHE) or str(cache_gib(directory, ranks))
+        chosen[CACHE_VARIABLE] = os.environ.get(CACHE_VARIABLE) or str(cache_gib(directory, ranks))
     return {name: value for name, value in chosen.items() if value}
 
 

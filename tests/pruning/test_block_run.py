@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -124,3 +127,15 @@ def test_budgets_add_up_to_the_target(rate: float):
     assert sum(b.zeros for b in found) == round(rate * sum(x.size for part in plan for x in part))
     for budget, part in zip(found, plan, strict=True):
         assert abs(budget.zeros - rate * sum(x.size for x in part)) <= 1
+
+
+def test_a_run_goes_with_its_last_reference():
+    """What observes a block does not hold it: a block after the next would be in memory, too."""
+    gc.disable()
+    try:
+        run = block_run()
+        block = weakref.ref(run.block)
+        del run
+        assert block() is None
+    finally:
+        gc.enable()
