@@ -43,6 +43,7 @@ from besa.model.companions import copy_companions
 from besa.model.completeness import check_complete
 from besa.model.files import open_tensors, resolve, stored_dtype, stored_shapes, weight_files
 from besa.model.finite import check_finite
+from besa.model.json_files import read_object
 from besa.model.quantization import check_floats, without_notes
 from besa.model.skeleton import free_parameters, skeleton_of, targets_of, tied_names
 from besa.writing import write_text
@@ -114,23 +115,30 @@ class Checkpoint:
         """The skeleton for a config and the tensors that are stored; reads headers only.
 
         Raises:
-            BesaError: transformers does not know the architecture, or it has no blocks.
+            BesaError: transformers does not know the architecture, it has no blocks, or more of
+            them than tensors are stored.
         """
         with one_line(f"{directory} is no causal language model"):
+            layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+            if isinstance(layers, int) and layers > len(files):
+                raise BesaError(
+                    f"{directory}: config.json says {layers:,} layers, but the files have "
+                    f"{len(files):,} tensors: download the model again"
+                )
             skeleton = skeleton_of(config, stored_dtype(files), trust_remote_code)
         blocks_name, blocks = find_blocks(skeleton)
         conversions = get_model_conversion_mapping(skeleton)
         targets, converted = targets_of(files, skeleton, conversions)
         prefix = blocks_name + "."
+        numbers = {str(index): index for index in range(len(blocks))}
         block_keys: list[list[str]] = [[] for _ in blocks]
         other_keys = []
         for key, target in targets.items():
-            if target.startswith(prefix):
-                index = int(target[len(prefix) :].split(".", 1)[0])
-                if index < len(blocks):
-                    block_keys[index].append(key)
-                    continue
-            other_keys.append(key)
+            index = numbers.get(target.removeprefix(prefix).split(".", 1)[0])
+            if index is not None and target.startswith(prefix):
+                block_keys[index].append(key)
+            else:
+                other_keys.append(key)
         return cls(
             directory,
             config,
@@ -291,7 +299,7 @@ class Checkpoint:
     def copy_companions(self, out: Path) -> None:
         """Copies config, tokenizer, license and all else that belongs to the model."""
         copy_companions(self.directory, frozenset(self.files.values()), out)
-        config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        config = read_object(self.directory / "config.json")
         if config != (plain := without_notes(config)):
             write_text(json.dumps(plain, indent=2) + "\n", out / "config.json")
 

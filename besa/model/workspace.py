@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from besa.errors import BesaError, interruptible
 from besa.model.files import INDEX, write_tensors
+from besa.model.json_files import read_object
 from besa.writing import sha256, write_text, writing
 
 # The longest that the name of an output gets while it is made.
@@ -59,17 +61,8 @@ class Workspace:
         """
         path = out.with_name(out.name + ".partial")
         check_free(out, overwrite)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir(exist_ok=True)
-            lock = (path / "lock").open("w")
-        except OSError as error:
-            raise BesaError(f"cannot write to {path}: {error.strerror}") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise BesaError(f"another besa is writing {path}: let it end, or end it") from None
+        while (lock := _locked(path)) is None:
+            check_free(out, overwrite)  # the run that had the lock has published its output
         workspace = cls(out, path, overwrite, lock)
         try:
             workspace._resume_or_begin(settings, needed_bytes)
@@ -101,8 +94,8 @@ class Workspace:
             BesaError: they are others, and nothing may be overwritten.
         """
         try:
-            found = json.loads(written.read_text())
-        except ValueError:
+            found = read_object(written)
+        except BesaError:
             found = {}
         wanted = json.loads(json.dumps(settings))  # tuples are lists in the file
         differing = [name for name in wanted | found if wanted.get(name) != found.get(name)]
@@ -164,7 +157,7 @@ class Workspace:
         try:
             record: dict[str, Any] = json.loads(path.read_text())
             unharmed = sha256(self.path / record["file"]) == record["sha256"]
-        except (FileNotFoundError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         return record if unharmed else None
 
@@ -174,9 +167,16 @@ class Workspace:
         return value
 
     def remembered(self, name: str) -> Any:
-        """What `remember` kept, or None."""
+        """What `remember` kept, or None.
+
+        Raises:
+            BesaError: it is there, and damaged.
+        """
         path = self.path / f"{name}.finished.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError:
+            raise BesaError(f"{path} is damaged: remove {self.path}, or --overwrite") from None
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Adds a line to log.jsonl."""
@@ -206,22 +206,48 @@ class Workspace:
         publish(self.path, self.out, self.overwrite)
 
 
+def _locked(path: Path) -> IO[str] | None:
+    """The lock of a directory that grows, which is made; None if it was published meanwhile.
+
+    The kernel lets go of it when the process ends, however that does.
+
+    Raises:
+        BesaError: another run has it, or nothing can be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(exist_ok=True)
+        lock = (path / "lock").open("w")
+    except OSError as error:
+        raise BesaError(f"cannot write to {path}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock.fileno()), (path / "lock").stat()):
+            return lock
+    except FileNotFoundError:
+        pass
+    except OSError:
+        lock.close()
+        raise BesaError(f"another besa is writing {path}: let it end, or end it") from None
+    lock.close()
+    return None
+
+
 def publish(path: Path, out: Path, overwrite: bool) -> None:
     """Renames what is complete to what it is to be called.
 
     Args:
         overwrite: what is there by that name goes.
     """
+    replaced = out.with_name(out.name + ".replaced")
     try:
         if overwrite and out.exists():
-            replaced = out.with_name(out.name + ".replaced")
-            if replaced.exists():  # a run ended here
+            if replaced.exists():
                 shutil.rmtree(replaced)
             out.rename(replaced)
-            path.rename(out)
+        path.rename(out)
+        if overwrite and replaced.exists():  # perhaps of a run that ended between the renames
             shutil.rmtree(replaced)
-        else:
-            path.rename(out)
     except OSError as error:
         raise BesaError(
             f"all is done, but {path} could not be renamed to {out} ({error.strerror}): rename it "

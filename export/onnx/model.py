@@ -41,8 +41,9 @@ from besa.machine import give_memory_back, memory, peak_memory
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import LogitsCheck, OnnxRecord, PackedProduct
 from besa.model.files import GENAI_CONFIG
-from besa.model.loading import load_model, quiet
+from besa.model.loading import load_model
 from besa.model.prune_record import PruneRecord
+from besa.model.quiet import quiet
 from besa.model.record import read_raw_record, read_record, write_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell

@@ -1,0 +1,46 @@
+"""Links in a model's directory: those of the hub's cache are followed, others out of it refused.
+
+>>> check_links(Path("path/to/model"))
+>>> Path("downloaded").mkdir()
+>>> Path("downloaded/vocab.txt").symlink_to("/etc/passwd")
+>>> check_links(Path("downloaded"))
+Traceback (most recent call last):
+besa.errors.BesaError: downloaded/vocab.txt is a link out of the model, to /etc/passwd: put ...
+
+An archive may hold a link to any file of the machine that unpacks it. What is read through it would
+be copied into what besa writes, and published with that. The hub's cache keeps a model's files in
+`models--NAME/blobs` and links to them from `models--NAME/snapshots/REVISION`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from besa.errors import BesaError
+
+
+def check_links(directory: Path) -> None:
+    """Raises a BesaError for a file of a directory that is a link out of it, hidden ones aside."""
+    with os.scandir(directory) as entries:
+        links = sorted(
+            entry.name
+            for entry in entries
+            if entry.is_symlink() and not entry.name.startswith(".") and Path(entry).is_file()
+        )
+    for name in links:
+        check_link(directory, directory / name)
+
+
+def check_link(directory: Path, path: Path) -> None:
+    """Raises a BesaError if a file of a model, at any depth, lies elsewhere by a link."""
+    home, target = directory.resolve(), path.resolve()
+    if target.is_relative_to(home):
+        return
+    in_cache = home.parent.name == "snapshots"
+    if in_cache and target.is_relative_to((home.parents[1] / "blobs").resolve()):
+        return
+    raise BesaError(
+        f"{path} is a link out of the model, to {target}: put the file itself there, or give the "
+        "directory that it lies in"
+    )
