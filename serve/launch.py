@@ -31,6 +31,7 @@ from rich.console import Console
 
 from besa.errors import BesaError, BesaWarning
 from besa.formats import QUANT_METHOD, PackedConfig
+from besa.model.digests import check_digests
 from besa.model.files import is_onnx, model_directory
 from besa.model.json_files import read_object
 from besa.serve.command import EngineCommand, command_for
@@ -59,10 +60,13 @@ def serve(config: ServeConfig) -> int:
         The exit code: 0 when it was told to stop, 1 when the engine ended by itself.
 
     Raises:
-        BesaError: no model, no engine, no such address, or the engine did not start.
+        BesaError: no model, no engine, no such address, a file that --verify finds changed, or
+            the engine did not start.
     """
     directory = model_directory(config.model)
     packing = packing_of(directory)
+    if config.verify:
+        check_digests(directory)
     config = replace(config, port=free_port(config.host, config.port))
     command = command_for(config, directory)
     if packing is None and not is_onnx(directory):

@@ -1,12 +1,14 @@
 """The digests that besa.json holds of a directory's files, made and checked.
 
 >>> check_digests(Path("path/to/sparse"))
-11
->>> with Path("path/to/sparse/config.json").open("a") as config:
-...     _ = config.write(" ")
->>> check_digests(Path("path/to/sparse"))
+9
+>>> import shutil
+>>> copy = Path(shutil.copytree("path/to/sparse", "copy"))
+>>> with (copy / "config.json").open("a") as config:
+...     print(file=config)
+>>> check_digests(copy)
 Traceback (most recent call last):
-besa.errors.BesaError: path/to/sparse/config.json is not what besa wrote there: ...
+besa.errors.BesaError: copy/config.json is not what besa wrote there: ...
 
 What loads a model notices by itself where a file is cut off or its parts do not fit each other.
 Digests notice where a number became another one. That takes as long as to read all of it, so it is

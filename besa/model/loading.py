@@ -121,7 +121,8 @@ def whole_model(directory: Path, trust_remote_code: bool, **options: Any) -> Any
         options: of `from_pretrained`.
 
     Raises:
-        BesaError: weights are missing, or of another shape. What transformers raises comes as it is.
+        BesaError: weights are missing, or of another shape. What transformers raises comes as it
+            is.
     """
     config = read_config(directory, trust_remote_code)
     loaded: Any  # with output_loading_info, a pair

@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,7 @@ class Workspace:
         if written.exists():
             if self._was_begun_with(settings, written):
                 return
-            self._clear()
+            self._clear(keep=("lock",))
         free = shutil.disk_usage(self.path).free
         if free < needed_bytes:
             shutil.rmtree(self.path)
@@ -109,11 +109,15 @@ class Workspace:
             )
         return not differing
 
-    def _clear(self) -> None:
+    def begin_anew(self) -> None:
+        """Removes what an earlier run left, for an output of which no half is worth keeping."""
+        self._clear(keep=("lock", "settings.json"))
+
+    def _clear(self, keep: Container[str]) -> None:
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
-            elif entry.name != "lock":
+            elif entry.name not in keep:
                 entry.unlink()
 
     def __enter__(self) -> Workspace:

@@ -92,6 +92,7 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
     needed = int(weights * max(_BYTES.values()))  # the float graph is there first
     with Workspace.open(out, settings, config.overwrite, needed) as workspace:
         path = workspace.path
+        workspace.begin_anew()  # there is no half of a graph to go on from
         try:
             with interruptible("run the same command again"):
                 checkpoint.copy_companions(path)
@@ -132,7 +133,7 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
                 )
             write_record(record, path)
             write_text(onnx_card(record), path / "README.md")
-        except BaseException:  # there is no half of a graph to go on from
+        except BaseException:
             shutil.rmtree(path)
             raise
         workspace.publish()

@@ -24,7 +24,7 @@ from besa.errors import BesaError
 from besa.export.config import ExportConfig, ExportResult
 from besa.export.packed.bitmask import BitmaskCheckpoint
 from besa.export.packed.dequantize import QuantizedCheckpoint
-from besa.formats import FormatError, PackedConfig, packed_of
+from besa.formats import FormatError, Packed, PackedConfig, packed_of
 from besa.formats.checkpoint import parts_in
 from besa.machine import give_memory_back, peak_memory
 from besa.model.architecture import read_config
@@ -92,7 +92,7 @@ class PackedCheckpoint:
         return cls(directory, packed_config, files, layouts, skeleton, dtype)
 
     def check_digests(self) -> None:
-        """Raises a BesaError if a file is not, to the last bit, what `besa export` wrote."""
+        """Raises a BesaError if weights are not, to the last bit, what `besa export` wrote."""
         record = read_record(self.directory)
         for name, digest in record.digests.items() if record is not None else ():
             path = self.directory / name
@@ -122,12 +122,26 @@ class PackedCheckpoint:
             tensor = self.read(name)
             assert tensor is not None
             return tensor
+        packed = self._packed(name)
+        return layout.stored(packed.unpack(self.dtype if packed.scale is not None else None))
+
+    def check(self) -> None:
+        """Checks every packed weight: its parts, its bitmask against its values, its shape.
+
+        Raises:
+            FormatError: as `dense` does.
+        """
+        for name in self.weights:
+            self._packed(name)
+
+    def _packed(self, name: str) -> Packed:
+        layout = self.weights[name]
         packed = packed_of(self.read, name, layout.cols, self.config)
         if len(packed.bitmask) != layout.rows:
             raise FormatError(
                 f"{name} is {list(packed.shape)}, but config.json says {[layout.rows, layout.cols]}"
             )
-        return layout.stored(packed.unpack(self.dtype if packed.scale is not None else None))
+        return packed
 
     @property
     def dense_bytes(self) -> int:
