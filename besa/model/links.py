@@ -34,7 +34,8 @@ def check_links(directory: Path) -> None:
 
 def check_link(directory: Path, path: Path) -> None:
     """Raises a BesaError if a file of a model, at any depth, lies elsewhere by a link."""
-    home, target = directory.resolve(), path.resolve()
+    # Where a link leads to itself, `Path.resolve` would raise.
+    home, target = (Path(os.path.realpath(each)) for each in (directory, path))
     if target.is_relative_to(home):
         return
     in_cache = home.parent.name == "snapshots"

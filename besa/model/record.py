@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from besa.errors import BesaError
 from besa.model.digests import companion_digests
@@ -26,6 +26,8 @@ from besa.typed_json import ShapeError, from_json, to_json
 from besa.writing import write_text
 
 NAME = "besa.json"
+
+Written = TypeVar("Written", bound=Record)
 
 _EXPORTS: dict[str, type[ExportRecord]] = {
     "vllm": PackedRecord,
@@ -59,14 +61,15 @@ def parse_record(found: Mapping[str, Any]) -> Record | None:
         return None
 
 
-def write_record(record: Record, directory: Path) -> None:
-    """Writes besa.json, whole or not at all, with digests of what lies beside the weights.
+def write_record(record: Written, directory: Path) -> Written:
+    """Writes besa.json, whole or not at all; gives the record with digests of what lies beside.
 
     Raises:
         BesaError: it could not be written.
     """
     record = replace(record, companion_digests=companion_digests(directory, record.digests))
     write_text(json.dumps(to_json(record), indent=1), directory / NAME)
+    return record
 
 
 def pruning_of(record: ExportRecord) -> PruneRecord | None:

@@ -131,7 +131,7 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
                     source_bytes=checkpoint.nbytes,
                     check=check,
                 )
-            write_record(record, path)
+            record = write_record(record, path)
             write_text(onnx_card(record), path / "README.md")
         except BaseException:
             shutil.rmtree(path)

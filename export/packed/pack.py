@@ -86,7 +86,7 @@ def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> Exp
         record = packed_record(
             checkpoint, plan, packed_config, settings, shards, size, time.monotonic() - started
         )
-        write_record(record, workspace.path)
+        record = write_record(record, workspace.path)
         write_text(packed_card(record), workspace.path / "README.md")
         workspace.publish()
     return ExportResult(out, record)

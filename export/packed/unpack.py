@@ -239,7 +239,7 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
             sizes=UnpackedSizes(packed_bytes=skeleton.nbytes, bytes=size),
             unpacked=len(source.weights),
         )
-        write_record(record, workspace.path)
+        record = write_record(record, workspace.path)
         workspace.publish()
     return ExportResult(out, record)
 
