@@ -41,7 +41,14 @@ from besa.model.architecture import loader_of, read_config
 from besa.model.blocks import find_blocks
 from besa.model.companions import copy_companions
 from besa.model.completeness import check_complete
-from besa.model.files import open_tensors, resolve, stored_dtype, stored_shapes, weight_files
+from besa.model.files import (
+    open_tensors,
+    resolve,
+    stored_dtype,
+    stored_shapes,
+    weight_files,
+    whole_numbers,
+)
 from besa.model.finite import check_finite
 from besa.model.json_files import read_object
 from besa.model.quantization import check_floats, without_notes
@@ -105,7 +112,14 @@ class Checkpoint:
         files = weight_files(directory)
         checkpoint = cls.of(directory, config, files, trust_remote_code)
         shapes = stored_shapes(files)
-        check_complete(directory, checkpoint.model, files, checkpoint.conversions, shapes)
+        check_complete(
+            directory,
+            checkpoint.model,
+            files,
+            checkpoint.conversions,
+            shapes,
+            whole_numbers(files),
+        )
         return checkpoint
 
     @classmethod

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+# How the names of types begin whose numbers are whole.
+WHOLE = ("I", "U", "BOOL")
+
 # Beside an ONNX model, what ONNX Runtime GenAI reads of it.
 GENAI_CONFIG = "genai_config.json"
 
@@ -188,6 +191,13 @@ def stored_shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
     """The shape of each stored tensor, from the headers."""
     with open_tensors(files, list(files)) as tensors:
         return {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+
+
+def whole_numbers(files: Mapping[str, Path]) -> dict[str, str]:
+    """The stored tensors that are no floats, and what each is, from the headers: "I32", "BOOL"."""
+    with open_tensors(files, list(files)) as tensors:
+        found = {name: tensor.get_dtype() for name, tensor in tensors.items()}
+    return {name: kind for name, kind in found.items() if kind.startswith(WHOLE)}
 
 
 def read_tensor(path: Path, name: str, remedy: str) -> Tensor:

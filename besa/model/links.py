@@ -21,15 +21,17 @@ from besa.errors import BesaError
 
 
 def check_links(directory: Path) -> None:
-    """Raises a BesaError for a file of a directory that is a link out of it, hidden ones aside."""
-    with os.scandir(directory) as entries:
-        links = sorted(
-            entry.name
-            for entry in entries
-            if entry.is_symlink() and not entry.name.startswith(".") and Path(entry).is_file()
-        )
-    for name in links:
-        check_link(directory, directory / name)
+    """Raises a BesaError for what is no file of a directory, but a link out of it or a device.
+
+    Hidden entries are passed over, and so are folders.
+    """
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith(".") or path.is_dir():
+            continue
+        if path.is_symlink():
+            check_link(directory, path)
+        elif not path.is_file():  # who opens a pipe waits for ever
+            raise BesaError(f"{path} is no file, but a pipe or a device: remove it")
 
 
 def check_link(directory: Path, path: Path) -> None:

@@ -47,6 +47,9 @@ def load_whole(path: Path) -> onnx.ModelProto:
     Raises:
         BesaError: it is damaged, or they are missing or cut off, or elsewhere than beside it.
     """
+    check_link(path.parent, path)
+    if path.exists() and not path.is_file():
+        raise BesaError(f"{path} is no file: export the model again")
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # noqa: BLE001 - of protobuf's many kinds
@@ -79,7 +82,8 @@ def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
         return
     where = {entry.key: entry.value for entry in tensor.external_data}
     name = where.get("location", "")
-    if Path(name).name != name or name in ("", "..") or "\0" in name:
+    plain = isinstance(name, str) and Path(name).name == name and "\0" not in name
+    if not plain or name in ("", ".."):
         raise BesaError(
             f"{path} has data in {name[:80]!r}, which is no file beside it: export the model again"
         )

@@ -30,9 +30,18 @@ from besa.machine import give_memory_back, peak_memory
 from besa.model.architecture import read_config
 from besa.model.blocks import Linear, stacked
 from besa.model.checkpoint import Checkpoint
+from besa.model.completeness import check_complete
 from besa.model.expert_parts import parts_of
 from besa.model.export_record import UnpackedRecord, UnpackedSizes
-from besa.model.files import read_tensor, resolve, stored_bytes, stored_dtype, weight_files
+from besa.model.files import (
+    read_tensor,
+    resolve,
+    stored_bytes,
+    stored_dtype,
+    stored_shapes,
+    weight_files,
+    whole_numbers,
+)
 from besa.model.layout import Layout, layout_of
 from besa.model.quantization import dequantizing, not_floats, stored_as
 from besa.model.record import read_raw_record, read_record, write_record
@@ -89,6 +98,9 @@ class PackedCheckpoint:
         dtype = declared if isinstance(declared, torch.dtype) else stored_dtype(files)
         skeleton = Checkpoint.of(directory, config, plain, trust_remote_code)
         layouts = _layouts(skeleton, frozenset(parts.values()))
+        shapes = {name: each for name, each in stored_shapes(files).items() if name not in parts}
+        whole = {name: kind for name, kind in whole_numbers(files).items() if name not in parts}
+        check_complete(directory, skeleton.model, plain, skeleton.conversions, shapes, whole)
         return cls(directory, packed_config, files, layouts, skeleton, dtype)
 
     def check_digests(self) -> None:
