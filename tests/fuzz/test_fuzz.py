@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -11,11 +13,11 @@ import torch
 
 from tests.fuzz.damage import Damage
 from tests.fuzz.models import make_models
-from tests.fuzz.outcome import in_child, outcome
+from tests.fuzz.outcome import Outcome, in_child, outcome
 
 # Seeds at which something was found once, and some more.
 FOUND = (22, 215, 250, 264, 275, 400, 964)
-SEEDS = (*FOUND, *range(1000, 1060))
+SEEDS = (*FOUND, *range(1000, 1040))
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +44,10 @@ def test_damage_is_refused_or_changes_nothing_or_fails_a_digest(
 
 def test_what_must_not_be_is_noticed():
     """A crash, a traceback and a hang are no outcomes that may be."""
-    import os
-    import signal
-
     assert in_child(lambda: ("same", "")) == ("same", "")
-    assert in_child(lambda: os.kill(os.getpid(), signal.SIGSEGV)) == ("died", "SIGSEGV")
+    assert in_child(lambda: os.kill(os.getpid(), signal.SIGKILL)) == ("died", "SIGKILL")
     result, words = in_child(lambda: 1 / 0)
     assert (result, "ZeroDivisionError" in words) == ("raised", True)
     damage = Damage("model.onnx", "a bit")
     for bad in ("died", "raised", "silent"):
-        from tests.fuzz.outcome import Outcome
-
         assert not Outcome(0, "m", damage, bad, "").is_good
