@@ -30,6 +30,12 @@ def printable(text: str) -> str:
     )
 
 
+def check_name(path: object) -> None:
+    """Raises a BesaError for a path whose bytes are no text: safetensors does not open it."""
+    if any("\ud800" <= each <= "\udfff" for each in str(path)):
+        raise BesaError(f"{path} has a name that is not UTF-8: rename it")
+
+
 class BesaError(Exception):
     """One line: what is wrong and what to do. The command line prints it and exits with 2."""
 

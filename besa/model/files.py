@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from besa.errors import BesaError, one_line
+from besa.errors import BesaError, check_name, one_line
 from besa.model.companions import WEIGHTS
 from besa.model.json_files import read_object
 from besa.model.links import check_links
@@ -45,9 +45,11 @@ def resolve(model: str | Path) -> Path:
     """The directory of a model: as given, or fetched from the hub by its id when online.
 
     Raises:
-        BesaError: nothing there, or a directory with a file that is a link out of it.
+        BesaError: nothing there, or a directory with a file that is a link out of it, or with a
+            name that is no text.
     """
     path = Path(model)
+    check_name(path)
     if path.is_dir():
         check_links(path)
         return path

@@ -31,7 +31,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from besa.errors import BesaError, interruptible
+from besa.errors import BesaError, check_name, interruptible
 from besa.model.files import INDEX, write_tensors
 from besa.model.json_files import read_object
 from besa.writing import sha256, write_text, writing
@@ -261,6 +261,7 @@ def publish(path: Path, out: Path, overwrite: bool) -> None:
 
 def check_free(out: Path, overwrite: bool) -> None:
     """Raises a BesaError if `out` cannot become the output."""
+    check_name(out)
     try:
         out.with_name(out.name + _LONGEST_SUFFIX).exists()
     except OSError as error:
