@@ -155,7 +155,7 @@ def test_times_of_files_do_not_matter(
     killed = run(
         *("export", pruned, "--out", "out"),
         cwd=tmp_path,
-        operations={"within": "block-00000.finished.json", "kill_at": 3},
+        operations={"within": "block-00001.finished.json", "kill_at": 1},
     )
     assert killed.returncode == -signal.SIGKILL
     moment = time.mktime((year, 1, 1, 0, 0, 0, 0, 0, 0))
