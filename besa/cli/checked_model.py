@@ -1,8 +1,8 @@
 """What `besa doctor MODEL` says of a model: that its files are whole.
 
 >>> print(check_model("path/to/sparse"))
-path/to/sparse is whole: 3 files of weights, 214.2 kB, 21 packed weights that fit their bitmasks
-11 files are, to the last bit, what besa wrote
+path/to/sparse is whole: ... files of weights, ..., 21 packed weights that fit their bitmasks
+... files are, to the last bit, what besa wrote
 """
 
 from __future__ import annotations
