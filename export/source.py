@@ -9,13 +9,13 @@ besa.errors.BesaError: path/to/sparse is packed already: ...
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from besa.errors import BesaError
 from besa.formats import QUANT_METHOD
 from besa.model.checkpoint import Checkpoint
 from besa.model.files import resolve
+from besa.model.json_files import read_object
 
 
 def open_plain(model: str | Path, trust_remote_code: bool = False) -> Checkpoint:
@@ -35,9 +35,8 @@ def open_plain(model: str | Path, trust_remote_code: bool = False) -> Checkpoint
 def _check_plain(directory: Path) -> None:
     """Refuses what is packed already; whatever else is wrong, `Checkpoint.open` says."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        method = config["quantization_config"]["quant_method"]
-    except (OSError, ValueError, KeyError, TypeError):
+        method = read_object(directory / "config.json")["quantization_config"]["quant_method"]
+    except (BesaError, KeyError, TypeError):
         return
     if method == QUANT_METHOD:
         raise BesaError(

@@ -26,13 +26,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from rich.console import Console
 
-from besa.errors import BesaError, BesaWarning, one_line
+from besa.errors import BesaError, BesaWarning
 from besa.formats import QUANT_METHOD, PackedConfig
+from besa.model.digests import check_digests
 from besa.model.files import is_onnx, model_directory
+from besa.model.json_files import read_object
 from besa.serve.command import EngineCommand, command_for
 from besa.serve.engines import engine_named
 from besa.serve.process import EngineError, RunningEngine
@@ -59,10 +60,13 @@ def serve(config: ServeConfig) -> int:
         The exit code: 0 when it was told to stop, 1 when the engine ended by itself.
 
     Raises:
-        BesaError: no model, no engine, no such address, or the engine did not start.
+        BesaError: no model, no engine, no such address, a file that --verify finds changed, or
+            the engine did not start.
     """
     directory = model_directory(config.model)
     packing = packing_of(directory)
+    if config.verify:
+        check_digests(directory)
     config = replace(config, port=free_port(config.host, config.port))
     command = command_for(config, directory)
     if packing is None and not is_onnx(directory):
@@ -126,9 +130,11 @@ def packing_of(directory: Path) -> PackedConfig | None:
     if is_onnx(directory):  # its graph says it
         return None
     path = directory / "config.json"
-    with one_line(f"{path} is damaged"):
-        config: dict[str, Any] = json.loads(path.read_text())
-        found = config.get("quantization_config") or {}
+    found = read_object(path).get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise BesaError(
+            f"{path} is damaged (its quantization_config is no object): download the model again"
+        )
     if found.get("quant_method") != QUANT_METHOD:
         return None
     return PackedConfig.from_dict(found)

@@ -62,6 +62,9 @@ class ServeConfig:
         "for requests to end after Ctrl-C or SIGTERM (default: %(default)s)",
         metavar="SECONDS",
     )
+    verify: bool = setting(
+        False, "first compare every file with the digests of besa.json, which reads all of it"
+    )
     verbose: bool = setting(False, "show the engine's log, and what besa sets")
     engine_args: tuple[str, ...] = ()
 

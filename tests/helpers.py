@@ -91,6 +91,8 @@ def start(
     env: Mapping[str, str] | None = None,
     largest_file: int | None = None,
     launch: Torchrun | None = None,
+    operations: Mapping[str, Any] | None = None,
+    without: Sequence[Path] = (),
 ) -> Process:
     """Starts `besa ARGUMENTS` in `cwd`; its output goes to files there.
 
@@ -98,6 +100,8 @@ def start(
         env: what its environment has more.
         largest_file: the bytes that a file of it may have (RLIMIT_FSIZE).
         launch: how torchrun starts it; None: as one process.
+        operations: arguments of `tests.faults.operations.watch`, by which it may kill itself.
+        without: folders that it finds empty, and cannot write to.
     """
     number = len(list(cwd.glob("stdout-*")))
     stdout, stderr = cwd / f"stdout-{number}", cwd / f"stderr-{number}"
@@ -106,6 +110,8 @@ def start(
         "cwd": str(cwd),
         "env": dict(env or {}),
         "largest_file": largest_file,
+        "operations": operations,
+        "without": [str(folder) for folder in without],
         "files": [str(stdout), str(stderr)],
         "launch": launch and asdict(launch),
     }
@@ -164,6 +170,7 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
 
 def _become_besa(request: Mapping[str, Any]) -> None:
     from besa.cli import main
+    from tests.faults.operations import hide, watch
 
     code = 1
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -175,6 +182,10 @@ def _become_besa(request: Mapping[str, Any]) -> None:
         if request["largest_file"] is not None:
             limit = request["largest_file"]
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        for folder in request["without"]:
+            hide(folder)
+        if request["operations"] is not None:
+            watch(**request["operations"])
         if request["launch"] is None:
             code = main(request["arguments"])
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 import warnings
@@ -13,7 +14,7 @@ from importlib import import_module
 from typing import NoReturn, TextIO
 
 from besa import telemetry
-from besa.errors import BesaError, BesaWarning, PeerLostError
+from besa.errors import BesaError, BesaWarning, PeerLostError, printable
 from besa.processes.launch import first_to_speak, launch_of
 from besa.version import __version__
 
@@ -50,35 +51,39 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    _open_standard_streams()
     args, unknown = build_parser().parse_known_args(argv)
     if "engine_flags" in args:  # `besa serve` hands on what it does not know
         args.engine_flags = unknown
     elif unknown:
         words = f"unrecognized arguments: {' '.join(unknown)} (see `besa {args.command} --help`)"
-        _say(f"besa {args.command}: {words}")
-        return 2
+        return _refused(args.command, words)
     telemetry.turn_off()
     if launch_of().size > 1 and args.command not in SHARED:
-        _say(f"besa {args.command} is one process's work: start it without torchrun")
-        return 2
+        return _refused(args.command, "it is one process's work: start it without torchrun")
     try:
         with _warnings_of(args.command):
-            return int(args.run(args) or 0)
+            code = int(args.run(args) or 0)
+        print(end="", flush=True)  # what cannot be written is noticed here, and not at exit
+        return code
     except BesaError as error:
-        _say(f"besa {args.command}: {error}")
-        return 2
+        return _refused(args.command, str(error))
     except PeerLostError as error:
         _say(f"besa {args.command}: {error}")
         return 1
     except BrokenPipeError:  # `besa eval … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 1
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno == errno.ENAMETOOLONG:
+            name = error.filename
+            words = f"the name {name} is too long for this file system: give a shorter one"
+        elif error.filename is None and error.errno in _UNWRITABLE:
+            _discard_output()
+            words = f"what it found could not be printed: {error.strerror}"
+        else:
             raise
-        words = f"the name {error.filename} is too long for this file system: give a shorter one"
-        _say(f"besa {args.command}: {words}")
-        return 2
+        return _refused(args.command, words)
     except KeyboardInterrupt as interrupt:
         _say(f"besa {args.command}: {str(interrupt) or 'interrupted'}")
         return 130
@@ -87,7 +92,40 @@ def main(argv: list[str] | None = None) -> int:
 def _say(line: str) -> None:
     """Says why the command ends, in one of the processes that share it."""
     if first_to_speak():
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
+
+
+# Of a standard output that takes nothing.
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
+
+
+def _refused(command: str, words: str) -> int:
+    """Says the one line of a command that could not be; gives the exit code."""
+    _say(f"besa {command}: {words}")
+    return 2
+
+
+def _open_standard_streams() -> None:
+    """Has streams that whoever started besa closed lead nowhere.
+
+    The next files that are opened, and they are a model's, would get their numbers, and whatever a
+    library prints. A name that is no text is printed with its bytes spelt out.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123 - as long as besa runs
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """What is left to print goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -104,7 +142,7 @@ def _warnings_of(command: str) -> Iterator[None]:
     ) -> None:
         if issubclass(category, BesaWarning):
             if launch_of().leads:
-                print(f"besa {command}: {message}", file=sys.stderr)
+                print(f"besa {command}: {printable(str(message))}", file=sys.stderr)
         else:
             usual(message, category, filename, lineno, file, line)
 

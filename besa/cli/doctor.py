@@ -1,9 +1,12 @@
-"""Show what besa finds on this machine, and how fast that is.
+"""Show what besa finds on this machine, and how fast that is; or check a model's files.
 
 CPU features and the kernels chosen for them, threads, memory, GPUs, versions, the speed at which
 memory is read, and a dense product against a sparse one; on each kind of GPU also which way
 products of how many tokens go. Takes a few seconds, and more on a GPU the first time, when kernels
 are compiled. Paste what it prints into a bug report.
+
+With a MODEL it reads that instead, all of it: whether files, headers and packed weights fit each
+other, and every file is what besa wrote, by the digests of besa.json.
 """
 
 from __future__ import annotations
@@ -25,10 +28,17 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a directory, to be checked")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.model is not None:
+        from besa.cli.checked_model import check_model
+
+        found = check_model(args.model)
+        print(json.dumps(to_json(found)) if args.json else found)
+        return 0
     from rich.console import Console
 
     words = "measuring, a few seconds (on a GPU more, the first time)"

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from besa.formats.config import PackedConfig
 from besa.formats.packed import FormatError, Packed
+from besa.kernels.linear import INT4
 
 # What is appended to the name of a weight: what is there of each, and what some types need.
 _ALWAYS = ("_values", "_bitmask", "_rows")
@@ -82,6 +83,12 @@ def packed_of(
             raise FormatError(f"{weight}{name} is missing")
     assert values is not None
     assert bitmask is not None
+    kind = INT4 if config.values == "int4" else getattr(torch, config.values)
+    if values.dtype != kind:
+        raise FormatError(
+            f"{weight}_values is {values.dtype}, but config.json says that values are "
+            f"{config.values}"
+        )
     try:
         return Packed.from_tensors(
             values,

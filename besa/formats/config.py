@@ -66,23 +66,29 @@ class PackedConfig:
         """Reads what `to_dict` made.
 
         Raises:
-            BesaError: another method, or a version of the format that this besa does not know.
+            BesaError: another method, a version of the format that this besa does not know, or a
+                value that cannot be.
         """
         if config.get("quant_method") != QUANT_METHOD:
             raise BesaError(f"quantized by {config.get('quant_method')!r}, not {QUANT_METHOD!r}")
         version = config.get("format_version")
-        if version not in range(1, FORMAT_VERSION + 1):
+        if type(version) is not int or version not in range(1, FORMAT_VERSION + 1):
             newer = isinstance(version, int) and version > FORMAT_VERSION
             todo = "upgrade besa" if newer else "export the model again"
             raise BesaError(
                 f"the packed format is version {version!r}, and this besa reads versions "
                 f"1 to {FORMAT_VERSION}: {todo}"
             )
+        ignore, group_size = config.get("ignore") or [], config.get("group_size")
+        if not isinstance(ignore, list | tuple) or not all(isinstance(x, str) for x in ignore):
+            raise BesaError("ignore of quantization_config is no list of names")
+        if group_size is not None and type(group_size) is not int:
+            raise BesaError(f"group_size {group_size!r} is none of {GROUP_SIZES}")
         try:
             return cls(
                 values=config["values"],
-                ignore=tuple(config.get("ignore") or ()),
-                group_size=config.get("group_size"),
+                ignore=tuple(ignore),
+                group_size=group_size,
                 int8_input=bool(config.get("int8_input", True)),
                 pattern=str(config.get("pattern", "unstructured")),
                 experts=bool(config.get("experts", False)),

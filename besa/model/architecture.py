@@ -11,7 +11,8 @@ the terminal, in the midst of a command.
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,13 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from besa.errors import BesaError, one_line
+from besa.model.json_files import read_object
 from besa.model.quantization import drop_notes, stored_as
+from besa.model.quiet import quiet
+
+# transformers makes a list of the layers' kinds, and modules for each, before it reads any weight:
+# what is beyond this would keep a machine busy for hours.
+_COUNTS, _MOST = re.compile(r"(layer|expert)s?$"), 10_000
 
 # The heads that predict text. A config may have both: then its `architectures` says which.
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
@@ -38,16 +45,20 @@ def read_config(directory: str | Path, trust_remote_code: bool = False) -> Any:
         trust_remote_code: whether code that lies beside the checkpoint may run.
 
     Raises:
-        BesaError: no config.json that can be read, a model type that transformers does not know, or
-            code that may not run.
+        BesaError: no config.json that can be read, an absurd number of layers, a model type that
+            transformers does not know, or code that may not run.
     """
     directory = Path(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise BesaError(f"{directory} is no model: it has no config.json")
-    if not trust_remote_code and _needs_remote_code(path):
+    raw = read_object(path)
+    for name, count in _counts(raw):
+        if count > _MOST:
+            raise BesaError(f"{path} says {name} = {count:,}, and no model has above {_MOST:,}")
+    if not trust_remote_code and _needs_remote_code(raw):
         raise _untrusted(directory)
-    with one_line(str(path)):
+    with quiet(), one_line(str(path)):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if stored_as(vars(config)).floats:  # or transformers would want the tool that left the notes
         drop_notes(config)
@@ -99,14 +110,22 @@ def _decodes(kind: Any, config: Any) -> bool:
     return kind.can_generate() and not config.is_encoder_decoder
 
 
-def _needs_remote_code(path: Path) -> bool:
+def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """What a config.json says of how many layers or experts there are, parts of it included."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _counts(value)
+        elif isinstance(value, int) and _COUNTS.search(name):
+            yield name, value
+
+
+def _needs_remote_code(config: Mapping[str, Any]) -> bool:
     """Whether transformers knows the model type only by code that lies beside the config."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return "AutoConfig" in (raw.get("auto_map") or {}) and (
-            raw.get("model_type") not in CONFIG_MAPPING
+        return "AutoConfig" in (config.get("auto_map") or {}) and (
+            config.get("model_type") not in CONFIG_MAPPING
         )
-    except (OSError, ValueError, AttributeError, TypeError):
+    except TypeError:
         return False  # transformers says what is wrong with the file
 
 

@@ -41,8 +41,16 @@ from besa.model.architecture import loader_of, read_config
 from besa.model.blocks import find_blocks
 from besa.model.companions import copy_companions
 from besa.model.completeness import check_complete
-from besa.model.files import open_tensors, resolve, stored_dtype, stored_shapes, weight_files
+from besa.model.files import (
+    open_tensors,
+    resolve,
+    stored_dtype,
+    stored_shapes,
+    weight_files,
+    whole_numbers,
+)
 from besa.model.finite import check_finite
+from besa.model.json_files import read_object
 from besa.model.quantization import check_floats, without_notes
 from besa.model.skeleton import free_parameters, skeleton_of, targets_of, tied_names
 from besa.writing import write_text
@@ -104,7 +112,14 @@ class Checkpoint:
         files = weight_files(directory)
         checkpoint = cls.of(directory, config, files, trust_remote_code)
         shapes = stored_shapes(files)
-        check_complete(directory, checkpoint.model, files, checkpoint.conversions, shapes)
+        check_complete(
+            directory,
+            checkpoint.model,
+            files,
+            checkpoint.conversions,
+            shapes,
+            whole_numbers(files),
+        )
         return checkpoint
 
     @classmethod
@@ -122,23 +137,30 @@ class Checkpoint:
             dtype: of the skeleton; None: that of most stored tensors.
 
         Raises:
-            BesaError: transformers does not know the architecture, or it has no blocks.
+            BesaError: transformers does not know the architecture, it has no blocks, or more of
+            them than tensors are stored.
         """
         with one_line(f"{directory} is no causal language model"):
+            layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+            if files and isinstance(layers, int) and layers > len(files):
+                raise BesaError(
+                    f"{directory}: config.json says {layers:,} layers, but the files have "
+                    f"{len(files):,} tensors: download the model again"
+                )
             skeleton = skeleton_of(config, dtype or stored_dtype(files), trust_remote_code)
         blocks_name, blocks = find_blocks(skeleton)
         conversions = get_model_conversion_mapping(skeleton)
         targets, converted = targets_of(files, skeleton, conversions)
         prefix = blocks_name + "."
+        numbers = {str(index): index for index in range(len(blocks))}
         block_keys: list[list[str]] = [[] for _ in blocks]
         other_keys = []
         for key, target in targets.items():
-            if target.startswith(prefix):
-                index = int(target[len(prefix) :].split(".", 1)[0])
-                if index < len(blocks):
-                    block_keys[index].append(key)
-                    continue
-            other_keys.append(key)
+            index = numbers.get(target.removeprefix(prefix).split(".", 1)[0])
+            if index is not None and target.startswith(prefix):
+                block_keys[index].append(key)
+            else:
+                other_keys.append(key)
         return cls(
             directory,
             config,
@@ -299,7 +321,7 @@ class Checkpoint:
     def copy_companions(self, out: Path) -> None:
         """Copies config, tokenizer, license and all else that belongs to the model."""
         copy_companions(self.directory, frozenset(self.files.values()), out)
-        config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        config = read_object(self.directory / "config.json")
         if config != (plain := without_notes(config)):
             write_text(json.dumps(plain, indent=2) + "\n", out / "config.json")
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from besa.errors import BesaWarning
+from besa.model.links import check_link
 from besa.writing import writing
 
 # Suffixes of files with weights or with the state of a training, in any framework's form.
@@ -87,10 +88,11 @@ def copy_companions(directory: Path, own: frozenset[Path], out: Path) -> None:
         own: as in `companions_of`.
 
     Raises:
-        BesaError: one could not be copied.
+        BesaError: one could not be copied, or lies elsewhere by a link.
     """
     found = companions_of(directory, own, out)
     for name in found.copied:
+        check_link(directory, directory / name)
         with writing(out / name):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(directory / name, out / name)

@@ -37,29 +37,40 @@ def check_complete(
     files: Iterable[str],
     conversions: list[Any],
     shapes: Mapping[str, tuple[int, ...]] | None,
+    whole_numbers: Mapping[str, str] | None = None,
 ) -> None:
     """Compares the stored tensors with the skeleton of the model; warns of surplus ones.
 
     Args:
         files: the names of the stored tensors.
-        shapes: of theirs; None where these are not the model's, which leaves the names.
+        shapes: of theirs, as far as they are the model's; None where none are, which leaves the
+            names.
+        whole_numbers: the stored tensors that are no floats, and what each is.
 
     Raises:
-        BesaError: names all tensors that are missing, or that have another shape.
+        BesaError: names all tensors that are missing, or that have another shape; or one that is of
+            whole numbers, where the model has floats.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    known, whole_kinds = shapes or {}, whole_numbers or {}
     whole: dict[str, str] = {}  # the stored tensor that a parameter is
     parts: dict[str, int] = defaultdict(int)  # the numbers stored for those that are put together
     surplus = []
     for key, (targets, converted) in all_targets_of(files, model, conversions).items():
         if not any(target in wanted for target in targets):
             surplus.append(key)
+        elif key in whole_kinds and any(
+            tensors[target].is_floating_point() for target in targets if target in wanted
+        ):
+            kind = whole_kinds[key]
+            raise BesaError(f"{directory}: {key} is stored as {kind}, and has to be of floats")
         elif converted:
             for target in targets:
-                parts[target] += math.prod(shapes[key]) if shapes else 0
+                parts[target] += math.prod(known.get(key, wanted.get(target, ())))
         else:
             whole[targets[0]] = key
-    misshapen = [n for n, key in whole.items() if shapes and shapes[key] != wanted[n]]
+    misshapen = [n for n, key in whole.items() if known.get(key, wanted[n]) != wanted[n]]
     if misshapen:
         verb = "has" if len(misshapen) == 1 else "have"
         raise BesaError(
@@ -78,8 +89,8 @@ def check_complete(
     partial = [n for n, size in parts.items() if n in wanted and size < math.prod(wanted[n])]
     if partial and shapes:
         raise BesaError(f"{directory} lacks a part of {_listed(partial)}: download the model again")
-    known = (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_OLD_BUFFERS)
-    expected = _expression(known)
+    passed = (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_OLD_BUFFERS)
+    expected = _expression(passed)
     surplus = [key for key in surplus if not (expected and expected.search(key))]
     if surplus:
         warnings.warn(

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from besa.errors import BesaError, one_line, reason_of
+from besa.errors import BesaError, check_name, one_line
 from besa.model.companions import WEIGHTS
+from besa.model.json_files import read_object
+from besa.model.links import check_links
 from besa.writing import atomic
 
 if TYPE_CHECKING:
@@ -31,14 +34,24 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+# How the names of types begin whose numbers are whole.
+WHOLE = ("I", "U", "BOOL")
+
 # Beside an ONNX model, what ONNX Runtime GenAI reads of it.
 GENAI_CONFIG = "genai_config.json"
 
 
 def resolve(model: str | Path) -> Path:
-    """The directory of a model: as given, or fetched from the hub by its id when online."""
+    """The directory of a model: as given, or fetched from the hub by its id when online.
+
+    Raises:
+        BesaError: nothing there, or a directory with a file that is a link out of it, or with a
+            name that is no text.
+    """
     path = Path(model)
+    check_name(path)
     if path.is_dir():
+        check_links(path)
         return path
     if path.exists():
         raise BesaError(f"{model} is a file: give the directory that holds the model")
@@ -89,17 +102,14 @@ def weight_files(directory: Path) -> dict[str, Path]:
 
     Raises:
         BesaError: no safetensors, a missing or truncated file, a tensor that is not where the
-            index says.
+            index says, an index that names other files than the model's own.
     """
     index = directory / INDEX
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BesaError(
-                f"{index} is damaged ({reason_of(error)}): download the model again"
-            ) from None
-        files = {name: directory / file for name, file in weight_map.items()}
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise BesaError(f"{index} is damaged (it has no weight_map): download the model again")
+        files = {name: _named_file(index, name, file) for name, file in weight_map.items()}
     elif (directory / SINGLE).is_file():
         files = {}
     else:
@@ -121,6 +131,18 @@ def weight_files(directory: Path) -> dict[str, Path]:
     return {name: files.get(name, path) for name, path in found.items()}
 
 
+def _named_file(index: Path, tensor: str, file: object) -> Path:
+    """The file that an index names for a tensor: one of the index's own directory, or below it."""
+    path = PurePosixPath(file) if isinstance(file, str) else None
+    fits = path is not None and path.suffix == ".safetensors" and "\0" not in str(path)
+    if path is None or not fits or path.is_absolute() or ".." in path.parts:
+        raise BesaError(
+            f"{index} says that {tensor} is in {str(file)[:80]!r}, which is no safetensors file of "
+            "the model: download the model again"
+        )
+    return index.parent / path
+
+
 def _without_weights(directory: Path) -> str:
     """What a directory without safetensors is, and how it gets them."""
     if not (directory / "config.json").is_file() and not any(directory.glob("*.gguf")):
@@ -128,14 +150,17 @@ def _without_weights(directory: Path) -> str:
     what = "has no safetensors weights"
     arguments = ""
     if gguf := next(iter(sorted(directory.glob("*.gguf"))), None):
-        arguments = f", gguf_file='{gguf.name}'"
+        arguments = f", gguf_file={gguf.name!r}"
     elif not any(path.suffix in (".bin", ".pt", ".pth") for path in directory.iterdir()):
         return what
-    return (
-        f'{what}: write them with python -c "from transformers import AutoModelForCausalLM as M, '
-        f"AutoTokenizer as T; [part.from_pretrained('{directory}'{arguments})"
-        f".save_pretrained('FLOAT') for part in (M, T)]\", and take FLOAT"
+    code = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"[part.from_pretrained({str(directory)!r}{arguments})"
+        ".save_pretrained('FLOAT') for part in (M, T)]"
     )
+    plain = not set(code) & set('"$`\\!')
+    quoted = f'"{code}"' if plain else shlex.quote(code)
+    return f"{what}: write them with python -c {quoted}, and take FLOAT"
 
 
 @contextmanager
@@ -168,6 +193,13 @@ def stored_shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
     """The shape of each stored tensor, from the headers."""
     with open_tensors(files, list(files)) as tensors:
         return {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+
+
+def whole_numbers(files: Mapping[str, Path]) -> dict[str, str]:
+    """The stored tensors that are no floats, and what each is, from the headers: "I32", "BOOL"."""
+    with open_tensors(files, list(files)) as tensors:
+        found = {name: tensor.get_dtype() for name, tensor in tensors.items()}
+    return {name: kind for name, kind in found.items() if kind.startswith(WHOLE)}
 
 
 def read_tensor(path: Path, name: str, remedy: str) -> Tensor:

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer
-from transformers.utils import logging
 
 from besa.errors import BesaError, one_line
 from besa.model.architecture import loader_of, read_config
+from besa.model.files import weight_files, whole_numbers
+from besa.model.quiet import quiet
 
 # The files that hold a tokenizer's vocabulary, in any of the formats that transformers reads.
 _VOCABULARIES = ("tokenizer.json", "*vocab*", "*.model", "*.tiktoken")
@@ -121,7 +122,8 @@ def whole_model(directory: Path, trust_remote_code: bool, **options: Any) -> Any
         options: of `from_pretrained`.
 
     Raises:
-        BesaError: weights are missing. What transformers raises comes as it is.
+        BesaError: weights are missing, of another shape, or no floats. What transformers raises
+            comes as it is.
     """
     config = read_config(directory, trust_remote_code)
     loaded: Any  # with output_loading_info, a pair
@@ -129,10 +131,21 @@ def whole_model(directory: Path, trust_remote_code: bool, **options: Any) -> Any
         directory,
         config=config,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are named below
+        use_safetensors=True,  # or, where none are there, it would read a pickle
         trust_remote_code=trust_remote_code,
         **options,
     )
     model, info = loaded
+    tensors = model.state_dict()
+    for name, kind in whole_numbers(weight_files(directory)).items():
+        if name in tensors and tensors[name].is_floating_point():
+            raise BesaError(f"{directory}: {name} is stored as {kind}, and has to be of floats")
+    if misshapen := sorted(name for name, *_ in info["mismatched_keys"]):
+        raise BesaError(
+            f"{directory}: {misshapen[0]} has another shape than config.json says: download the "
+            "model again"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise BesaError(f"{directory} lacks {len(missing)} weights of the model, as {missing[0]}")
@@ -146,17 +159,3 @@ def fitting_in_memory(what: str, remedy: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise BesaError(f"{what} does not fit into the device's memory: {remedy}") from None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' bars and warnings; what matters in them is an error of ours."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()

@@ -31,6 +31,7 @@ class Record:
         seconds: from start to end; of a run that was resumed, of its last part.
         peak_memory_bytes: the most memory that the process had.
         digests: the SHA-256 of each file of weights.
+        companion_digests: of each file that describes them: config, index, tokenizer, code.
     """
 
     besa_version: str = ""
@@ -42,6 +43,7 @@ class Record:
     seconds: float = 0.0
     peak_memory_bytes: int | None = None
     digests: dict[str, str] = field(default_factory=dict)
+    companion_digests: dict[str, str] = field(default_factory=dict, metadata=ABSENT_IF_DEFAULT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ StoredAs(method='gptq', floats=False, packed_zeros=False)
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +47,13 @@ class StoredAs:
 
 
 def stored_as(config: Mapping[str, Any]) -> StoredAs:
-    """Reads the notes of a config.json."""
-    quantization = dict(config.get(NOTES[0]) or config.get(NOTES[1]) or {})
-    sparsity = dict(quantization.get("sparsity_config") or config.get(NOTES[2]) or {})
+    """Reads the notes of a config.json.
+
+    Raises:
+        BesaError: one of them is no JSON object.
+    """
+    quantization = _note(config, NOTES[0]) or _note(config, NOTES[1])
+    sparsity = _note(quantization, NOTES[2]) or _note(config, NOTES[2])
     if not quantization and not sparsity:
         return StoredAs(None, True)
     method = quantization.get("quant_method", _COMPRESSED)
@@ -57,6 +62,14 @@ def stored_as(config: Mapping[str, Any]) -> StoredAs:
         name = method if form in _WHOLE else f"{method}, {form}"
         return StoredAs(name, form in _WHOLE, form in _BITMASKS)
     return StoredAs(str(method), False)
+
+
+def _note(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a config says under a name; empty where it says nothing."""
+    found = config.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise BesaError(f"the {name} of config.json is no JSON object: download the model again")
+    return dict(found)
 
 
 def without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +98,8 @@ def not_floats(directory: Path, found: StoredAs) -> BesaError:
     """What is wrong with weights that are no floats, and what to do."""
     remedy = "take the float model that it was made from"
     if found.method == "besa" or found.packed_zeros or dequantizing(found.method):
-        remedy = f"unpack it first, with `besa export --format dense {directory} --out DENSE`"
+        source = shlex.quote(str(directory))
+        remedy = f"unpack it first, with `besa export --format dense {source} --out DENSE`"
     return BesaError(f"{directory} is quantized ({found.method}): {remedy}")
 
 

@@ -13,15 +13,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from besa.errors import BesaError
+from besa.model.digests import companion_digests
 from besa.model.export_record import ExportRecord, OnnxRecord, PackedRecord, UnpackedRecord
+from besa.model.json_files import read_object
 from besa.model.prune_record import PruneRecord, Record
 from besa.typed_json import ShapeError, from_json, to_json
 from besa.writing import write_text
 
 NAME = "besa.json"
+
+Written = TypeVar("Written", bound=Record)
 
 _EXPORTS: dict[str, type[ExportRecord]] = {
     "vllm": PackedRecord,
@@ -39,10 +45,9 @@ def read_record(directory: Path) -> Record | None:
 def read_raw_record(directory: Path) -> dict[str, Any] | None:
     """The JSON of a directory's besa.json as it is; None if it cannot be read."""
     try:
-        found = json.loads((directory / NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(directory / NAME)
+    except BesaError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def parse_record(found: Mapping[str, Any]) -> Record | None:
@@ -56,13 +61,15 @@ def parse_record(found: Mapping[str, Any]) -> Record | None:
         return None
 
 
-def write_record(record: Record, directory: Path) -> None:
-    """Writes besa.json, whole or not at all.
+def write_record(record: Written, directory: Path) -> Written:
+    """Writes besa.json, whole or not at all; gives the record with digests of what lies beside.
 
     Raises:
         BesaError: it could not be written.
     """
+    record = replace(record, companion_digests=companion_digests(directory, record.digests))
     write_text(json.dumps(to_json(record), indent=1), directory / NAME)
+    return record
 
 
 def pruning_of(record: ExportRecord) -> PruneRecord | None:

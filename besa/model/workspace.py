@@ -23,10 +23,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,9 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from besa.errors import BesaError, interruptible
+from besa.errors import BesaError, check_name, interruptible
 from besa.model.files import INDEX, write_tensors
+from besa.model.json_files import read_object
 from besa.processes.ranks import ALONE, Ranks
 from besa.writing import sha256, write_text, writing
 
@@ -92,16 +94,9 @@ class Workspace:
     def _begin(self, settings: Mapping[str, Any], needed_bytes: int) -> None:
         """Makes the directory, and locks it while this process lives."""
         check_free(self.out, self.overwrite)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir(exist_ok=True)
-            self._lock = (self.path / "lock").open("w")
-        except OSError as error:
-            raise BesaError(f"cannot write to {self.path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BesaError(f"another besa is writing {self.path}: let it end, or end it") from None
+        while (lock := _locked(self.path)) is None:
+            check_free(self.out, self.overwrite)  # who had the lock has published its output
+        self._lock = lock
         self._resume_or_begin(settings, needed_bytes)
 
     def _resume_or_begin(self, settings: Mapping[str, Any], needed_bytes: int) -> None:
@@ -110,7 +105,7 @@ class Workspace:
         if written.exists():
             if self._was_begun_with(settings, written):
                 return
-            self._clear()
+            self._clear(keep=("lock",))
         free = shutil.disk_usage(self.path).free
         if free < needed_bytes:
             shutil.rmtree(self.path)
@@ -127,8 +122,8 @@ class Workspace:
             BesaError: they are others, and nothing may be overwritten.
         """
         try:
-            found = json.loads(written.read_text())
-        except ValueError:
+            found = read_object(written)
+        except BesaError:
             found = {}
         wanted = json.loads(json.dumps(settings))  # tuples are lists in the file
         differing = [name for name in wanted | found if wanted.get(name) != found.get(name)]
@@ -142,11 +137,15 @@ class Workspace:
             )
         return not differing
 
-    def _clear(self) -> None:
+    def begin_anew(self) -> None:
+        """Removes what an earlier run left, for an output of which no half is worth keeping."""
+        self._clear(keep=("lock", "settings.json"))
+
+    def _clear(self, keep: Container[str]) -> None:
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
-            elif entry.name != "lock":
+            elif entry.name not in keep:
                 entry.unlink()
 
     def __enter__(self) -> Workspace:
@@ -202,7 +201,7 @@ class Workspace:
                 path = self.path / f"{name}.finished.json"
                 record: dict[str, Any] = json.loads(path.read_text())
                 unharmed = sha256(self.path / record["file"]) == record["sha256"]
-            except (FileNotFoundError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, TypeError):
                 return None
             return record if unharmed else None
 
@@ -215,11 +214,20 @@ class Workspace:
         return value
 
     def remembered(self, name: str) -> Any:
-        """What `remember` kept, or None."""
+        """What `remember` kept, or None.
+
+        Raises:
+            BesaError: it is there, and damaged.
+        """
         path = self.path / f"{name}.finished.json"
-        return self.ranks.from_leader(
-            lambda: json.loads(path.read_text()) if path.exists() else None
-        )
+
+        def read() -> Any:
+            try:
+                return json.loads(path.read_text()) if path.exists() else None
+            except ValueError:
+                raise BesaError(f"{path} is damaged: remove {self.path}, or --overwrite") from None
+
+        return self.ranks.from_leader(read)
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Adds a line to log.jsonl."""
@@ -251,22 +259,48 @@ class Workspace:
         publish(self.path, self.out, self.overwrite)
 
 
+def _locked(path: Path) -> IO[str] | None:
+    """The lock of a directory that grows, which is made; None if it was published meanwhile.
+
+    The kernel lets go of it when the process ends, however that does.
+
+    Raises:
+        BesaError: another run has it, or nothing can be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(exist_ok=True)
+        lock = (path / "lock").open("w")
+    except OSError as error:
+        raise BesaError(f"cannot write to {path}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock.fileno()), (path / "lock").stat()):
+            return lock
+    except FileNotFoundError:
+        pass
+    except OSError:
+        lock.close()
+        raise BesaError(f"another besa is writing {path}: let it end, or end it") from None
+    lock.close()
+    return None
+
+
 def publish(path: Path, out: Path, overwrite: bool) -> None:
     """Renames what is complete to what it is to be called.
 
     Args:
         overwrite: what is there by that name goes.
     """
+    replaced = out.with_name(out.name + ".replaced")
     try:
         if overwrite and out.exists():
-            replaced = out.with_name(out.name + ".replaced")
-            if replaced.exists():  # a run ended here
+            if replaced.exists():
                 shutil.rmtree(replaced)
             out.rename(replaced)
-            path.rename(out)
+        path.rename(out)
+        if overwrite and replaced.exists():  # perhaps of a run that ended between the renames
             shutil.rmtree(replaced)
-        else:
-            path.rename(out)
     except OSError as error:
         raise BesaError(
             f"all is done, but {path} could not be renamed to {out} ({error.strerror}): rename it "
@@ -276,6 +310,7 @@ def publish(path: Path, out: Path, overwrite: bool) -> None:
 
 def check_free(out: Path, overwrite: bool) -> None:
     """Raises a BesaError if `out` cannot become the output."""
+    check_name(out)
     try:
         out.with_name(out.name + _LONGEST_SUFFIX).exists()
     except OSError as error:

@@ -27,6 +27,7 @@ from besa.errors import BesaError
 from besa.model.blocks import expert_count
 from besa.model.checkpoint import Checkpoint
 from besa.model.fewer_experts import cannot_drop, fewer_in_config, tensors_with
+from besa.model.json_files import read_object
 from besa.model.loading import computing_dtype, fitting_in_memory, pick_device
 from besa.model.routing import Routed, Stack
 from besa.model.workspace import Workspace
@@ -183,7 +184,7 @@ def _write_config(checkpoint: Checkpoint, directory: Path, dropped: int) -> None
     path = directory / "config.json"
     count = expert_count(checkpoint.config)
     assert count is not None
-    config = fewer_in_config(json.loads(path.read_text()), count, count - dropped)
+    config = fewer_in_config(read_object(path), count, count - dropped)
     write_text(json.dumps(config, indent=2) + "\n", path)
     try:
         copy = Checkpoint.open(directory, checkpoint.trust_remote_code)

@@ -27,7 +27,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from besa.errors import BesaError
 from besa.model.checkpoint import Checkpoint
-from besa.model.loading import load_model, quiet
+from besa.model.loading import load_model
+from besa.model.quiet import quiet
 from besa.progress import Event, Tell
 from besa.recovery.config import RecoverConfig
 from besa.recovery.distill import Distiller, Watch, is_harmful, optimizer_of, whole_checkpoints

@@ -41,8 +41,9 @@ from besa.machine import give_memory_back, memory, peak_memory
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import LogitsCheck, OnnxRecord, PackedProduct
 from besa.model.files import GENAI_CONFIG
-from besa.model.loading import load_model, quiet
+from besa.model.loading import load_model
 from besa.model.prune_record import PruneRecord
+from besa.model.quiet import quiet
 from besa.model.record import read_raw_record, read_record, write_record
 from besa.model.workspace import Workspace, check_free
 from besa.progress import Event, Tell
@@ -91,6 +92,7 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
     needed = int(weights * max(_BYTES.values()))  # the float graph is there first
     with Workspace.open(out, settings, config.overwrite, needed) as workspace:
         path = workspace.path
+        workspace.begin_anew()  # there is no half of a graph to go on from
         try:
             with interruptible("run the same command again"):
                 checkpoint.copy_companions(path)
@@ -129,9 +131,9 @@ def export_onnx(pruned: str | Path, config: ExportConfig, tell: Tell) -> ExportR
                     source_bytes=checkpoint.nbytes,
                     check=check,
                 )
-            write_record(record, path)
+            record = write_record(record, path)
             write_text(onnx_card(record), path / "README.md")
-        except BaseException:  # there is no half of a graph to go on from
+        except BaseException:
             shutil.rmtree(path)
             raise
         workspace.publish()

@@ -114,7 +114,10 @@ def open_session(path: str | Path, library: str | None = None, threads: int = 0)
                 f"{library} does not fit ONNX Runtime {version}: {reason(error)}"
             ) from None
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # No second try on the same provider, with a note about that on the standard output.
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
     except NoKernel as error:
         raise MissingKernelError(f"{path} cannot be loaded: {reason(error)}") from None
     except Exception as error:  # noqa: BLE001 - of many kinds

@@ -27,7 +27,8 @@ from transformers import AutoTokenizer, DynamicCache
 
 from besa.export.onnx.builder import DATA, MODEL, GraphError
 from besa.export.onnx.experts import ALL_EXPERTS
-from besa.model.loading import load_model, quiet
+from besa.model.loading import load_model
+from besa.model.quiet import quiet
 from besa.writing import write_text
 
 OPSET = 23

@@ -19,8 +19,9 @@ from torch import Tensor
 from besa.errors import BesaError, one_line
 from besa.model.checkpoint import Checkpoint
 from besa.model.files import open_tensors, stored_shapes, weight_files
-from besa.model.loading import quiet, whole_model
+from besa.model.loading import whole_model
 from besa.model.quantization import drop_notes
+from besa.model.quiet import quiet
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 

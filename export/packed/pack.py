@@ -33,6 +33,7 @@ from besa.machine import give_memory_back
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import PackedLinearRecord
 from besa.model.files import open_tensors
+from besa.model.json_files import read_object
 from besa.model.quantization import without_notes
 from besa.model.record import write_record
 from besa.model.workspace import Workspace, check_free
@@ -78,14 +79,14 @@ def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> Exp
         workspace.write_index(shards)
         checkpoint.copy_companions(workspace.path)
         described = checkpoint.directory / "config.json"
-        model_config = without_notes(json.loads(described.read_text(encoding="utf-8")))
+        model_config = without_notes(read_object(described))
         model_config["quantization_config"] = packed_config.to_dict()
         write_text(json.dumps(model_config, indent=2) + "\n", workspace.path / "config.json")
         size = sum((workspace.path / shard["file"]).stat().st_size for shard in shards)
         record = packed_record(
             checkpoint, plan, packed_config, settings, shards, size, time.monotonic() - started
         )
-        write_record(record, workspace.path)
+        record = write_record(record, workspace.path)
         write_text(packed_card(record), workspace.path / "README.md")
         workspace.publish()
     return ExportResult(out, record)

@@ -24,15 +24,24 @@ from besa.errors import BesaError
 from besa.export.config import ExportConfig, ExportResult
 from besa.export.packed.bitmask import BitmaskCheckpoint
 from besa.export.packed.dequantize import QuantizedCheckpoint
-from besa.formats import FormatError, PackedConfig, packed_of
+from besa.formats import FormatError, Packed, PackedConfig, packed_of
 from besa.formats.checkpoint import parts_in
 from besa.machine import give_memory_back, peak_memory
 from besa.model.architecture import read_config
 from besa.model.blocks import Linear, stacked
 from besa.model.checkpoint import Checkpoint
+from besa.model.completeness import check_complete
 from besa.model.expert_parts import parts_of
 from besa.model.export_record import UnpackedRecord, UnpackedSizes
-from besa.model.files import read_tensor, resolve, stored_bytes, stored_dtype, weight_files
+from besa.model.files import (
+    read_tensor,
+    resolve,
+    stored_bytes,
+    stored_dtype,
+    stored_shapes,
+    weight_files,
+    whole_numbers,
+)
 from besa.model.layout import Layout, layout_of
 from besa.model.quantization import dequantizing, not_floats, stored_as
 from besa.model.record import read_raw_record, read_record, write_record
@@ -89,10 +98,13 @@ class PackedCheckpoint:
         dtype = declared if isinstance(declared, torch.dtype) else stored_dtype(files)
         skeleton = Checkpoint.of(directory, config, plain, trust_remote_code)
         layouts = _layouts(skeleton, frozenset(parts.values()))
+        shapes = {name: each for name, each in stored_shapes(files).items() if name not in parts}
+        whole = {name: kind for name, kind in whole_numbers(files).items() if name not in parts}
+        check_complete(directory, skeleton.model, plain, skeleton.conversions, shapes, whole)
         return cls(directory, packed_config, files, layouts, skeleton, dtype)
 
     def check_digests(self) -> None:
-        """Raises a BesaError if a file is not, to the last bit, what `besa export` wrote."""
+        """Raises a BesaError if weights are not, to the last bit, what `besa export` wrote."""
         record = read_record(self.directory)
         for name, digest in record.digests.items() if record is not None else ():
             path = self.directory / name
@@ -122,12 +134,26 @@ class PackedCheckpoint:
             tensor = self.read(name)
             assert tensor is not None
             return tensor
+        packed = self._packed(name)
+        return layout.stored(packed.unpack(self.dtype if packed.scale is not None else None))
+
+    def check(self) -> None:
+        """Checks every packed weight: its parts, its bitmask against its values, its shape.
+
+        Raises:
+            FormatError: as `dense` does.
+        """
+        for name in self.weights:
+            self._packed(name)
+
+    def _packed(self, name: str) -> Packed:
+        layout = self.weights[name]
         packed = packed_of(self.read, name, layout.cols, self.config)
         if len(packed.bitmask) != layout.rows:
             raise FormatError(
                 f"{name} is {list(packed.shape)}, but config.json says {[layout.rows, layout.cols]}"
             )
-        return layout.stored(packed.unpack(self.dtype if packed.scale is not None else None))
+        return packed
 
     @property
     def dense_bytes(self) -> int:
@@ -225,7 +251,7 @@ def unpack_checkpoint(packed: str | Path, config: ExportConfig, tell: Tell) -> E
             sizes=UnpackedSizes(packed_bytes=skeleton.nbytes, bytes=size),
             unpacked=len(source.weights),
         )
-        write_record(record, workspace.path)
+        record = write_record(record, workspace.path)
         workspace.publish()
     return ExportResult(out, record)
 

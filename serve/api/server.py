@@ -18,6 +18,7 @@ import uvicorn
 from transformers import AutoTokenizer
 
 from besa.errors import BesaError
+from besa.model.json_files import read_object
 from besa.serve.api.app import application
 from besa.serve.api.backend import Backend
 from besa.serve.api.chat import Chat
@@ -74,7 +75,7 @@ def run(backend: Backend, args: argparse.Namespace) -> None:
         args.directory, trust_remote_code=args.trust_remote_code
     )
     config = args.directory / "config.json"
-    described = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    described = read_object(config) if config.exists() else {}
     chat = Chat(tokenizer, described.get("model_type") or "", variables(args))
     name: str = args.served_model_name
     service = Service(backend, chat, name, defaults_of(args.directory), Metrics(name))

@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from besa.model.json_files import read_object
 from besa.serve.api.backend import Backend, GenerationRequest
 from besa.serve.api.chat import Chat
 from besa.serve.api.errors import ApiError, ascii_only
@@ -26,7 +26,7 @@ _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 def defaults_of(directory: Path) -> dict[str, float]:
     """How the model's makers would have it sampled, where a request does not say it."""
     path = directory / "generation_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = read_object(path) if path.exists() else {}
     return {name: found[name] for name in _DEFAULTS if found.get(name) is not None}
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from besa.export.onnx.runtime import distribution
 from besa.serve.cpu import threads
 from besa.serve.engines import Engine, Generated, Launch, OfflineModel, need
+from besa.serve.onnx.description import described_by
 from besa.serve.settings import ServeConfig
 
 
@@ -49,7 +50,7 @@ class OnnxEngine(Engine):
     def load_offline(self, directory: str, most: int, longest: int) -> OfflineModel:  # noqa: ARG002
         import onnxruntime_genai
 
-        described = json.loads((Path(directory) / "genai_config.json").read_text())
+        described = described_by(Path(directory))
         model = onnxruntime_genai.Model(genai_config(onnxruntime_genai, directory, threads()))
         return OfflineModel(
             int(described["model"]["vocab_size"]),

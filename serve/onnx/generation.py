@@ -10,7 +10,6 @@ beside it (besa.serve.onnx.scored). All calls are made in one thread.
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from besa.errors import BesaError
 from besa.export.onnx.check import load_whole
 from besa.export.onnx.runtime import genai
 from besa.serve.api.backend import GenerationRequest, TokenStream
+from besa.serve.onnx.description import described_by
 from besa.serve.onnx.engine import genai_config
 from besa.serve.onnx.scored import ScoredAnswer, needs_scores
 
@@ -35,13 +35,16 @@ _LEAST = 1e-6
 class OnnxBackend:
     """A model that generates for all requests.
 
+    Args:
+        trust_remote_code: as for `described_by`.
+
     Raises:
         BesaError: the model or its operators cannot be loaded.
     """
 
-    def __init__(self, directory: Path, threads: int) -> None:
+    def __init__(self, directory: Path, threads: int, trust_remote_code: bool = False) -> None:
         self._og = genai()
-        described = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))
+        described = described_by(directory, trust_remote_code)
         load_whole(directory / described["model"]["decoder"]["filename"])
         self.longest: int = described["model"]["context_length"]
         self.vocabulary: int = described["model"]["vocab_size"]

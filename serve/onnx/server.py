@@ -19,7 +19,7 @@ def run(arguments: list[str]) -> None:
     parser = server.parser("onnx")
     parser.add_argument("--threads", type=int, help="default: one for each core")
     args = parser.parse_args(arguments)
-    backend = OnnxBackend(args.directory, args.threads or threads())
+    backend = OnnxBackend(args.directory, args.threads or threads(), args.trust_remote_code)
     try:
         server.run(backend, args)
     finally:

@@ -34,6 +34,7 @@ from besa.formats.checkpoint import parts_in
 from besa.formats.experts import SparseExperts
 from besa.formats.module import SparseLinear
 from besa.model.blocks import find_blocks
+from besa.model.files import WHOLE
 from besa.model.layout import layout_of
 from besa.model.skeleton import all_targets_of
 from besa.serve.transformers.experts import keeping_parts, make_sparse_experts
@@ -61,6 +62,8 @@ def make_sparse(model: nn.Module, files: Sequence[str], config: PackedConfig) ->
         found = all_targets_of([*dense, *packed], model, conversions)
         targets = {name: names[0] for name, (names, _) in found.items()}
         _check_complete(model, {target for names, _ in found.values() for target in names})
+        unchanged = {name: targets[name] for name in dense if found[name][1] is None}
+        _check_dense(model, {new: stored[name] for name, new in unchanged.items()})
 
         def read(name: str, rows: int, cols: int) -> Packed:
             return _read(stored, name, rows, cols, config)
@@ -184,6 +187,28 @@ def _check_complete(model: Any, stored: set[str]) -> None:
         optional = name in tied or re.search(ignored, name)
         if name.startswith(prefix) and name not in stored and not optional:
             raise BesaError(f"the checkpoint lacks the weight {name}: export the model again")
+
+
+def _check_dense(model: nn.Module, stored: Mapping[str, Any]) -> None:
+    """Raises a BesaError for a dense tensor of another shape than the model's, or of no floats.
+
+    Where a checkpoint has a quantization_config, transformers leaves that to who reads it.
+
+    Args:
+        stored: slices, by what the model calls them.
+    """
+    known = model.state_dict()
+    for name, tensor in stored.items():
+        if name not in known:
+            continue
+        shape, kind = tensor.get_shape(), tensor.get_dtype()
+        if kind.startswith(WHOLE) and known[name].is_floating_point():
+            raise BesaError(f"{name} is stored as {kind}, and has to be of floats")
+        if known[name].shape != torch.Size(shape):
+            raise BesaError(
+                f"{name} is {list(shape)}, but config.json makes it {list(known[name].shape)}: "
+                "export the model again"
+            )
 
 
 def _check_names(

@@ -18,11 +18,11 @@ A rank stays on one memory node: its weights lie there. On a machine with severa
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 from besa.machine import memory
+from besa.model.json_files import read_object
 from besa.serve.cpu import longest_sequence, most_threads, physical_cores
 
 _GIB = 1 << 30
@@ -89,7 +89,7 @@ def _ranges(numbers: list[int]) -> str:
 def cache_gib(directory: Path, ranks: int) -> int:
     """VLLM_CPU_KVCACHE_SPACE for a model on this machine, in GiB for each rank."""
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    config = json.loads((directory / "config.json").read_text())
+    config = read_object(directory / "config.json")
     return cache_space(memory().available, weights, longest_sequence(config), ranks)
 
 

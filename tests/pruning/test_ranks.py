@@ -235,7 +235,7 @@ def test_machines_that_differ_are_told(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.slow
 def test_other_commands_are_one_processs_work(case: Case):
     process = run("export", case.model, "--out", case.out, cwd=case.directory, launch=Torchrun(2))
-    assert process.errors.count("besa export is one process's work") == 1
+    assert process.errors.count("besa export: it is one process's work") == 1
 
 
 @pytest.mark.slow

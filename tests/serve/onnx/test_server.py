@@ -165,8 +165,10 @@ def test_models_that_are_damaged(graph: Path, tmp_path: Path):
     maps = Path("/proc/self/maps").read_text().splitlines()
     libm = next(line.split()[-1] for line in maps if "libm" in line and ".so" in line)
     shutil.copyfile(libm, tmp_path / "other" / NAME)
-    with pytest.raises(BesaError, match=r"other cannot be loaded: .*RegisterCustomOps"):
+    with pytest.raises(BesaError, match=rf"{NAME} is a library that this besa did not build: put"):
         OnnxBackend(tmp_path / "other", threads=1)
+    with pytest.raises(BesaError, match=r"other cannot be loaded: .*RegisterCustomOps"):
+        OnnxBackend(tmp_path / "other", threads=1, trust_remote_code=True)
     (tmp_path / "other" / NAME).unlink()
-    with pytest.raises(BesaError, match=rf"other cannot be loaded: .*{NAME}"):
+    with pytest.raises(BesaError, match=rf"{NAME} is missing: put .*{NAME} there"):
         OnnxBackend(tmp_path / "other", threads=1)
