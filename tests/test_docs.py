@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from besa.cli import build_parser
 from tests.test_floors import FLOORS
@@ -100,6 +101,22 @@ def test_shell_examples_are_commands(page: Path):
         elif program == "besa":
             _, unknown = known[words[0]].parse_known_args(words[1:])
             assert words[0] == "serve" or not unknown, words
+
+
+def test_manifests_are_what_kubernetes_takes():
+    validate = pytest.importorskip("kubernetes_validate").validate
+    started = []
+    for code in blocks(ROOT / "docs" / "kubernetes.md", "yaml"):
+        for manifest in yaml.safe_load_all(code):
+            validate(manifest, "1.31", strict=True)
+            if manifest["kind"] != "Service":
+                (container,) = manifest["spec"]["template"]["spec"]["containers"]
+                started.append([*container["command"], *container["args"]])
+    (program, command, *words), ranks = started
+    assert program == "besa"
+    _, unknown = parsers()[command].parse_known_args(words)
+    assert not unknown
+    assert subprocess.run(["sh", "-n", "-c", ranks[-1]]).returncode == 0
 
 
 @each_page
