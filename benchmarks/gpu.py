@@ -50,6 +50,7 @@ from torch import Tensor
 
 from besa.model.blocks import find_linears
 from besa.pruning.allocate import rank_buckets
+from besa.pruning.batches import single
 from besa.pruning.block_run import BlockRun, Pruned, Tensors
 from besa.pruning.budget import Budget
 from besa.pruning.config import Pattern, PruneConfig
@@ -112,6 +113,7 @@ class Bench:
             calls=[self.call] * len(self.hidden),
             stream=self.hidden,
             targets=[],
+            groups=single([len(one) for one in self.hidden]),
             device=torch.device(self.device),
             dtype=self.dtype,
             config=PruneConfig(out="nowhere"),

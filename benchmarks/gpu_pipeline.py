@@ -45,6 +45,7 @@ from transformers import LlamaForCausalLM
 from besa.model.blocks import find_linears
 from besa.progress import WRITTEN, Event
 from besa.pruning.activations import Activations
+from besa.pruning.batches import single
 from besa.pruning.block_run import BlockRun
 from besa.pruning.config import PruneConfig
 from besa.pruning.pipeline import PruneResult
@@ -216,6 +217,7 @@ def copies(model: Model, device: str, tokens: int, runs: int) -> dict[str, Any]:
             calls=[call] * len(hidden),
             stream=stream,
             targets=list(hidden) if is_list else Activations.like(stream, len(hidden), "dense"),
+            groups=single([len(one) for one in hidden]),
             device=where,
             dtype=torch.bfloat16,
             config=PruneConfig(out="nowhere"),

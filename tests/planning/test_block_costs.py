@@ -15,6 +15,7 @@ from besa.model.blocks import expert_count, experts_per_token, find_blocks, find
 from besa.model.replay import capture
 from besa.planning.block_costs import forward_flops, kept_activations, partial_flops
 from besa.planning.shapes import BlockShape, LinearShape, attention_of
+from besa.pruning.batches import single
 from besa.pruning.block_run import BlockRun
 from besa.pruning.config import PruneConfig
 from besa.pruning.kept_weights import KeptWeights
@@ -38,6 +39,7 @@ def block_and_shape(family: str, **changes: Any) -> tuple[BlockRun, BlockShape, 
         calls=[calls[0][0]],
         stream=hidden,
         targets=hidden,
+        groups=single([len(one) for one in hidden]),
         device=torch.device("cpu"),
         dtype=torch.float32,
         config=PruneConfig(out="pruned"),
