@@ -22,7 +22,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -86,8 +86,11 @@ def serve(config: ServeConfig) -> int:
         _say(f"{command.engine} {command.version} loads {config.name} {_HINT}")
     with _stop_signals() as stops:
         try:
-            with RunningEngine(command, config) as engine:
-                with _spinner(config):
+            with ExitStack() as running:
+                with ExitStack() as starting:
+                    with stops.held():
+                        engine = running.enter_context(RunningEngine(command, config))
+                        starting.enter_context(_spinner(config))
                     engine.wait_until_ready()
                 print(announcement(config), flush=True)
                 try:
@@ -190,13 +193,29 @@ class _SignalHandler:
 
     def __init__(self) -> None:
         self.armed = True
+        self._is_held = self._has_come = False
 
     def rearm(self) -> None:
         self.armed = True
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Raises at its end what comes meanwhile: a thread that begins would not stand it."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self._has_come:
+            raise _StopSignal
+
     def __call__(self, _number: int, _frame: FrameType | None) -> None:
-        if self.armed:
-            self.armed = False
+        if not self.armed:
+            return
+        self.armed = False
+        if self._is_held:
+            self._has_come = True
+        else:
             raise _StopSignal
 
 
