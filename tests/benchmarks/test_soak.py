@@ -28,7 +28,6 @@ def test_short(tmp_path: Path, environment: dict[str, str]) -> None:
     assert done.returncode == 0, done.stdout
     record = json.loads(result.read_text())
     assert record["wrong"] == []
-    assert set(record["done"]) == {
-        "stream", "cut off", "slow reader", "whole", "bad request", "wrong key",
-    }  # fmt: skip
+    assert record["requests"] == sum(record["done"].values()) > 0
+    assert record["memory"]["bytes"]
     assert record["drain"] == {"streams": 8, "whole": 8, "exit_code": 0, "left": []}
