@@ -28,12 +28,12 @@ def open_plain(model: str | Path, trust_remote_code: bool = False) -> Checkpoint
         BesaError: it is packed or quantized already, or no whole checkpoint.
     """
     directory = resolve(model)
-    _check_plain(directory)
+    check_plain(directory)
     return Checkpoint.open(directory, trust_remote_code)
 
 
-def _check_plain(directory: Path) -> None:
-    """Refuses what is packed already; whatever else is wrong, `Checkpoint.open` says."""
+def check_plain(directory: Path) -> None:
+    """Raises a BesaError for what is packed already; what else is wrong, `Checkpoint.open` says."""
     try:
         method = read_object(directory / "config.json")["quantization_config"]["quant_method"]
     except (BesaError, KeyError, TypeError):

@@ -65,18 +65,13 @@ def print_prune_plan(plan: PrunePlan) -> int:
         )
     for note in plan.notes:
         print(note)
-    if plan.fits:
-        print("It fits.")
-        return 0
-    from besa.planning.need import lacking
-
-    print(_lacks(lacking(plan.need, plan.room)))
+    code = _verdict(plan.missing)
     if plan.need.output > plan.room.disk:
         print(f"  --out on a disk with {size(plan.need.output)} free")
     for advice in plan.advice:
         end = ", and then it fits" if advice.fits else ""
         print(f"  {advice.flag}: {size(advice.gain)} less{end}")
-    return DOES_NOT_FIT
+    return code
 
 
 def print_export_plan(plan: ExportPlan) -> int:
@@ -157,7 +152,6 @@ def _count(numbers: float) -> str:
 
 
 def _flops(count: float) -> str:
-    for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}FLOP"
-    return f"{count / 1e9:.3g} GFLOP"
+    units = ((1e18, "E"), (1e15, "P"), (1e12, "T"))
+    unit, name = next(((u, n) for u, n in units if count >= u), (1e9, "G"))
+    return f"{count / unit:.3g} {name}FLOP"

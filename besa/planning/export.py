@@ -18,9 +18,10 @@ import torch
 
 from besa.errors import BesaError
 from besa.export.config import ExportConfig
+from besa.export.packable import short
 from besa.export.rounded import as_pruned
+from besa.export.source import check_plain
 from besa.export.weights import WORTH
-from besa.formats import QUANT_METHOD
 from besa.model.files import resolve
 from besa.model.prune_record import PruneRecord
 from besa.model.record import read_record
@@ -70,11 +71,7 @@ class ExportPlan:
     @property
     def missing(self) -> dict[str, int]:
         """Bytes that are missing, of what there is too little."""
-        found = {
-            "memory": self.memory.total - self.room.host,
-            "disk": self.output - self.room.disk,
-        }
-        return {name: count for name, count in found.items() if count > 0}
+        return self.room.lacking({"memory": self.memory.total, "disk": self.output})
 
 
 def packed_bytes(
@@ -106,12 +103,10 @@ def plan_export(model: str | Path, config: ExportConfig, *, timed: bool = True) 
         BesaError: no such model, or one that is packed already and not to be unpacked.
     """
     room = room_for(torch.device("cpu"), Path(config.out))
-    packed, unpacks = quantized_as(model), config.format == "dense"
-    if packed == QUANT_METHOD and not unpacks:
-        raise BesaError(
-            f"{model} is packed already: serve it as it is, or unpack it with --format dense"
-        )
-    if packed is None and unpacks:
+    unpacks = config.format == "dense"
+    if not unpacks:
+        check_plain(resolve(model))
+    elif quantized_as(model) is None:
         raise BesaError(f"{model} is not packed: leave --format dense out")
     config = config if unpacks else as_pruned(model, config)
     shape = shape_of(open_headers(model, config.trust_remote_code, packed=unpacks))
@@ -128,7 +123,7 @@ def plan_export(model: str | Path, config: ExportConfig, *, timed: bool = True) 
         notes.append("memory of ONNX graphs is a rough estimate: the exporters are not besa's")
     else:
         files, moments = _packing(shape, zeros, config)
-        what, output = f"packed as {config.quantize or _short(shape.dtype)}", files["the output"]
+        what, output = f"packed as {config.quantize or short(shape.dtype)}", files["the output"]
     speed = seconds = None
     if timed:
         speed = measure(torch.device("cpu"), torch.float32, 64, 256, shape.weights)
@@ -242,7 +237,3 @@ def _precision(config: ExportConfig, shape: ModelShape) -> str:
         return "fp16"
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     return names[shape.dtype] if config.sparse else "fp32"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

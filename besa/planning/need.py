@@ -97,9 +97,5 @@ def need_of(shape: ModelShape, setting: Setting, process: int) -> Need:
 
 def lacking(need: Need, room: Room) -> dict[str, int]:
     """Bytes that are missing, of what there is too little: "memory", "device", "disk"."""
-    missing = {
-        "memory": need.host.total - room.host,
-        "device": need.device.total - room.device if need.device and room.device else 0,
-        "disk": need.output + need.activations - room.disk,
-    }
-    return {name: bytes_ for name, bytes_ in missing.items() if bytes_ > 0}
+    needed = {"memory": need.host.total, "device": need.device.total if need.device else 0}
+    return room.lacking({**needed, "disk": need.output + need.activations})

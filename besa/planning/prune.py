@@ -22,10 +22,7 @@ from besa.model.loading import computing_dtype, pick_device
 from besa.planning.advice import Advice, advice_for
 from besa.planning.need import Need, lacking, need_of, setting_of
 from besa.planning.parts import Moment
-from besa.planning.prune_memory import (
-    Setting,
-    text_tokens,
-)
+from besa.planning.prune_memory import Setting, text_tokens
 from besa.planning.prune_work import around_work, block_work, passes
 from besa.planning.room import Room, room_for
 from besa.planning.shapes import ModelShape, open_headers, shape_of
@@ -79,8 +76,13 @@ class PrunePlan:
         return self.need.device
 
     @property
+    def missing(self) -> dict[str, int]:
+        """Bytes that are missing, of what there is too little."""
+        return lacking(self.need, self.room)
+
+    @property
     def fits(self) -> bool:
-        return not lacking(self.need, self.room)
+        return not self.missing
 
     @property
     def flops(self) -> float:

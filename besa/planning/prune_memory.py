@@ -1,5 +1,6 @@
 """The memory of `besa prune`, moment by moment, from shapes and settings.
 
+>>> from besa.planning.parts import peak_of
 >>> from besa.planning.shapes import LinearShape
 >>> block = BlockShape((LinearShape("up", 1, 1024, 1024),), 2**20)
 >>> setting = Setting(PruneConfig(out="pruned", method="wanda"), 32, 32, 32, 2, 4, False)
@@ -18,14 +19,12 @@ from pathlib import Path
 
 from besa.data.samples import WINDOWS_PER_SAMPLE
 from besa.planning.block_costs import kept_activations, transient_activations
-from besa.planning.parts import Moment, peak_of
+from besa.planning.parts import Moment
 from besa.planning.shapes import Attention, BlockShape, ModelShape
 from besa.pruning.allocate import CANDIDATES
 from besa.pruning.config import PruneConfig
-from besa.pruning.guard import FIRST, held_out_of
+from besa.pruning.guard import held_out_of
 from besa.pruning.patterns import row_chunks
-
-__all__ = ["BlockMoments", "Setting", "block_moments", "peak_of", "stream_bytes"]
 
 # What sorting a piece of a matrix holds at once: a copy in float32, its order in int64, and the
 # sorted values, see `besa.pruning.patterns.row_chunks`.
@@ -104,7 +103,6 @@ def block_moments(block: BlockShape, attention: Attention, setting: Setting) -> 
     pruned, whole = block.prunable, block.parameters
     stored, computed = setting.stored, setting.computed
     differ = stored != computed
-    largest = max((x.rows * x.cols for x in block.pruned), default=0)
     names = ("block as stored", "block that computes")
     loaded = {names[0]: whole * stored, names[1]: whole * computed}
     put = {
@@ -118,31 +116,23 @@ def block_moments(block: BlockShape, attention: Attention, setting: Setting) -> 
     # What other methods give is compared with Wanda's masks.
     wanda = {"masks": 2 * pruned, "scores and sorting": _scores(block, setting)}
     judged = {} if config.method == "wanda" else wanda
+    kind = config.update if pruned else "none"
+    after = {**put, "masks": pruned} | ({"new weights": 4 * pruned} if kind != "none" else {})
     moments = [
         Moment("choose", {**loaded, **_choosing(block, setting, activations, passing)}),
-        Moment("compare", {**put, "masks": pruned, "activations": passing, **judged}),
-        Moment("write", {**put, "masks": pruned, "the file": whole * stored}),
+        Moment("compare", {**after, "activations": passing, **judged}),
+        Moment("write", {**after, "the file": whole * stored}),
     ]
-    kind = config.update
-    best = 0
-    if kind != "none" and pruned:
-        best = 4 * pruned
-        if kind != "learn":
-            solving = {"masks": pruned, "new weights": best, "least squares": _solving(block)}
-            moments.append(Moment("update", {**put, **solving, "activations": passing}))
-        if kind in ("auto", "learn") and held_out_of(config):
-            several = 2 if FIRST else 1
-            learning = {
-                "masks": pruned,
-                "new weights": several * best + pruned * 4,
-                "optimizer": 12 * pruned,
-                "gradients and activations": max(4 * pruned, activations) + 8 * largest,
-            }
-            moments.append(Moment("learn", {**put, **learning}))
-        compared = {"masks": pruned, "new weights": best, "activations": passing}
-        moments[1] = Moment("compare", {**put, **compared, **judged})
-        written = {"masks": pruned, "new weights": best, "the file": whole * stored}
-        moments[2] = Moment("write", {**put, **written})
+    if kind not in ("none", "learn"):
+        solving = {"least squares": _solving(block), "activations": passing}
+        moments.append(Moment("update", {**after, **solving}))
+    if kind in ("auto", "learn") and held_out_of(config):
+        learning = {
+            "new weights": 3 * 4 * pruned,
+            "optimizer": 12 * pruned,
+            "gradients and activations": max(4 * pruned, activations) + 8 * block.largest,
+        }
+        moments.append(Moment("learn", {**after, **learning}))
     if not setting.on_gpu:
         return BlockMoments(moments, [])
     return _divided(moments, block, setting)
@@ -172,7 +162,7 @@ def _choosing(
     - sparsegpt: sum of 4 groups cols^2, new weights 4 L, two masks, and the factors of a matrix.
     """
     config, pruned = setting.config, block.prunable
-    largest = max((x.rows * x.cols for x in block.pruned), default=0)
+    largest = block.largest
     method = config.method
     if method == "sparsegpt":
         hessians = sum(4 * x.groups * x.cols**2 for x in block.pruned)

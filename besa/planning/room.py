@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,17 @@ class Room:
     process: int
     device: int | None
     disk: int
+
+    def lacking(self, needed: Mapping[str, int]) -> dict[str, int]:
+        """Bytes that are missing, of what there is too little: "memory", "device", "disk".
+
+        Args:
+            needed: bytes, by the same names.
+        """
+        there = {"memory": self.host, "device": self.device or needed.get("device", 0)}
+        there["disk"] = self.disk
+        missing = {name: count - there[name] for name, count in needed.items()}
+        return {name: count for name, count in missing.items() if count > 0}
 
 
 def room_for(device: torch.device, out: Path) -> Room:

@@ -13,7 +13,6 @@ into another order. A cache is as large as besa would make it (`besa.serve.vllm.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from besa.formats import PackedConfig
 from besa.machine import memory
 from besa.model.architecture import read_config
 from besa.model.files import is_onnx, resolve
+from besa.model.json_files import read_object
 from besa.planning.parts import Moment
 from besa.planning.shapes import attention_of, open_headers, quantized_as, shape_of
 from besa.serve.command import engine_for
@@ -108,14 +108,14 @@ def plan_serve(config: ServeConfig) -> ServePlan:
     engine = engine_for(config, directory).name
     if not (directory / "config.json").is_file():
         raise BesaError(f"{directory} has no config.json to plan by")
-    raw: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    raw = read_object(directory / "config.json")
     text = {**raw, **(raw.get("text_config") or {})}
     longest = int(text.get("max_position_embeddings") or _UNBOUNDED)
     asked = flag_value(config.engine_args, "--max-model-len")
     context = int(asked) if asked and asked.isdigit() else longest
     packing = packing_of(directory)
     weights, dtype = _weights(directory, packing)
-    attention = attention_of(_text_of(directory))
+    attention = attention_of(read_config(directory).get_text_config())
     per_token = cache_bytes(int(text.get("num_hidden_layers") or 0), attention.kept, dtype.itemsize)
     on_gpu = torch.cuda.is_available() and engine != "onnx"
     free = torch.cuda.mem_get_info()[0] if on_gpu else memory().available
@@ -142,11 +142,6 @@ def plan_serve(config: ServeConfig) -> ServePlan:
         notes=tuple(notes),
     )
     return replace(plan, advice=tuple(_advice(plan, packing is not None)))
-
-
-def _text_of(directory: Path) -> Any:
-    config = read_config(directory)
-    return config.get_text_config()
 
 
 def _weights(directory: Path, packing: PackedConfig | None) -> tuple[int, torch.dtype]:

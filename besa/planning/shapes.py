@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from besa.errors import BesaError
+from besa.export.packable import expert_lists
 from besa.model.architecture import read_config
 from besa.model.blocks import expert_count, experts_per_token, find_linears
 from besa.model.checkpoint import Checkpoint
 from besa.model.files import resolve
+from besa.model.json_files import read_object
 from besa.model.quantization import check_floats, drop_notes
 from besa.pruning.config import PruneConfig
 from besa.pruning.plan import plan_of
@@ -75,6 +77,11 @@ class BlockShape:
         return sum(linear.size for linear in self.pruned)
 
     @property
+    def largest(self) -> int:
+        """Weights of the largest matrix that the run prunes."""
+        return max((linear.rows * linear.cols for linear in self.pruned), default=0)
+
+    @property
     def levels(self) -> tuple[tuple[LinearShape, ...], ...]:
         """The linears by who reads whose output, as `besa.pruning.levels` finds them by running.
 
@@ -119,21 +126,18 @@ class ModelShape:
         embedding: numbers outside of the blocks that are loaded to embed tokens.
         others: all numbers outside of the blocks, each once: embedding, last norm, head.
         itemsize: bytes of a stored number.
-        positions: tokens that it takes at once; None where the config sets no bound.
         nbytes: of its weight files; None where it has none.
         weights: a weight file; None where it has none.
         tokenizer: bytes of tokenizer.json, 0 without one.
     """
 
     name: str
-    directory: Path
     blocks: tuple[BlockShape, ...]
     attention: Attention
     width: int
     embedding: int
     others: int
     dtype: torch.dtype
-    positions: int | None
     nbytes: int | None
     weights: Path | None
     tokenizer: int
@@ -179,12 +183,11 @@ def open_headers(
 
 def quantized_as(model: str | Path) -> str | None:
     """The method that a model's config.json says its weights are stored by; None for floats."""
-    path = resolve(model) / "config.json"
     try:
-        note = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
-    except (OSError, ValueError, AttributeError):
+        raw = read_object(resolve(model) / "config.json")
+        method = (raw.get("quantization_config") or {}).get("quant_method")
+    except (BesaError, AttributeError):
         return None  # what is wrong with it, `read_config` says
-    method = note.get("quant_method")
     return method if isinstance(method, str) else None
 
 
@@ -217,14 +220,12 @@ def shape_of(checkpoint: Checkpoint, config: PruneConfig | None = None) -> Model
     tokenizer = checkpoint.directory / "tokenizer.json"
     return ModelShape(
         name=checkpoint.directory.resolve().name,
-        directory=checkpoint.directory,
         blocks=tuple(blocks),
         attention=attention_of(text),
         width=int(text.hidden_size),
         embedding=sum(size for name, size in outside if name.startswith(base)),
         others=sum(size for _, size in outside),
         dtype=checkpoint.dtype,
-        positions=getattr(text, "max_position_embeddings", None),
         nbytes=checkpoint.nbytes if files else None,
         weights=max(files, key=lambda path: path.stat().st_size) if files else None,
         tokenizer=tokenizer.stat().st_size if tokenizer.is_file() else 0,
@@ -249,11 +250,7 @@ def _block_shape(
     experts = expert_count(checkpoint.config)
     chosen = experts_per_token(checkpoint.config)
     share = chosen / experts if experts and chosen else 1.0
-    lists = tuple(
-        f"{name}."
-        for name, module in block.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == experts
-    )
+    lists = expert_lists(block, experts)
     linears = [
         LinearShape(
             name=linear.name,
