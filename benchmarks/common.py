@@ -170,23 +170,33 @@ def seconds_of(work: Callable[[], object], device: str = "cpu") -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished child process: wall clock and the most memory it held."""
+    """A finished child process, and those that it waited for.
+
+    Attributes:
+        seconds: wall clock.
+        processor: seconds of the processor's time.
+        peak_rss: bytes of the most memory that one of them held.
+    """
 
     seconds: float
-    peak_rss: int  # bytes
+    processor: float
+    peak_rss: int
 
 
-def run_measured(command: Sequence[str]) -> Measured:
+def run_measured(command: Sequence[str], **environment: str) -> Measured:
     """Runs a command to its end; if it fails, so does the benchmark, with its output.
+
+    Args:
+        environment: what the command's has more.
 
     The kernel counts what this process holds as the child's until the child's program starts, so
     the caller must be smaller than what it measures: no torch in it.
     """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    whole = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
     with tempfile.TemporaryFile("w+") as output:
         started = time.perf_counter()
         process = subprocess.Popen(
-            list(command), env=environment, stdout=output, stderr=subprocess.STDOUT
+            list(command), env=whole, stdout=output, stderr=subprocess.STDOUT
         )
         try:
             _, status, usage = os.wait4(process.pid, 0)
@@ -198,7 +208,7 @@ def run_measured(command: Sequence[str]) -> Measured:
         if process.returncode:
             output.seek(0)
             raise SystemExit(f"{' '.join(command)} failed:\n{output.read()}")
-    return Measured(seconds, usage.ru_maxrss * 1024)
+    return Measured(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def run_besa(*words: object) -> None:
@@ -206,10 +216,17 @@ def run_besa(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "besa", *map(str, words)], check=True)
 
 
-def besa_prune(model: Path, out: Path, *options: object) -> Measured:
-    """`besa prune MODEL --out OUT ...` as a user starts it."""
-    command = [sys.executable, "-m", "besa", "prune", str(model), "--out", str(out)]
-    return run_measured([*command, *map(str, options)])
+def besa_prune(
+    model: Path, out: Path, *options: object, launcher: Sequence[str] = (), **environment: str
+) -> Measured:
+    """`besa prune MODEL --out OUT ...` as a user starts it.
+
+    Args:
+        launcher: of Python's arguments what comes before `-m besa`, as torchrun's are.
+        environment: what its environment has more.
+    """
+    command = [sys.executable, *launcher, "-m", "besa", "prune", str(model), "--out", str(out)]
+    return run_measured([*command, *map(str, options)], **environment)
 
 
 def llama_block(

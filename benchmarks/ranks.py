@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +22,9 @@ from typing import Any
 
 from common import (
     RESULTS,
-    ROOT,
     SHAPES,
     apart,
+    besa_prune,
     conditions,
     gain,
     random_llama,
@@ -59,24 +57,15 @@ class Run:
 
 def prune(model: Path, out: Path, processes: int, options: list[object]) -> Run:
     """Prunes a model by so many processes of one thread."""
-    besa = ["-m", "besa", "prune", str(model), "--out", str(out), "--overwrite", "--device", "cpu"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), *besa, *map(str, options)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            output.seek(0)
-            raise SystemExit(f"{' '.join(command)} failed:\n{output.read()}")
+    launcher = torchrun if processes > 1 else []
+    options = [*options, "--overwrite", "--device", "cpu"]
+    found = besa_prune(model, out, *options, launcher=launcher, OMP_NUM_THREADS="1")
     record = read_record(out)
     assert isinstance(record, PruneRecord)
     assert record.processes == processes
     seconds = [block.seconds for block in record.blocks]
-    return Run(usage.ru_utime + usage.ru_stime, seconds, record.settings)
+    return Run(found.processor, seconds, record.settings)
 
 
 def main() -> None:

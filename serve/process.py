@@ -111,10 +111,9 @@ class RunningEngine(ChildProcess):
 
     def _failure(self, seen: str) -> EngineError:
         """Why it did not start: from its log or, where no line tells, from what was seen."""
-        with suppress(subprocess.TimeoutExpired):  # a moment for an end to be seen
-            self.popen.wait(timeout=1)
+        ended = self.has_ended()
         self._let_log_end()
-        if self.popen.returncode is not None:
+        if ended:
             seen = f"it ended ({self.ending()})"
         last = last_line("\n".join(self.log))
         told = f"the last line of its log: {last}" if last else "its log is empty"
@@ -127,6 +126,12 @@ class RunningEngine(ChildProcess):
     def reason(self) -> str | None:
         """Why it ended, from the engine's log; None if no line tells."""
         return reason_of(list(self.log))
+
+    def has_ended(self) -> bool:
+        """Whether it has ended, with a moment for that to be seen."""
+        with suppress(subprocess.TimeoutExpired):
+            self.popen.wait(timeout=1)
+        return self.popen.returncode is not None
 
     def ending(self) -> str:
         """How it ended, once it has: the signal's name, or its exit code."""

@@ -10,10 +10,9 @@ broken: it says so here, once, and is not asked again.
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,9 +138,7 @@ class Server:
         """The fault, or that the server has ended, which explains it."""
         if self._engine is None:
             return fault
-        with suppress(subprocess.TimeoutExpired):  # a moment for an end to be seen
-            self._engine.popen.wait(timeout=1)
-        if self._engine.popen.poll() is None:
+        if not self._engine.has_ended():
             return fault
         reason = self._engine.reason()
         return f"its server ended{': ' + reason if reason else ''}"

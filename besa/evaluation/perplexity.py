@@ -70,7 +70,7 @@ def window_losses(
     """
     check_known(windows, known_tokens(model))
     device = next(model.parameters()).device
-    own = windows[ranks.rank :: ranks.size]
+    own = ranks.share(windows)
     losses: list[Tensor] = []
     if progress:
         progress(0, len(windows))
@@ -86,7 +86,7 @@ def window_losses(
             progress(min(len(losses) * ranks.size, len(windows)), len(windows))
     found = torch.zeros(len(windows), dtype=torch.float64)
     if losses:
-        found[ranks.rank :: ranks.size] = torch.stack(losses).cpu()
+        ranks.share(found).copy_(torch.stack(losses))
     ranks.sum_(found)
     return found
 

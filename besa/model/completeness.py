@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from besa.errors import BesaError, BesaWarning
+from besa.model.files import not_of_floats
 from besa.model.skeleton import all_targets_of, tied_names
 
 # Buffers of old checkpoints that transformers computes by now, and drops without a word.
@@ -63,8 +64,7 @@ def check_complete(
         elif key in whole_kinds and any(
             tensors[target].is_floating_point() for target in targets if target in wanted
         ):
-            kind = whole_kinds[key]
-            raise BesaError(f"{directory}: {key} is stored as {kind}, and has to be of floats")
+            raise not_of_floats(directory, key, whole_kinds[key])
         elif converted:
             for target in targets:
                 parts[target] += math.prod(known.get(key, wanted.get(target, ())))

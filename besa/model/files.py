@@ -202,6 +202,11 @@ def whole_numbers(files: Mapping[str, Path]) -> dict[str, str]:
     return {name: kind for name, kind in found.items() if kind.startswith(WHOLE)}
 
 
+def not_of_floats(directory: Path, name: str, kind: str) -> BesaError:
+    """What is wrong with a stored tensor of whole numbers where the model has floats."""
+    return BesaError(f"{directory}: {name} is stored as {kind}, and has to be of floats")
+
+
 def read_tensor(path: Path, name: str, remedy: str) -> Tensor:
     """A stored tensor, whole.
 

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from besa.errors import BesaError, one_line
 from besa.model.architecture import loader_of, read_config
-from besa.model.files import weight_files, whole_numbers
+from besa.model.files import not_of_floats, weight_files, whole_numbers
 from besa.model.quiet import quiet
 
 # The files that hold a tokenizer's vocabulary, in any of the formats that transformers reads.
@@ -140,7 +140,7 @@ def whole_model(directory: Path, trust_remote_code: bool, **options: Any) -> Any
     tensors = model.state_dict()
     for name, kind in whole_numbers(weight_files(directory)).items():
         if name in tensors and tensors[name].is_floating_point():
-            raise BesaError(f"{directory}: {name} is stored as {kind}, and has to be of floats")
+            raise not_of_floats(directory, name, kind)
     if misshapen := sorted(name for name, *_ in info["mismatched_keys"]):
         raise BesaError(
             f"{directory}: {misshapen[0]} has another shape than config.json says: download the "

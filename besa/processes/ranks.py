@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from besa.errors import BesaError, PeerLostError
 from besa.processes.launch import Launch, launch_of, store
 
 T = TypeVar("T")
+Items = TypeVar("Items", Sequence[Any], Tensor)
 
 # Process 0 may write or rotate alone for long while the others wait. A process that ends is noticed
 # at once; this is for a machine that falls silent.
@@ -60,7 +61,7 @@ class Ranks:
         """Whether this is process 0, which writes and shows progress."""
         return self.launch.leads
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def share(self, items: Items) -> Items:
         """This process's part of items that are dealt out in turn."""
         return items[self.rank :: self.size]
 

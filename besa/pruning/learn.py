@@ -52,7 +52,7 @@ def relative_error(output: Tensor, target: Tensor, square: Tensor | None = None)
         square: the mean square of all targets that this one is a part of; None: it stands alone.
     """
     output, target = output.float(), target.to(output.device).float()
-    square = target.square().mean() if square is None else square
+    square = mean_square(target) if square is None else square
     return (output - target).square().mean() / square
 
 

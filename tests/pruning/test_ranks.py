@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -31,27 +31,13 @@ from tests.helpers import (
     start,
     stored,
 )
+from tests.pruning.output import Output
 
 BLOCKS = 2
 
 
-@dataclass
-class Case:
+class Case(Output):
     """A command and where its output goes."""
-
-    model: Path
-    directory: Path
-    calibration: Path
-    options: list[str] = field(default_factory=list)
-    name: str = "out"
-
-    @property
-    def out(self) -> Path:
-        return self.directory / self.name
-
-    @property
-    def partial(self) -> Path:
-        return self.directory / f"{self.name}.partial"
 
     def arguments(self) -> list[object]:
         """9 samples: 8 are learned from, in steps of 3, and 1 is held out; nothing divides well."""
@@ -65,9 +51,6 @@ class Case:
 
     def start(self, launch: Torchrun | None = None, env: dict[str, str] | None = None) -> Process:
         return start(*self.arguments(), cwd=self.directory, launch=launch, env=env)
-
-    def finished(self, block: int) -> bool:
-        return (self.partial / f"block-{block:05d}.finished.json").exists()
 
 
 def agreement(ours: Path, theirs: Path) -> float:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -26,26 +25,13 @@ from tests.helpers import (
     small_disk,
     start,
 )
+from tests.pruning.output import Output
 
 BLOCKS = 3
 
 
-@dataclass
-class Case:
+class Case(Output):
     """A command, where its output goes, and what an undisturbed run of it gives."""
-
-    model: Path
-    directory: Path
-    calibration: Path
-    options: list[str] = field(default_factory=list)
-
-    @property
-    def out(self) -> Path:
-        return self.directory / "out"
-
-    @property
-    def partial(self) -> Path:
-        return self.directory / "out.partial"
 
     def arguments(self, *more: object) -> list[str]:
         given = {
@@ -64,9 +50,6 @@ class Case:
 
     def run(self, *more: object, **options: object) -> Process:
         return run(*self.arguments(*more), cwd=self.directory, **options)
-
-    def finished(self, block: int) -> bool:
-        return (self.partial / f"block-{block:05d}.finished.json").exists()
 
     def reached(self, block: int, phase: str) -> bool:
         """Whether the log says that a phase of a block is over."""

@@ -103,9 +103,9 @@ def sparsegpt_weights(
     }
     owners = ranks.deal([x.cols**2 * (x.cols + x.rows) for x, _ in matrices])
     for (linear, group), owner in zip(matrices, owners, strict=True):
-        hessian = hessians.of(linear)[group]
         if owner != ranks.rank:
             continue
+        hessian = hessians.of(linear)[group]
         matrix, place = weights[linear.name][group], updated[linear.name][group]
         if hessian.any():
             share = shares[linear.name][group]
