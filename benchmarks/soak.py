@@ -31,6 +31,7 @@ from typing import Any
 import httpx
 from common import conditions, write_json
 
+from besa.bench.statistics import percentile
 from besa.processes.usage import family, memory_of
 
 KEY = "the key of the soak"
@@ -185,9 +186,9 @@ def by_parts(first_tokens: list[tuple[float, float]], parts: int = 5) -> list[di
     found = []
     for part in range(parts):
         low = min(times) + part * width
-        own = sorted(s for at, s in first_tokens if low <= at <= low + width)
+        own = [seconds for at, seconds in first_tokens if low <= at <= low + width]
         if own:
-            found.append({"p50": own[len(own) // 2], "p99": own[len(own) * 99 // 100]})
+            found.append({"p50": percentile(own, 0.5), "p99": percentile(own, 0.99)})
     return found
 
 
