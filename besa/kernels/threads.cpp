@@ -11,6 +11,8 @@ void besa::on_threads(void*, int lanes, void (*lane)(void*), void* task) {
 
 #else
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -24,7 +26,7 @@ namespace {
 
 // Threads that are started when they are first needed and wait for calls until the process ends. A
 // call waits for those only that have begun on it: what others are busy with does not hold it up, and
-// where there are none (after a fork) it does its work alone.
+// where there are none it does its work alone.
 class Pool {
    public:
     void run(int lanes, void (*lane)(void*), void* task) {
@@ -97,11 +99,17 @@ class Pool {
     int started_ = 0;
 };
 
+Pool* pool = nullptr;  // never deleted: its threads may outlive static objects
+
+void make_pool() { pool = new Pool; }
+
 }  // namespace
 
 void besa::on_threads(void*, int lanes, void (*lane)(void*), void* task) {
-    static Pool& pool = *new Pool;  // its threads may outlive static objects
-    pool.run(lanes, lane, task);
+    // The child of a fork has none of the threads, and a mutex that one of them may have held.
+    static const int once = (make_pool(), pthread_atfork(nullptr, nullptr, make_pool));
+    static_cast<void>(once);
+    pool->run(lanes, lane, task);
 }
 
 #endif
