@@ -172,6 +172,39 @@ def isa_table(*records: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def amx_table(*records: dict[str, Any]) -> str:
+    """What AMX adds: half of the weights with it and without, against torch, which uses it."""
+    names = [record["conditions"]["isa"] for record in records]
+    lines = [
+        f"| {SHAPE.replace('x', ' × ')}, {THREADS} threads, 50% | torch | "
+        + " | ".join(f"`{name}`" for name in names)
+        + " |",
+        "| --- | --- |" + " --- |" * len(names),
+    ]
+    for dtype in ("bfloat16", "int8", "int4"):
+        for rows in zip(*(cells(r, SHAPE, dtype, THREADS) for r in records), strict=True):
+            if rows[0]["tokens"] < 16:
+                continue
+            torch = rows[0]["contenders"]["torch"]
+            parts = [f"{torch['seconds']['median'] * 1e3:.2f} ms"]
+            for row in rows:
+                half = row["contenders"]["50%"]
+                parts.append(
+                    f"{half['seconds']['median'] * 1e3:.2f} ms, {gain(half['over_torch'])}"
+                )
+            lines.append(f"| {dtype}, {in_tokens(rows[0]['tokens'])} | {' | '.join(parts)} |")
+    first = records[0]
+    lines += [
+        "",
+        "Times, and times faster than `F.linear` (for int8 and int4 `torch._int_mm`, without "
+        f"quantizing its input) in the same rounds: medians of {first['rounds']}, and the interval "
+        f"that holds the median with {CONFIDENCE:.0%}. {first['conditions']['cpu']}, "
+        f"{first['conditions']['cores']} cores, torch {first['conditions']['torch']}, both "
+        "columns within the same quarter of an hour.",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     record = json.loads((RESULTS / "kernels.json").read_text())
     (RESULTS / "kernels.svg").write_text(plot(record) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ from typing import Any
 
 from common import gain, milliseconds
 from gpu_tables import gpu_sentence, gpu_tables
-from kernel_report import isa_table, readme_table
+from kernel_report import amx_table, isa_table, readme_table
 from serving_report import engine_name, speed, tables
 
 from besa.bench.results import read_results
@@ -300,6 +300,7 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "cost": (cost, ("wallclock.json", "memory.json", "allocation-cpu.json")),
     "kernels": (readme_table, ("kernels.json",)),
     "isas": (isa_table, tuple(f"kernels-{isa}.json" for isa in ISAS)),
+    "amx": (amx_table, ("kernels-avx512_amx.json", "kernels-beside-amx.json")),
     "engines": (engines, ("engines.json",)),
     "onnx": (onnx, ("onnx.json",)),
     "gpu": (gpu, ()),
