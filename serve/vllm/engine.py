@@ -66,7 +66,7 @@ class VllmEngine(Engine):
         environment = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", level)}
         if not config.verbose:
             flags += ["--uvicorn-log-level", "warning"]
-        if (vllm_version() or "").endswith("cpu"):
+        if on_cpu():
             if flag_value(config.engine_args, "--max-model-len") is None:
                 flags += ["--max-model-len", "auto"]
             environment |= _cpu_environment(config.engine_args, directory)
@@ -132,6 +132,11 @@ def _generate(engine: Any, prompts: dict[str, list[int]], length: int) -> Genera
             if one.finished and one.request_id == last:
                 new = list(one.outputs[0].token_ids)
     return Generated(prefill, steps, new)
+
+
+def on_cpu() -> bool:
+    """Whether vLLM is installed in its build for CPUs."""
+    return (vllm_version() or "").endswith("cpu")
 
 
 def vllm_version() -> str | None:
