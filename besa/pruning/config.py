@@ -71,7 +71,8 @@ class PruneConfig:
     """The settings of a run, checked when they are made.
 
     Attributes:
-        pattern, quantize: may be given as their text, too: "2:4", "int4:64".
+        pattern: may be given as its text, too: "2:4".
+        quantize: likewise: "int4:64".
         dtype: weights are stored as they came, whatever they are computed in.
 
     Raises:
