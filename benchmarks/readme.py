@@ -24,6 +24,7 @@ from typing import Any
 from common import gain, milliseconds
 from gpu_tables import gpu_sentence, gpu_tables
 from kernel_report import amx_table, isa_table, readme_table
+from samples import samples_table
 from serving_report import engine_name, speed, tables
 
 from besa.bench.results import read_results
@@ -295,6 +296,7 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "serving": (tables, ("serving/peers.json",)),
     "more": (tables, tuple(f"serving/{part}.json" for part in MORE)),
     "real": (main_methods, ("real.json",)),
+    "samples": (samples_table, ("samples.json",)),
     "table": (main_methods, ("table.json",)),
     "methods": (methods, ("table.json",)),
     "cost": (cost, ("wallclock.json", "memory.json", "allocation-cpu.json")),
