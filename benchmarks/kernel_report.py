@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from common import RESULTS, gain, in_tokens
@@ -18,6 +19,7 @@ from besa.report.svg import line, linear, logarithmic, path, picture, tag, text
 
 SHAPE, THREADS = "4096x4096", 2
 SHOWN = {"dense": "besa, dense", "50%": "50%", "70%": "70%", "2:4": "2:4"}
+Rows = tuple[dict[str, Any], ...]  # of one type and number of tokens, one of each record
 PANELS = ("bfloat16", "float32", "int8")
 AGAINST = {"bfloat16": "F.linear", "float32": "F.linear", "int8": "torch._int_mm"}
 
@@ -116,9 +118,8 @@ def readme_table(record: dict[str, Any]) -> str:
             if row["tokens"] not in (1, 4, 16, 64, 256):
                 continue
             made = row["contenders"]
-            times = {name: f"{one['seconds']['median'] * 1e3:.2f} ms" for name, one in made.items()}
-            parts = [times["torch"], times["dense"]]
-            parts += [f"{times[name]}, {gain(made[name]['over_torch'])}" for name in names]
+            parts = [_time(made["torch"]), _time(made["dense"])]
+            parts += [_time_and_gain(made[name], "over_torch") for name in names]
             limit = f"{made['50%']['of_limit']:.0%}" if row["tokens"] == 1 else ""
             tokens = in_tokens(row["tokens"])
             lines.append(f"| {dtype}, {tokens} | {' | '.join(parts)} | {limit} |")
@@ -138,71 +139,87 @@ def readme_table(record: dict[str, Any]) -> str:
 
 def isa_table(*records: dict[str, Any]) -> str:
     """One CPU by instruction set: times of half of the weights, and against besa's dense kernel."""
-    names = [record["conditions"]["isa"] for record in records]
-    lines = [
-        f"| {SHAPE.replace('x', ' × ')}, {THREADS} threads, 50% | "
-        + " | ".join(f"`{name}`" for name in names)
-        + " |",
-        "| --- |" + " --- |" * len(names),
-    ]
-    for dtype in ("bfloat16", "int8", "int4"):
-        by_isa = [cells(record, SHAPE, dtype, THREADS) for record in records]
-        for rows in zip(*by_isa, strict=True):
-            tokens = rows[0]["tokens"]
-            parts = []
-            for row in rows:
-                half = row["contenders"]["50%"]
-                parts.append(
-                    f"{half['seconds']['median'] * 1e3:.2f} ms, {gain(half['over_dense'])}"
-                )
-                if tokens == 1:
-                    parts[-1] += f", {half['of_limit']:.0%} of the limit"
-            lines.append(f"| {dtype}, {in_tokens(tokens)} | {' | '.join(parts)} |")
+
+    def by_isa(rows: Rows) -> list[str]:
+        found = [_time_and_gain(row["contenders"]["50%"], "over_dense") for row in rows]
+        if rows[0]["tokens"] > 1:
+            return found
+        limits = [f"{row['contenders']['50%']['of_limit']:.0%} of the limit" for row in rows]
+        return [f"{one}, {limit}" for one, limit in zip(found, limits, strict=True)]
+
     first = records[0]
     best = max(r["read_bandwidth"]["best"] for record in records for r in record["results"])
-    lines += [
+    lines = [
+        *_by_tokens(records, _isas(records), by_isa),
         "",
         "Times, and times faster than besa's dense kernel of the same column (for int4 that "
-        f"of int8) in the same rounds: medians of {first['rounds']}, and the interval that holds "
-        f"the median with {CONFIDENCE:.0%}. {first['conditions']['cpu']}, "
-        f"{first['conditions']['cores']} cores, read bandwidth up to {best / 1e9:.0f} GB/s, torch "
-        f"{first['conditions']['torch']}. `BESA_ISA=NAME python benchmarks/kernels.py --shapes "
-        f"{SHAPE} --threads {THREADS} --json FILE`.",
+        f"of int8) in the same rounds: {_medians(first)}, read bandwidth up to {best / 1e9:.0f} "
+        f"GB/s, torch {first['conditions']['torch']}. `BESA_ISA=NAME python benchmarks/kernels.py "
+        f"--shapes {SHAPE} --threads {THREADS} --json FILE`.",
     ]
     return "\n".join(lines)
 
 
 def amx_table(*records: dict[str, Any]) -> str:
     """What AMX adds: half of the weights with it and without, against torch, which uses it."""
-    names = [record["conditions"]["isa"] for record in records]
-    lines = [
-        f"| {SHAPE.replace('x', ' × ')}, {THREADS} threads, 50% | torch | "
-        + " | ".join(f"`{name}`" for name in names)
-        + " |",
-        "| --- | --- |" + " --- |" * len(names),
-    ]
-    for dtype in ("bfloat16", "int8", "int4"):
-        for rows in zip(*(cells(r, SHAPE, dtype, THREADS) for r in records), strict=True):
-            if rows[0]["tokens"] < 16:
-                continue
-            torch = rows[0]["contenders"]["torch"]
-            parts = [f"{torch['seconds']['median'] * 1e3:.2f} ms"]
-            for row in rows:
-                half = row["contenders"]["50%"]
-                parts.append(
-                    f"{half['seconds']['median'] * 1e3:.2f} ms, {gain(half['over_torch'])}"
-                )
-            lines.append(f"| {dtype}, {in_tokens(rows[0]['tokens'])} | {' | '.join(parts)} |")
+
+    def against_torch(rows: Rows) -> list[str]:
+        if rows[0]["tokens"] < 16:
+            return []
+        halves = [_time_and_gain(row["contenders"]["50%"], "over_torch") for row in rows]
+        return [_time(rows[0]["contenders"]["torch"]), *halves]
+
     first = records[0]
-    lines += [
+    lines = [
+        *_by_tokens(records, ["torch", *_isas(records)], against_torch),
         "",
         "Times, and times faster than `F.linear` (for int8 and int4 `torch._int_mm`, without "
-        f"quantizing its input) in the same rounds: medians of {first['rounds']}, and the interval "
-        f"that holds the median with {CONFIDENCE:.0%}. {first['conditions']['cpu']}, "
-        f"{first['conditions']['cores']} cores, torch {first['conditions']['torch']}, both "
-        "columns within the same quarter of an hour.",
+        f"quantizing its input) in the same rounds: {_medians(first)}, torch "
+        f"{first['conditions']['torch']}.",
     ]
     return "\n".join(lines)
+
+
+def _by_tokens(
+    records: Sequence[dict[str, Any]], columns: list[str], line: Callable[[Rows], list[str]]
+) -> list[str]:
+    """A table with a line for each type and number of tokens that records have in common.
+
+    Args:
+        line: the cells of a line, from each record's row; none to leave it out.
+    """
+    lines = [
+        f"| {SHAPE.replace('x', ' × ')}, {THREADS} threads, 50% | {' | '.join(columns)} |",
+        "| --- |" + " --- |" * len(columns),
+    ]
+    for dtype in ("bfloat16", "int8", "int4"):
+        in_common = zip(*(cells(r, SHAPE, dtype, THREADS) for r in records), strict=True)
+        lines += [
+            f"| {dtype}, {in_tokens(rows[0]['tokens'])} | {' | '.join(found)} |"
+            for rows in in_common
+            if (found := line(rows))
+        ]
+    return lines
+
+
+def _isas(records: Sequence[dict[str, Any]]) -> list[str]:
+    return [f"`{record['conditions']['isa']}`" for record in records]
+
+
+def _time(contender: dict[str, Any]) -> str:
+    return f"{contender['seconds']['median'] * 1e3:.2f} ms"
+
+
+def _time_and_gain(contender: dict[str, Any], over: str) -> str:
+    return f"{_time(contender)}, {gain(contender[over])}"
+
+
+def _medians(record: dict[str, Any]) -> str:
+    """What the figures of a record with intervals are, and of which machine."""
+    return (
+        f"medians of {record['rounds']}, and the interval that holds the median with "
+        f"{CONFIDENCE:.0%}. {record['conditions']['cpu']}, {record['conditions']['cores']} cores"
+    )
 
 
 def main() -> None:
