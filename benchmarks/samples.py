@@ -14,9 +14,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from besa.machine import machine
 from besa.version import versions
 
@@ -30,9 +27,12 @@ PROMPTS = (
 TOKENS = 32
 
 
-@torch.no_grad()
 def continuations(directory: str, prompts: tuple[str, ...] = PROMPTS) -> list[str]:
     """What a model in float32 says after each prompt, greedily, without what ends a text."""
+    # Not above: benchmarks/readme.py takes the table alone.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     found = []
