@@ -107,8 +107,8 @@ void make_pool() { pool = new Pool; }
 
 void besa::on_threads(void*, int lanes, void (*lane)(void*), void* task) {
     // The child of a fork has none of the threads, and a mutex that one of them may have held.
-    static const int once = (make_pool(), pthread_atfork(nullptr, nullptr, make_pool));
-    static_cast<void>(once);
+    [[maybe_unused]] static const int once =
+        (make_pool(), pthread_atfork(nullptr, nullptr, make_pool));
     pool->run(lanes, lane, task);
 }
 

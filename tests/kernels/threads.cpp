@@ -1,9 +1,9 @@
 // Uses the threads of a library without OpenMP from several callers at once. See test_threads.py.
 
+#include "each_once.h"
 #include "threads.h"
 
 #include <atomic>
-#include <cstdint>
 #include <thread>
 #include <vector>
 
@@ -21,15 +21,6 @@ void at_once(int lanes) {
     run(lanes, [&] {
         for (++begun; begun < lanes;) std::this_thread::yield();
     });
-}
-
-// Whether each of some rows is seen once.
-bool each_once(std::int64_t rows, int threads) {
-    std::vector<int> seen(rows);
-    besa::over_rows(rows, threads, [&](std::int64_t r) { ++seen[r]; });
-    for (const int times : seen)
-        if (times != 1) return false;
-    return true;
 }
 
 }  // namespace
