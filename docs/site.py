@@ -25,7 +25,12 @@ PAGES = {
 REFERENCE = {
     "Prune": ("besa.prune", "besa.PruneConfig", "besa.PruneResult"),
     "Recover": ("besa.recover", "besa.RecoverConfig", "besa.KeepZeros"),
-    "Export": ("besa.export.export", "besa.export.ExportConfig"),
+    "Export": (
+        "besa.export.export",
+        "besa.export.ExportConfig",
+        "besa.export.ExportResult",
+        "besa.export.ort_library",
+    ),
     "Load": ("besa.BesaConfig",),
     "Packed weights": ("besa.formats", "besa.kernels"),
     "Errors": ("besa.BesaError",),
@@ -62,8 +67,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     markdown = re.sub(r"\]\((?:\.\./)?README\.md", "](index.md", markdown)
     markdown = re.sub(r"\]\((?:\.\./|docs/)", "](", markdown)
     markdown = markdown.replace('src="../benchmarks/', 'src="benchmarks/')
-    # Folders and files of the repository that are no pages: their names.
-    return re.sub(r"\[([^\]]*)\]\((?:benchmarks/results|LICENSE)/?\)", r"\1", markdown)
+    return markdown.replace("[benchmarks/results](benchmarks/results)", "benchmarks/results")
 
 
 def reference() -> str:

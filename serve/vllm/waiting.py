@@ -37,7 +37,8 @@ def wait_asleep() -> None:
         """As vLLM's, but a reader never looks without a pause."""
 
         def __init__(self, *args: Any, **more: Any) -> None:
-            super().__init__(*args, **{**more, "busy_loop_s": -1})
+            super().__init__(*args, **more)
+            self.busy_loop_s = -1
 
         def wait(self, timeout_ms: int | None = None) -> None:
             if time.monotonic() <= self.last_read + BUSY:

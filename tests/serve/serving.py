@@ -226,7 +226,7 @@ def rests(served: Served, **sampling: Any) -> None:
         served.wait_for(is_idle)
         return now - before
 
-    # vLLM looks for the next request for a second before it sleeps.
+    # Whatever it was asked, an engine may look for more before it rests.
     client.completions.create(**{**asked, "max_tokens": 1})
     nothing = until_it_rests()
     before = used()
