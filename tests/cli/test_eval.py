@@ -338,10 +338,10 @@ def test_a_process_says_its_one_line(
     assert_one_line(besa("eval", model, "--json", *arguments), message)
 
 
+@pytest.mark.usefixtures("harness")
 def test_tasks_run_the_harness(
     tiny_model: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("lm_eval")
     questions = [
         {"question": "fox", "choices": [" jumps", " sleeps"], "answer": index % 2}
         for index in range(4)

@@ -18,9 +18,11 @@ from tests.helpers import begin_texts, write_task
 BOS = 0  # of the tiny model's tokenizer
 
 
+pytestmark = pytest.mark.usefixtures("harness")
+
+
 @pytest.fixture
 def manager(tmp_path: Path) -> Any:
-    pytest.importorskip("lm_eval")
     question = {"question": "fox", "choices": [" jumps", " sleeps"], "answer": 0}
     return tasks.find(["own_task"], write_task(tmp_path, [question]))
 
@@ -66,7 +68,6 @@ def evaluated(arguments: list[str], processes: int, output: Path) -> dict[str, A
 
 @pytest.mark.slow
 def test_processes_share_the_questions(tiny_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
     questions = [
         {"question": f"{n} and", "choices": [str(n), "one"], "answer": n % 2} for n in range(7)
     ]
