@@ -21,7 +21,7 @@ from besa.version import __version__
 COMMANDS = ("prune", "recover", "export", "serve", "bench", "eval", "demo", "doctor")
 
 # Those whose work several processes can share.
-SHARED = ("prune", "eval")
+SHARED = ("prune", "recover", "eval")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from besa.processes.launch import launch_of
 from besa.recovery.config import RecoverConfig
 from besa.settings import add_flags, given
 
@@ -27,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
 
     with steps_for(sys.stderr) as tell:
         recovery = recover(args.pruned, config, tell)
+    if not launch_of().leads:
+        return 0
     print(
         f"{config.out}: divergence from {config.teacher} on held-out samples "
         f"{recovery.before:.4f} -> {recovery.after:.4f} nats a token, after {recovery.tokens:,} "

@@ -65,6 +65,10 @@ class Ranks:
         """This process's part of items that are dealt out in turn."""
         return items[self.rank :: self.size]
 
+    def share_of(self, count: int) -> int:
+        """The most that one process gets of so many items."""
+        return -(-count // self.size)
+
     def deal(self, costs: Sequence[float]) -> list[int]:
         """The process that does each piece of work, the dearest dealt first."""
         loads, owners = [0.0] * self.size, [0] * len(costs)

@@ -155,7 +155,7 @@ class PruneConfig:
     step_samples: int | None = setting(
         None,
         "samples that a step of learning sees; several processes share them (default: as many as "
-        "hold 512 tokens, at least one)",
+        "hold 512 tokens, at least one; of the training with high effort, one)",
         metavar="N",
     )
     epochs: int = setting(1, "BESA's passes over the samples (default: %(default)s)")
@@ -220,6 +220,11 @@ class PruneConfig:
                 re.compile(getattr(self, name) or "")
             except re.error as error:
                 raise BesaError(f"{name} {getattr(self, name)!r}: {error}") from None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the pruned model is trained as a whole, which would undo a rounding."""
+        return self.effort == "high" and self.quantize is None
 
     @property
     def sample_count(self) -> int:

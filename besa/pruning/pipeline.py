@@ -32,6 +32,7 @@ from besa.machine import give_memory_back
 from besa.model.ahead import LoadAhead
 from besa.model.blocks import Linear
 from besa.model.checkpoint import Checkpoint
+from besa.model.conditions import check_alike, resumable
 from besa.model.finite import FiniteCheck, check_finite
 from besa.model.loading import computing_dtype, fitting_in_memory, pick_device
 from besa.model.observe import observe
@@ -54,9 +55,9 @@ from besa.pruning.learn import Step
 from besa.pruning.methods import wanda
 from besa.pruning.model_copy import ModelCopy
 from besa.pruning.plan import plan_of
-from besa.pruning.record import block_record, resumable, run_record, settings_of
+from besa.pruning.record import block_record, run_record, settings_of
 from besa.pruning.shared import borrows, later_uses
-from besa.pruning.sharing import check_alike, warn_of_idle
+from besa.pruning.sharing import warn_of_idle
 from besa.pruning.streams import Streams
 from besa.pruning.transfers import copies_for
 from besa.report.pages import write_pages

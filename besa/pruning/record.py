@@ -61,11 +61,6 @@ def settings_of(
     }
 
 
-def resumable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that a run which goes on must share; it may have other threads and processes."""
-    return {name: value for name, value in settings.items() if name != "threads"}
-
-
 def linear_record(linear: Linear, stored: Tensor, norms: InputNorms) -> LinearRecord:
     """The zeros of one linear and how its rows share them.
 

@@ -60,8 +60,7 @@ def prune(model: str | Path, config: PruneConfig, tell: Tell = lambda event: Non
 def _prune(model: str | Path, config: PruneConfig, tell: Tell, ranks: Ranks) -> PruneResult:
     check_shareable(config, ranks)
     check_free(Path(config.out), config.overwrite)
-    trains = config.effort == "high" and config.quantize is None  # which would undo the rounding
-    if trains:
+    if config.trains:
         check_accelerate()
     dropped = rotated = None
     if config.drop_experts:
@@ -69,8 +68,8 @@ def _prune(model: str | Path, config: PruneConfig, tell: Tell, ranks: Ranks) -> 
     whole = dropped.directory if dropped else model
     if config.rotate != "off":
         rotated = ranks.from_leader(lambda: rotated_copy(whole, config, tell))
-    if trains:
-        result = _pruned_and_recovered(model, config, dropped, rotated, tell)
+    if config.trains:
+        result = _pruned_and_recovered(model, config, dropped, rotated, tell, ranks)
     else:
         result = prune_blocks(model, config, tell, dropped=dropped, rotated=rotated, ranks=ranks)
     for copy in (dropped, rotated):
@@ -85,6 +84,7 @@ def _pruned_and_recovered(
     dropped: ModelCopy | None,
     rotated: ModelCopy | None,
     tell: Tell,
+    ranks: Ranks,
 ) -> PruneResult:
     """Prunes beside the output, and trains what that gives towards the dense model."""
     # The Trainer takes seconds to import, which other runs are to be spared.
@@ -99,6 +99,7 @@ def _pruned_and_recovered(
         may_be_there=True,
         dropped=dropped,
         rotated=rotated,
+        ranks=ranks,
     )
     recovery = RecoverConfig(
         teacher=model,
@@ -110,6 +111,7 @@ def _pruned_and_recovered(
         separator=config.separator,
         bos=config.bos,
         epochs=_EPOCHS,
+        batch_size=config.step_samples or 1,
         seed=config.seed,
         device=config.device,
         dtype="auto" if config.dtype == "float16" else config.dtype,
@@ -120,12 +122,17 @@ def _pruned_and_recovered(
         recover(first, recovery, tell)
     except NothingBetterError:
         note = "training the pruned model as a whole made nothing better, and was left out"
-        write_pages(replace(result.record, notes=(*result.record.notes, note)), first)
-        publish(first, out, config.overwrite)
+        pruned = replace(result.record, notes=(*result.record.notes, note))
+
+        def publish_first() -> None:
+            write_pages(pruned, first)
+            publish(first, out, config.overwrite)
+
+        ranks.from_leader(publish_first)
     except BesaError as error:
         raise BesaError(f"{error} (the pruned model is in {first})") from None
     else:
-        shutil.rmtree(first)
+        ranks.from_leader(lambda: shutil.rmtree(first))
     record = read_record(out)
     assert isinstance(record, PruneRecord)
     return PruneResult(out, record)

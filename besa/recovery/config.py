@@ -44,7 +44,9 @@ class RecoverConfig:
         choices=CHOICES,
     )
     epochs: int = setting(1, "passes over the samples (default: %(default)s)")
-    batch_size: int = setting(1, "samples in a step (default: %(default)s)")
+    batch_size: int = setting(
+        1, "samples in a step; several processes share them (default: %(default)s)"
+    )
     step: float | None = setting(
         None,
         "size of Adam's first step, as a share of a matrix's root mean square (default: 0.003, or "

@@ -30,6 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from besa.processes.ranks import ALONE, Ranks
 from besa.recovery.divergence import divergence
 
 # What is there once all else of a checkpoint is: a run that was killed goes on from no other.
@@ -118,6 +119,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     Args:
         on_step: is given the steps done, the steps in all, and the last loss on held-out samples.
+        ranks: the processes that train together; the first one marks.
         may_end: end at the first look at held-out samples if their loss is not lower by then.
 
     Attributes:
@@ -125,16 +127,28 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, on_step: Callable[[int, int, float | None], None], may_end: bool = False
+        self,
+        on_step: Callable[[int, int, float | None], None],
+        ranks: Ranks = ALONE,
+        may_end: bool = False,
     ) -> None:
-        self.on_step, self.may_end = on_step, may_end
+        self.on_step, self.ranks, self.may_end = on_step, ranks, may_end
         self.before = math.inf
         self.held_out: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        # What an interrupted run found out.
+        begun = [entry for entry in state.log_history if entry["step"] == 0]
+        self.before = next((x["eval_loss"] for x in begun if "eval_loss" in x), math.inf)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.ranks.gather(None)  # each has written its part of it
+        self.ranks.from_leader((directory / _WHOLE).touch)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
@@ -155,7 +169,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.before = self.held_out
         first = state.global_step == args.eval_steps
         if first and self.may_end and not self.held_out < self.before:
-            (Path(args.output_dir) / _HARMFUL).touch()
+            self.ranks.from_leader((Path(args.output_dir) / _HARMFUL).touch)
             control.should_training_stop = True
 
 

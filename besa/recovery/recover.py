@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from besa.data.samples import draw_samples, samples_digest
 from besa.errors import BesaError
 from besa.model.checkpoint import Checkpoint
-from besa.model.conditions import conditions
+from besa.model.conditions import check_alike, conditions, resumable
 from besa.model.files import resolve
 from besa.model.loading import fitting_in_memory, pick_device
 from besa.model.prune_record import PruneRecord, Recovery
 from besa.model.record import read_record
 from besa.model.workspace import Workspace, check_free
+from besa.processes.ranks import Ranks, joined
 from besa.progress import Tell
 from besa.recovery.config import RecoverConfig, check_accelerate
 from besa.recovery.training import train
@@ -60,20 +61,34 @@ def recover(pruned: str | Path, config: RecoverConfig, tell: Tell = lambda event
     Raises:
         BesaError: something that the user can mend; the last finished part of the training stays in
             `OUT.partial`, and the same call goes on from there.
+        PeerLostError: of processes that share the run, another one ended.
     """
+    with joined() as ranks:
+        return _recover(pruned, config, tell, ranks)
+
+
+def _recover(pruned: str | Path, config: RecoverConfig, tell: Tell, ranks: Ranks) -> Recovery:
     started = time.monotonic()
     out = Path(config.out)
     check_free(out, config.overwrite)
     check_accelerate()
-    device = _device(config.device)
+    if config.batch_size % ranks.size:
+        raise BesaError(
+            f"{ranks.size} processes cannot share steps of {config.batch_size} "
+            f"sample{'s' * (config.batch_size > 1)}: give --batch-size "
+            f"{ranks.size * ranks.share_of(config.batch_size)}"
+        )
+    device = _device(config.device, ranks)
     checkpoint = Checkpoint.open(pruned, config.trust_remote_code)
     record = _record_of(checkpoint.directory)
     teacher_directory = resolve(config.teacher)
     windows = draw_samples(checkpoint, config.text, config)
     dtype = _dtype(config.dtype, device)
     settings = _settings(pruned, config, checkpoint, windows, device, dtype)
+    check_alike(settings, ranks)
     needed = checkpoint.nbytes + _CHECKPOINTS * 12 * _parameters(checkpoint)
-    with Workspace.open(out, settings, config.overwrite, needed) as workspace:
+    to_resume = resumable(settings)
+    with Workspace.open(out, to_resume, config.overwrite, needed, ranks) as workspace:
         too_large = "the model, its dense teacher and what training keeps of both"
         remedy = "lower --seqlen or --batch-size, or give --gradient-checkpointing or --device cpu"
         with workspace.interruptible(), fitting_in_memory(too_large, remedy):
@@ -86,9 +101,10 @@ def recover(pruned: str | Path, config: RecoverConfig, tell: Tell = lambda event
                 device,
                 dtype,
                 tell,
+                ranks,
             )
         if not trained.after < trained.before:
-            workspace.abandon()
+            ranks.from_leader(workspace.abandon)
             raise NothingBetterError(
                 f"training made nothing better: the divergence from {config.teacher} on held-out "
                 f"samples was {trained.before:.4f} and at best {trained.after:.4f} then; give "
@@ -107,11 +123,15 @@ def recover(pruned: str | Path, config: RecoverConfig, tell: Tell = lambda event
         digests = {shard["file"]: shard["sha256"] for shard in shards}
         notes = (*record.notes, _in_words(recovery))
         record = dataclasses.replace(record, recovery=recovery, digests=digests, notes=notes)
-        workspace.write_index(shards)
-        checkpoint.copy_companions(workspace.path)
-        write_pages(record, workspace.path)
-        shutil.rmtree(_training(workspace.path), ignore_errors=True)
-        workspace.publish()
+
+        def publish() -> None:
+            workspace.write_index(shards)
+            checkpoint.copy_companions(workspace.path)
+            write_pages(record, workspace.path)
+            shutil.rmtree(_training(workspace.path), ignore_errors=True)
+            workspace.publish()
+
+        ranks.from_leader(publish)
     return recovery
 
 
@@ -124,9 +144,9 @@ def _in_words(recovery: Recovery) -> str:
     )
 
 
-def _device(name: str | None) -> torch.device:
-    device = pick_device(name)
-    if device.index:
+def _device(name: str | None, ranks: Ranks) -> torch.device:
+    device = pick_device(ranks.device(name))
+    if device.index and ranks.size == 1:
         raise BesaError(
             f"device {name}: training takes the first GPU that it sees; give --device cuda, with "
             f"CUDA_VISIBLE_DEVICES={device.index} before the command"

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from besa.errors import BesaError
+from besa.model.blocks import expert_count
 from besa.model.checkpoint import Checkpoint
 from besa.model.loading import load_model
 from besa.model.quiet import quiet
+from besa.processes.ranks import Ranks
 from besa.progress import Event, Tell
 from besa.recovery.config import RecoverConfig
 from besa.recovery.distill import Distiller, Watch, is_harmful, optimizer_of, whole_checkpoints
@@ -63,6 +66,7 @@ def train(
     device: torch.device,
     dtype: torch.dtype,
     tell: Tell,
+    ranks: Ranks,
 ) -> Trained:
     """Trains by the largest step that does no harm.
 
@@ -73,6 +77,7 @@ def train(
         directory: for what training goes on from.
         device, dtype: of the computation.
         tell: is given every step's event for display.
+        ranks: the processes that share the samples of a step, each with all of both models.
 
     Raises:
         BesaError: the teacher has other words, or the disk is full.
@@ -82,40 +87,45 @@ def train(
     seen = len(windows) - config.held_out
 
     def on_step(done: int, total: int, held_out: float | None) -> None:
+        if not ranks.leads:
+            return
         what = "" if held_out is None else f"held-out divergence {held_out:.4f}"
         tell(Event("distilling", done, total, what=what))
 
     steps = STEPS if config.step is None else (config.step,)
     for step in steps:
         folder = directory / f"{step:g}"
-        if is_harmful(folder):  # an earlier run found out
+        if ranks.from_leader(partial(is_harmful, folder)):  # an earlier run found out
             continue
         student = load_model(checkpoint.directory, "float32", device, trust)
         _check_words(student, dense, teacher)
         blocks = student.get_submodule(checkpoint.blocks_name)
         student.requires_grad_(False)
         blocks.requires_grad_(True)
-        watch = Watch(on_step, may_end=step != steps[-1])
+        watch = Watch(on_step, ranks, may_end=step != steps[-1])
         trainer = Distiller(
             student,
             dense,
-            _arguments(config, folder, seen, device, dtype),
+            _arguments(config, folder, seen, device, dtype, ranks, checkpoint.config),
             windows[:seen],
             windows[seen:],
             optimizer_of(list(blocks.parameters()), step),
             [KeepZeros(), watch],
         )
         trainer.remove_callback(PrinterCallback)
-        finished = whole_checkpoints(folder)
+        finished = ranks.from_leader(partial(whole_checkpoints, folder))
         with quiet(), _room_on_disk(folder):
-            trainer.evaluate()
             trainer.train(resume_from_checkpoint=str(finished[-1]) if finished else None)
-        if not is_harmful(folder):
+        if not ranks.from_leader(partial(is_harmful, folder)):
             break
-        for checkpoints in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoints)
+        ranks.from_leader(partial(_remove_checkpoints, folder))
     best = trainer.state.best_metric
     return Trained(student, step, watch.before, math.inf if best is None else best)
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
 @contextmanager
@@ -141,20 +151,34 @@ def _check_words(student: Any, dense: Any, teacher: Path) -> None:
 
 
 def _arguments(
-    config: RecoverConfig, folder: Path, samples: int, device: torch.device, dtype: torch.dtype
+    config: RecoverConfig,
+    folder: Path,
+    samples: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    model: Any,
 ) -> TrainingArguments:
-    """What the Trainer is told."""
+    """What the Trainer is told.
+
+    Args:
+        model: its configuration.
+    """
+    own = ranks.share_of(config.batch_size)
     steps = config.epochs * -(-samples // config.batch_size)
     between = max(1, steps // _LOOKS)
     arguments = TrainingArguments(
         str(folder),
         num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
+        per_device_train_batch_size=own,
+        per_device_eval_batch_size=own,
         gradient_checkpointing=config.gradient_checkpointing,
         lr_scheduler_type="cosine",
         warmup_steps=steps // 20,
         max_grad_norm=1.0,
+        # Not by `evaluate` before `train`: accelerate takes a model that was evaluated for one that
+        # is ready to be trained, and several processes would each train their own.
+        eval_on_start=True,
         eval_strategy="steps",
         eval_steps=between,
         save_strategy="steps",
@@ -168,6 +192,8 @@ def _arguments(
         remove_unused_columns=False,
         use_cpu=device.type == "cpu",
         bf16=dtype == torch.bfloat16,
+        # An expert that no token went to has no gradient, which its process says.
+        ddp_find_unused_parameters=expert_count(model) is not None,
         dataloader_pin_memory=device.type != "cpu",
         seed=config.seed,
     )

@@ -16,10 +16,11 @@ import psutil
 import pytest
 
 from besa.errors import BesaError
+from besa.model.conditions import check_alike
 from besa.processes.launch import Launch
 from besa.processes.ranks import Ranks
 from besa.pruning.config import PruneConfig
-from besa.pruning.sharing import check_alike, check_shareable
+from besa.pruning.sharing import check_shareable
 from tests.agents import Torchrun
 from tests.helpers import (
     Process,
@@ -136,6 +137,22 @@ def test_experts_that_a_process_does_not_see(case: Case, tiny_model: Path):
 
 
 @pytest.mark.slow
+def test_high_effort_trains_together(case: Case):
+    case.options = ["--effort", "high", "--rotate", "off", "--step-samples", "4"]
+    records = []
+    for name, launch in (("one", None), ("two", Torchrun(2))):
+        case.name = name
+        process = case.run(launch)
+        assert process.returncode == 0, process.errors
+        records.append(record_of(case.out)["recovery"])
+    assert agreement(case.directory / "one", case.directory / "two") >= 0.999
+    assert records[1]["before"] == pytest.approx(records[0]["before"], rel=0.02)
+    assert records[1]["after"] == pytest.approx(records[0]["after"], rel=0.02)
+    assert records[1]["after"] < records[1]["before"]
+    assert not list(case.directory.glob("*.p*"))
+
+
+@pytest.mark.slow
 def test_one_process_speaks(runs: Runs):
     lines = runs.of_two.errors.splitlines()
     assert sum("besa prune: 2 processes share steps of 3 samples" in line for line in lines) == 1
@@ -196,10 +213,11 @@ def test_an_error_is_one_line_once(case: Case, options: list[str], said: str):
     assert not case.out.exists()
 
 
-def test_what_one_process_must_do_is_refused():
+def test_a_training_that_cannot_be_shared_is_refused():
     two = Ranks(Launch(0, 2))
-    with pytest.raises(BesaError, match=r"--effort high trains .* in one process: give --effort"):
-        check_shareable(PruneConfig(out="out", effort="high"), two)
+    with pytest.raises(BesaError, match=r"steps of 3 samples, which 2 .* give --step-samples 4$"):
+        check_shareable(PruneConfig(out="out", effort="high", step_samples=3), two)
+    check_shareable(PruneConfig(out="out", effort="high", step_samples=6), two)
     check_shareable(PruneConfig(out="out", effort="high", quantize="int8"), two)  # not trained
 
 

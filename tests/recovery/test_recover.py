@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from besa.model.prune_record import PruneRecord
 from besa.model.record import read_record
 from besa.recovery.config import RecoverConfig
 from besa.recovery.recover import recover
+from tests.agents import Torchrun
 from tests.helpers import (
     Process,
     digests,
@@ -242,6 +244,76 @@ def test_a_disk_that_fills_up(
         assert process.returncode == 0, process.errors
         whole, _ = recovered("tiny")
         assert digests(disk / "out") == digests(whole)
+
+
+# ------------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope="module")
+def alone(
+    pruned_model: Pruned, calibration: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What one process makes in steps of two samples."""
+    directory = tmp_path_factory.mktemp("alone")
+    process = run(*in_pairs(pruned_model, calibration), cwd=directory)
+    assert process.returncode == 0, process.errors
+    return directory / "out"
+
+
+def in_pairs(pruned_model: Pruned, calibration: Path) -> list[object]:
+    return arguments(*pruned_model("tiny"), calibration, "--batch-size", 2)
+
+
+def assert_near(ours: Path, theirs: Path) -> None:
+    """The same up to the order of sums, and the same zeros."""
+    expected = tensors_of(theirs)
+    for name, value in tensors_of(ours).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-4)
+        assert torch.equal(value == 0, expected[name] == 0), name
+    recoveries = [pruning_record(path).recovery for path in (ours, theirs)]
+    assert all(recoveries)
+    found, wanted = ((x.before, x.after, x.tokens) for x in recoveries if x)
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(
+    alone: Path, pruned_model: Pruned, calibration: Path, tmp_path: Path
+):
+    process = run(*in_pairs(pruned_model, calibration), cwd=tmp_path, launch=Torchrun(2))
+    assert process.returncode == 0, process.errors
+    assert_near(tmp_path / "out", alone)
+    assert process.output.count("nats a token") == 1
+    lines = process.errors.splitlines()
+    assert {line.split(" divergence")[0] for line in lines} == {"distilling held-out"}
+    assert len(lines) == len(set(lines))
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_one_process_goes_on(
+    alone: Path, pruned_model: Pruned, calibration: Path, tmp_path: Path
+):
+    command = in_pairs(pruned_model, calibration)
+    process = start(*command, cwd=tmp_path, launch=Torchrun(2))
+    whole = tmp_path / "out.partial/training/0.005/checkpoint-4/whole"
+    assert process.wait_for(whole.exists), process.errors
+    psutil.Process(process.pid).children()[-1].kill()
+    assert process.wait() != 0
+    assert not (tmp_path / "out").exists()
+    gone_on = run(*command, cwd=tmp_path)
+    assert gone_on.returncode == 0, gone_on.errors
+    assert_near(tmp_path / "out", alone)
+
+
+@pytest.mark.slow
+def test_steps_that_two_processes_cannot_share(
+    pruned_model: Pruned, calibration: Path, tmp_path: Path
+):
+    command = arguments(*pruned_model("tiny"), calibration)
+    process = run(*command, cwd=tmp_path, launch=Torchrun(2))
+    [line] = [line for line in process.errors.splitlines() if line.startswith("besa recover: ")]
+    assert line.endswith("2 processes cannot share steps of 1 sample: give --batch-size 2")
+    assert not list(tmp_path.glob("out*"))
 
 
 # ----------------------------------------------------------------------- users' mistakes
