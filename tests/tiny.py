@@ -173,11 +173,12 @@ def _small(name: str) -> int | None:
     return None
 
 
-def tiny_model(model_type: str, seen: bool = False) -> Any:
+def tiny_model(model_type: str, seen: bool = False, **changes: Any) -> Any:
     """A tiny model with random weights, biases and norms too.
 
     Args:
         seen: of the wrapper that takes images, not of the text decoder alone.
+        changes: to the config, part by part.
 
     Raises:
         Exception: whatever transformers says where it makes no such model.
@@ -188,7 +189,7 @@ def tiny_model(model_type: str, seen: bool = False) -> Any:
     kind = AutoModelForImageTextToText if seen else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = kind.from_config(tiny_config(model_type), dtype=torch.float32)
+        model = kind.from_config(tiny_config(model_type, **changes), dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 noise = 0.1 * torch.randn_like(parameter)

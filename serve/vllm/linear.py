@@ -6,7 +6,8 @@ weight until all of them are there. vLLM's own loader of that layer then tells w
 holds, and where: `weight_rows` goes through it like any tensor with one number for each row. So
 fused projections, tensor parallelism and replicated heads stay vLLM's business. The columns of
 row-parallel layers are found the same way. After loading, the parts of a layer become one packed
-weight.
+weight. A layer whose weights all came dense becomes one of vLLM's own: vLLM has linears where the
+checkpoint's list of dense ones knows none, such as routers, or has another name.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.utils import set_weight_attrs
 
 from besa.errors import BesaError
@@ -41,7 +42,7 @@ class _Source:
 
     parts: dict[str, Tensor] = field(default_factory=dict)
     slots: Tensor | None = None  # the rows of the layer that it fills
-    packed: Packed | None = None  # those rows
+    own: Packed | Tensor | None = None  # those rows; a tensor if they are stored dense
 
 
 def _turn(parts: dict[str, Tensor], heads: int) -> None:
@@ -118,33 +119,29 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             _turn(source.parts, heads)
         rows = self._on_this_rank(0, source.parts["weight_rows"], self.rows, *shard, **more)
         source.slots = (rows >= 0).nonzero()[:, 0]
-        whole = self._checked_source(source.parts)
-        # A copy, so that the checkpoint's file does not stay mapped.
-        source.packed = self._own_columns(take_rows(whole, rows[source.slots])).clone()
+        own, (start, end) = rows[source.slots], self._own_columns()
+        if "weight" in source.parts:
+            source.own = source.parts["weight"][own, start:end]
+        else:
+            whole = take_rows(self._packed_source(source.parts), own)
+            source.own = take_columns(whole, start, end)
+        source.own = source.own.clone()  # so that the checkpoint's file does not stay mapped
         source.parts.clear()
 
-    def _checked_source(self, parts: dict[str, Tensor]) -> Packed:
+    def _packed_source(self, parts: dict[str, Tensor]) -> Packed:
         """The source as the checkpoint has it, checked."""
-        in_features = self.columns[1]
-        if "weight" in parts:
-            if self.config.has_scale:
-                raise BesaError(
-                    f"{self.prefix} is fused of {self.config.values} and of dense weights: export "
-                    "the model with all of its parts packed, or all dense"
-                )
-            return pack(parts["weight"].to(_DTYPES[self.config.values]))
         try:
-            return packed_of(lambda name: parts.get(name), "weight", in_features, self.config)
+            return packed_of(lambda name: parts.get(name), "weight", self.columns[1], self.config)
         except FormatError as error:
             raise FormatError(f"{self.prefix}: {error}") from None
 
-    def _own_columns(self, packed: Packed) -> Packed:
-        """The columns of a row-parallel layer's rank; all of them elsewhere."""
+    def _own_columns(self) -> tuple[int, int]:
+        """The columns of a row-parallel layer's rank, from and to; all of them elsewhere."""
         own, every = self.columns
         if own == every:
-            return packed
+            return 0, every
         columns = self._on_this_rank(None, torch.arange(every, dtype=torch.int32), own)
-        return take_columns(packed, int(columns[0]), int(columns[-1]) + 1)
+        return int(columns[0]), int(columns[-1]) + 1
 
     def _on_this_rank(
         self, output_dim: int | None, numbers: Tensor, size: int, *shard: Any, **more: Any
@@ -157,8 +154,19 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return probe.data.long()
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Makes one packed weight of the parts that were loaded."""
-        whole, device = self._stacked_sources(), layer.get_parameter("weight_rows").device
+        """Makes one weight of the parts that were loaded: packed, unless all of them are dense."""
+        device = layer.get_parameter("weight_rows").device
+        pieces = self._pieces()
+        dense = [piece for piece in pieces if isinstance(piece, Tensor)]
+        if len(dense) == len(pieces):
+            self._drop_placeholders(layer)
+            weight = torch.cat(dense).to(device, self.dtype)
+            layer.register_parameter("weight", Parameter(weight, requires_grad=False))
+            method = UnquantizedLinearMethod()
+            method.process_weights_after_loading(layer)
+            layer.quant_method = method
+            return
+        whole = stack_rows([self._packed_piece(piece) for piece in pieces])
         with fitting(whole, whole.in_features, device):
             packed = whole.to(device)
             if packed.values.is_floating_point():  # the type that the engine runs the model in
@@ -169,9 +177,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 self.records = gpu.records_of(
                     packed, packed.in_features, self.dtype, self.config.int8_input
                 )
-        for name in (*(f"weight{suffix}" for suffix in SUFFIXES), "weight"):
-            if hasattr(layer, name):
-                delattr(layer, name)
+        self._drop_placeholders(layer)
         # LoRA looks for a weight of the first one's name to learn the device.
         tensors: dict[str, Tensor | None]
         if self.records is not None:
@@ -186,21 +192,37 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for name, tensor in tensors.items():
             kept = None if tensor is None else Parameter(tensor, requires_grad=False)
             layer.register_parameter(name, kept)
-        self.sources.clear()
 
-    def _stacked_sources(self) -> Packed:
-        """The sources, one below the other in the order of the rows that they fill."""
-        slots, ready = [], []
+    def _pieces(self) -> list[Packed | Tensor]:
+        """The rows of the sources, in the order in which they fill the layer."""
+        slots, pieces = [], []
         for source in sorted(self.sources.values(), key=_first_slot):
-            if source.slots is None or source.packed is None:
+            if source.slots is None or source.own is None:
                 missing = {"weight_values", "weight_bitmask", "weight_rows"} - set(source.parts)
                 raise BesaError(f"the checkpoint lacks {', '.join(missing)} of {self.prefix}")
             if len(source.slots):
                 slots.append(source.slots)
-                ready.append(source.packed)
+                pieces.append(source.own)
         if not slots or not torch.equal(torch.cat(slots), torch.arange(self.rows)):
             raise BesaError(f"the checkpoint does not hold {self.prefix} whole")
-        return stack_rows(ready)
+        self.sources.clear()
+        return pieces
+
+    def _packed_piece(self, piece: Packed | Tensor) -> Packed:
+        """A piece as it is, or packed if it is dense, beside others that are packed."""
+        if isinstance(piece, Packed):
+            return piece
+        if self.config.has_scale:
+            raise BesaError(
+                f"{self.prefix} is fused of {self.config.values} and of dense weights: export "
+                "the model with all of its parts packed, or all dense"
+            )
+        return pack(piece.to(_DTYPES[self.config.values]))
+
+    def _drop_placeholders(self, layer: nn.Module) -> None:
+        for name in (*(f"weight{suffix}" for suffix in SUFFIXES), "weight"):
+            if hasattr(layer, name):
+                delattr(layer, name)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
@@ -219,7 +220,7 @@ def test_the_same_refusals(server: Served, name: str):
 
 # ------------------------------------------------------------------------- other clients
 
-SCRIPT = """
+NODE_SCRIPT = """
 const OpenAI = require("openai");
 const client = new OpenAI({baseURL: process.argv[1] + "/v1", apiKey: process.argv[2]});
 async function main() {
@@ -253,7 +254,7 @@ def test_nodes_client(server: Served, dense: Path):
     if (reason := _no_node()) is not None:
         pytest.skip(reason)
     result = subprocess.run(
-        ["node", "-e", SCRIPT, server.url, server.key or "none"],
+        ["node", "-e", NODE_SCRIPT, server.url, server.key or "none"],
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -285,25 +286,48 @@ def test_langchain(server: Served, dense: Path, monkeypatch: pytest.MonkeyPatch)
     assert [each[0].text for each in texts.generations] == [right, serving.greedy(dense, "def ", 9)]
 
 
-@pytest.mark.skipif(
-    not find_spec("llama_index"), reason="llama-index-llms-openai-like is not installed"
-)
-def test_llama_index(server: Served, dense: Path):
-    from llama_index.core.llms import ChatMessage
-    from llama_index.llms.openai_like import OpenAILike
+# In an environment of its own: LlamaIndex wants an earlier `openai` than is tested here.
+LLAMA_INDEX = Path(sys.prefix, "llama-index/bin/python")
 
-    model = OpenAILike(
-        model="sparse",
-        api_base=f"{server.url}/v1",
-        api_key=server.key or "none",
-        is_chat_model=True,
-        temperature=0,
-        max_tokens=9,
-        context_window=CONTEXT,
+LLAMA_INDEX_SCRIPT = """
+import json, sys
+from llama_index.core.llms import ChatMessage
+from llama_index.llms.openai_like import OpenAILike
+
+asked = dict(model="sparse", temperature=0, max_tokens=9, context_window=int(sys.argv[3]))
+model = OpenAILike(
+    api_base=sys.argv[1] + "/v1", api_key=sys.argv[2], is_chat_model=True, max_retries=0, **asked
+)
+plain = model.model_copy(update={"is_chat_model": False})
+messages = [ChatMessage(role="user", content="import os")]
+whole = model.chat(messages)
+answers = [
+    whole.message.content,
+    [chunk.message.content for chunk in model.stream_chat(messages)][-1],
+    plain.complete("import os\\n").text,
+    [chunk.text for chunk in plain.stream_complete("import os\\n")][-1],
+]
+refused = None
+try:
+    plain.complete("a", suffix="b")
+except Exception as error:
+    refused = [type(error).__name__, error.param]
+print(json.dumps({"answers": answers, "tokens": whole.raw.usage.completion_tokens,
+                  "refused": refused}))
+"""
+
+
+@pytest.mark.skipif(not LLAMA_INDEX.exists(), reason="LlamaIndex is not installed (make test)")
+def test_llama_index(server: Served, dense: Path):
+    result = subprocess.run(
+        [LLAMA_INDEX, "-c", LLAMA_INDEX_SCRIPT, server.url, server.key or "none", str(CONTEXT)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
-    right = serving.greedy(dense, "import os\n", 9)
-    message = ChatMessage(role="user", content="import os")
-    assert model.chat([message]).message.content == right
-    assert [chunk.message.content for chunk in model.stream_chat([message])][-1] == right
-    plain = model.model_copy(update={"is_chat_model": False})
-    assert plain.complete("import os\n").text == right
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["answers"] == [serving.greedy(dense, "import os\n", 9)] * 4
+    assert found["tokens"] == 9
+    if server.engine != "vllm":
+        assert found["refused"] == ["BadRequestError", "suffix"]

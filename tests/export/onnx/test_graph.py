@@ -27,8 +27,11 @@ from besa.export.onnx.check import check_graph
 from besa.export.onnx.decoder import Decoder, Reference, compare
 from besa.export.onnx.float_graph import reference_of
 from besa.export.onnx.runtime import NAME, genai, open_session, ort_library
+from besa.model.blocks import find_blocks
+from besa.model.loading import load_model
 from tests.export.sparse import pruned_model, put_zeros
 from tests.helpers import random_model, run, save_with_tokenizer
+from tests.tiny import tiny_model as tiny_wrapper
 
 try:
     LIBRARY = ort_library()
@@ -499,6 +502,40 @@ def test_what_is_hard_to_trace_becomes_a_standard_graph(
         record = export(model, ExportConfig(out=tmp_path / "x", format="onnx")).record
     assert record.graph == "standard"
     assert record.check.error < 1e-5
+
+
+def wrapper(family: str, directory: Path, tiny_model: Path, **text: Any) -> Path:
+    """A model that sees, with zeros in the blocks of its text decoder."""
+    model = tiny_wrapper(family, seen=True, text_config=text)
+    blocks, _ = find_blocks(model)
+    put_zeros(model, where=lambda name: name.startswith(f"{blocks}."))
+    return save_with_tokenizer(model, directory, tiny_model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("mistral3", "the genai graph's logits are off by "),
+        ("qwen2_5_vl", "cannot run the graph of .*Invalid rank for input: position_ids"),
+    ],
+)
+def test_the_decoder_inside_of_a_model_that_sees(
+    family: str, reason: str, tiny_model: Path, tmp_path: Path
+):
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    rope |= {"mrope_section": [2, 3, 3]} if family == "qwen2_5_vl" else {}
+    size = {"hidden_size": 64, "head_dim": 16, "rope_parameters": rope}
+    model = wrapper(family, tmp_path / "model", tiny_model, **size)
+    with pytest.warns(BesaWarning, match=rf"{reason}.*; it becomes a standard one"):
+        result = export(model, ExportConfig(out=tmp_path / "x", format="onnx", sparse=True))
+    record = result.record
+    assert record.graph == "standard"
+    assert record.check.error < 1e-5
+    assert len(record.packed) == 14  # seven in each of two blocks, none of the tower's
+    theirs = load_model(model, "float32", "cpu")
+    prompt = [72, 101, 108]
+    assert greedy(result.out, prompt, 12) == expected(theirs, prompt, 12)
 
 
 @pytest.mark.parametrize("family", ["bamba", "deepseek_v3"])

@@ -22,7 +22,9 @@ from torch import nn
 
 from besa.export import ExportConfig, export
 from besa.formats.config import FORMAT_VERSION
+from besa.model.blocks import find_blocks
 from tests.helpers import PATIENCE, REPOSITORY, random_model, stored
+from tests.serve.vllm import wrappers
 from tests.serve.vllm.worker import NEW_TOKENS, PROMPTS
 
 pytestmark = [
@@ -52,6 +54,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mixtral": {**EVEN, "head_dim": 32, "intermediate_size": 96},
     "gpt_oss": {**EVEN, "head_dim": 64, "intermediate_size": 64},
     "granitemoe": {**EVEN, "intermediate_size": 64},
+    "qwen3_moe": {
+        **EVEN,
+        "head_dim": 32,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 48,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "llama4_text": {
         **EVEN,
         "head_dim": 32,
@@ -83,6 +93,7 @@ WHOLE = {
     "int4": ("llama", "int4", 32),
     "experts int8": ("llama4_text", "int8", None),
     "experts int4": ("mixtral", "int4", 32),
+    "beside a dense router": ("qwen3_moe", "int8", None),
 }
 
 
@@ -90,17 +101,28 @@ def masked(family: str, directory: Path, sparsity: float = 0.5, seed: int = 0, *
     """A random model, half of whose linears' weights in blocks are zero."""
     options = {k: more.pop(k) for k in ("dense", "dtype") if k in more}
     model = random_model(family, **{**SHAPES.get(family, {}), **more})
+    mask(model, sparsity, seed, options.get("dense", "?"))
+    model.to(options.get("dtype", torch.float32)).save_pretrained(directory)
+    return directory
+
+
+def masked_wrapper(family: str, directory: Path) -> Path:
+    """The same of a model that sees: in the blocks of its text decoder."""
+    wrappers.save_wrapper(family, directory, lambda model: mask(find_blocks(model)[1], 0.5, 0))
+    return directory
+
+
+def mask(model: nn.Module, sparsity: float, seed: int, dense: str = "?") -> None:
+    """Zeros a random share of the linears' weights; those whose names end in `dense` stay."""
     generator = torch.Generator().manual_seed(seed)
     for name, module in model.named_modules():
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if name in ("lm_head", "embed_out") or name.endswith(options.get("dense", "?")):
+        if name in ("lm_head", "embed_out") or name.endswith(dense):
             continue
         for weight in module.parameters(recurse=False):
             if (linear and weight.ndim == 2) or weight.ndim == 3:  # a linear, or a stack of experts
                 drop = torch.rand(weight.shape, generator=generator) < sparsity
                 weight.data[drop] = 0
-    model.to(options.get("dtype", torch.float32)).save_pretrained(directory)
-    return directory
 
 
 def packed(source: Path, **options: Any) -> Path:
@@ -318,6 +340,12 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     deepseek = masked("deepseek_v3", root / "deepseek", **DEEPSEEK)
     cases["deepseek"] = Case(deepseek, packed(deepseek))
     cases["deepseek dense"] = Case(deepseek, deepseek)
+    for family in wrappers.SHAPES:
+        if family in wrappers.WITHOUT_TORCHVISION or find_spec("torchvision"):
+            dense = masked_wrapper(family, root / family)
+            flags = {"dtype": "float32", "skip_tokenizer_init": False, "max_model_len": 128}
+            cases[family + " that sees"] = Case(dense, packed(dense), flags=flags)
+            cases[family + " that sees, dense"] = Case(dense, dense, flags=flags)
     results = run([case.job for case in cases.values()], root)
     for case, result in zip(cases.values(), results, strict=True):
         case.result = result
@@ -354,6 +382,18 @@ def _as(case: Case, dense: Path) -> Case:
 
 def test_shared_experts_as_the_dense_model_in_the_same_engine(cases: dict[str, Case]):
     sparse, dense = cases["deepseek"].result, cases["deepseek dense"].result
+    assert sparse["tokens"] == dense["tokens"]
+    assert largest(sparse["logprobs"], dense["logprobs"]) < 2e-4
+
+
+@pytest.mark.parametrize("family", wrappers.SHAPES)
+def test_decoders_inside_of_models_that_see(cases: dict[str, Case], family: str):
+    """As the dense one in the same engine, of whose tower nothing is packed."""
+    if f"{family} that sees" not in cases:
+        pytest.skip("torchvision is not installed")
+    sparse, dense = (cases[f"{family} that sees{x}"].result for x in ("", ", dense"))
+    assert "error" not in dense, dense["error"]
+    assert "error" not in sparse, sparse["error"]
     assert sparse["tokens"] == dense["tokens"]
     assert largest(sparse["logprobs"], dense["logprobs"]) < 2e-4
 

@@ -47,25 +47,32 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
     from vllm.lora.request import LoRARequest
 
-    flags = {"max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True, **job["flags"]}
+    flags = {"max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True}
+    flags |= {"skip_tokenizer_init": True, **job["flags"]}
     flags["kv_cache_memory_bytes"] = 32 << 20
     adapter = LoRARequest("adapter", 1, job["adapter"]) if job.get("adapter") else None
     if adapter:
         flags.update(enable_lora=True, max_lora_rank=8)
-    llm = LLM(job["model"], skip_tokenizer_init=True, disable_log_stats=True, **flags)
     try:
-        outputs = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in PROMPTS],
-            SamplingParams(
-                max_tokens=NEW_TOKENS, temperature=0, logprobs=1, ignore_eos=True, detokenize=False
-            ),
-            lora_request=adapter,
-            use_tqdm=False,
-        )
-        weights = None if adapter else llm.apply_model(held)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
+        llm = LLM(job["model"], disable_log_stats=True, **flags)
+        try:
+            outputs = llm.generate(
+                [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+                SamplingParams(
+                    max_tokens=NEW_TOKENS,
+                    temperature=0,
+                    logprobs=1,
+                    ignore_eos=True,
+                    detokenize=False,
+                ),
+                lora_request=adapter,
+                use_tqdm=False,
+            )
+            weights = None if adapter else llm.apply_model(held)
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+    finally:  # also where it did not load: what is left would be the next job's
         collect()
         cleanup_dist_env_and_memory()
     completions = [output.outputs[0] for output in outputs]
