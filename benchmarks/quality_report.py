@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from common import RESULTS
@@ -22,7 +23,7 @@ from besa.report.svg import line, linear, log_ticks, logarithmic, path, tag, tex
 PICTURE, SPEED_PICTURE = "quality.svg", "quality-speed.svg"
 # How a point is drawn, by who made it; the dense model is neither's.
 MAKERS = {"besa": 1, "llama.cpp": 2}
-LETTER, LINE = 6.4, 13.0  # of the small letters: how wide, how high
+LETTER, LINE = 7.2, 13.0  # of the small letters: how wide, how high
 
 
 @dataclass(frozen=True)
@@ -121,22 +122,24 @@ def _panel(points: Sequence[Point], top: float, what: str, dear: int) -> str:
     low, high = min(costs), max(costs)
     room = 0.08 * (high - low)
     x = linear(low - room, high + room, left, right)
-    y = logarithmic(min(worst) * 0.97, max(worst) * 1.04, top + height, top)
+    least, most = min(worst) * 0.97, max(worst) * 1.04
+    y = logarithmic(least, most, top + height, top)
     body = ""
-    for mark in log_ticks(min(worst) * 0.97, max(worst) * 1.04, 6):
+    for mark in log_ticks(least, most, 6) if most > 3 * least else ticks(least, most, 6):
         body += line(left, y(mark), right, y(mark), "grid")
         body += text(left - 7, y(mark) + 4, f"{mark:g}", "small end")
     for mark in ticks(low - room, high + room, 7):
         body += line(x(mark), top, x(mark), top + height, "grid")
         body += text(x(mark), top + height + 16, f"{mark:g}", "small mid")
     body += text((left + right) / 2, top + height + 34, what, "small mid")
-    best = front(points, dear)
-    body += path([(x(one.cost), y(one.perplexity)) for one in best], "line s0")
+    best = [(x(one.cost), y(one.perplexity)) for one in front(points, dear)]
+    body += path(best, "line s0")
     at = [(x(one.cost), y(one.perplexity)) for one in points]
     for (a, b), one in zip(at, points, strict=True):
         colour = 0 if one.name == "dense" else MAKERS[one.maker]
         body += tag("circle", cx=a, cy=b, r=4.0, class_=f"dot f{colour}")
-    spots = labels([(*where, one.name) for where, one in zip(at, points, strict=True)], left, right)
+    named = [(*where, one.name) for where, one in zip(at, points, strict=True)]
+    spots = labels(named, left, right, best)
     for (a, b, side), one in zip(spots, points, strict=True):
         body += text(a, b, one.name, f"small {side}".strip())
     return body
@@ -146,10 +149,20 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def labels(
-    points: Sequence[tuple[float, float, str]], left: float, right: float
+    points: Sequence[tuple[float, float, str]],
+    left: float,
+    right: float,
+    lines: Sequence[tuple[float, float]] = (),
 ) -> list[tuple[float, float, str]]:
-    """Where each dot's name stands: x, y and "", "end" or "mid", beside dots and other names."""
+    """Where each dot's name stands: x, y and "", "end" or "mid".
+
+    Not on a dot, nor on another name, nor on the line through the points `lines`.
+    """
     taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in points]
+    for (a, b), (c, d) in pairwise(lines):
+        for k in range(51):
+            x, y = a + (c - a) * k / 50, b + (d - b) * k / 50
+            taken.append((x - 1, y - 1, x + 1, y + 1))
     found = []
     for x, y, name in points:
         width = LETTER * len(name)
