@@ -28,6 +28,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,8 @@ def gguf_models(args: argparse.Namespace) -> dict[str, Path]:
     if not matrix.exists():
         # As many tokens as besa calibrates with.
         limits = ["-c", args.seqlen, "--chunks", args.samples, "-t", THREADS]
-        files = ["-m", source, "-f", args.calibration, "-o", matrix]
+        # The text has <unk> for rare words, which besa reads as a token, too.
+        files = ["-m", source, "-f", args.calibration, "--parse-special", "-o", matrix]
         run([args.llama_bin / "llama-imatrix", *files, *limits])
     found = {"BF16": source}
     for kind, weighted in GGUF.items():
@@ -130,29 +132,38 @@ def slug(name: str) -> str:
 # --------------------------------------------------------------------------- quality
 
 
-def measured(args: argparse.Namespace) -> dict[str, Any]:
-    """The record: what was there of the same text, and what is measured now."""
+def measure(args: argparse.Namespace) -> None:
+    """Measures every model, and adds each to the record as soon as it is known."""
     windows = windows_of(args)
-    record = {
+    shared = {
         "name": args.name,
-        "text": Path(args.text).name,
-        "calibration": Path(args.calibration).name,
+        "text": args.text.name,
+        "calibration": args.calibration.name,
         "samples": args.samples,
         "seqlen": args.seqlen,
         "tokens": len(windows) * (args.seqlen - 1),
     }
-    before = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
-    rows = {(row["engine"], row["name"]): row for row in before}
-    if args.json.exists():
-        old = json.loads(args.json.read_text())
-        assert record == {key: old[key] for key in record}, "another text, or other samples"
-    for row in [*besa_rows(args), *llama_rows(args, windows)]:
-        rows[row["engine"], row["name"]] = row
-    reference = rows["besa", DENSE]["losses"]
-    ordered = sorted(rows.values(), key=lambda row: (row["engine"], -linear_bits(row)))
-    for row in ordered:
-        row["worse"] = worse(row["losses"], reference)
-    return {**record, "rows": ordered, "conditions": versions(args)}
+    for row in chain(besa_rows(args), llama_rows(args, windows)):
+        before = json.loads(args.json.read_text()) if args.json.exists() else {**shared, "rows": []}
+        assert shared.items() <= before.items(), "the results are of another text, or other samples"
+        rows = together(before["rows"], row)
+        record = {**shared, "rows": rows, "conditions": before.get("conditions", {})}
+        record["conditions"] |= versions(args)
+        write_json(args.json, record, quiet=True)
+        print(f"{row['engine']} {row['name']}: {row['perplexity']:.2f}", flush=True)
+
+
+def together(before: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with another one, and how much worse each is than the dense model, if that is known.
+
+    One that was there stays, unless it was of the same model.
+    """
+    rows = {(one["engine"], one["name"]): one for one in [*before, row]}
+    dense = rows.get(("besa", DENSE))
+    if dense is not None:
+        for one in rows.values():
+            one["worse"] = worse(one["losses"], dense["losses"])
+    return sorted(rows.values(), key=lambda one: (one["engine"], -linear_bits(one)))
 
 
 def beginning(args: argparse.Namespace) -> int | None:
@@ -188,10 +199,9 @@ def besa_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         dtype="float32",
         limit=args.limit,
     )
-    # One at a time, so that what is done is shown.
+    # One at a time, so that what is done is known.
     for name, path in (dense | packed_models(args)).items():
         (result,) = evaluate([str(path)], config)
-        print(f"besa {name}: {result.perplexity.perplexity:.2f}", flush=True)
         yield row_of("besa", name, result.perplexity.losses, sizes(path))
 
 
@@ -245,9 +255,7 @@ def llama_rows(args: argparse.Namespace, windows: Tensor) -> Iterator[dict[str, 
         subprocess.run([args.llama, script, model, file, out], check=True)
         found = json.loads(out.read_text())
         losses = torch.tensor(found.pop("losses"), dtype=torch.float64)
-        row = row_of("llama.cpp", name, losses, found)
-        print(f"llama.cpp {name}: {row['perplexity']:.2f}", flush=True)
-        yield row
+        yield row_of("llama.cpp", name, losses, found)
 
 
 def wanted(args: argparse.Namespace, name: str) -> bool:
@@ -349,7 +357,10 @@ def main() -> None:
     args.json = args.json or default
     args.work.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no server stays
-    write_json(args.json, speed(args) if args.speed else measured(args))
+    if args.speed:
+        write_json(args.json, speed(args))
+    else:
+        measure(args)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+import types
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,15 @@ def test_the_windows_are_those_of_eval(
         monkeypatch.setattr(quality, "beginning", lambda _, token=token: token)
         expected = module._windows_of(tokenizer, str(text), 32, config, token)
         assert torch.equal(quality.windows_of(args), expected)
+
+
+def test_a_loss_of_logits_is_their_cross_entropy(monkeypatch: pytest.MonkeyPatch):
+    for absent in ("gguf", "llama_cpp"):  # they are not installed beside besa
+        monkeypatch.setitem(sys.modules, absent, types.ModuleType(absent))
+    import gguf_losses
+
+    torch.manual_seed(0)
+    logits, targets = 20 * torch.randn(150, 300), torch.randint(300, (150,))
+    expected = torch.nn.functional.cross_entropy(logits, targets)
+    found = gguf_losses.loss(logits.numpy(), targets.numpy())
+    assert found == pytest.approx(float(expected), rel=1e-5)
