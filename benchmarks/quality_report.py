@@ -23,6 +23,7 @@ from besa.report.svg import line, linear, log_ticks, logarithmic, path, tag, tex
 PICTURE, SPEED_PICTURE = "quality.svg", "quality-speed.svg"
 # How a point is drawn, by who made it; the dense model is neither's.
 MAKERS = {"besa": 1, "llama.cpp": 2}
+LLAMA = "llama-cpp-python"
 LETTER, LINE = 7.2, 13.0  # of the small letters: how wide, how high
 
 
@@ -196,43 +197,78 @@ def _meet(a: Box, b: Box) -> bool:
 
 # --------------------------------------------------------------------------- what pages show
 
+PARTS = {"linears": ("linears",), "whole model": ("linears", "others")}
+
 
 def quality_table(record: dict[str, Any]) -> str:
-    """A line for each model, by the bits of its linears; who is on the front is in bold."""
-    ranked = {name: front(by_bits(record, *parts)) for name, parts in PARTS.items()}
+    """A line for each model, by the bits of its linears, and which models are on the front."""
+    points = {name: by_bits(record, *parts) for name, parts in PARTS.items()}
+    best = {name: {(one.maker, one.name) for one in front(points[name])} for name in PARTS}
     lines = [
         f"| {record['name']} | perplexity | worse than dense, nats a token "
-        "| bits a weight: linears | whole model | bytes |",
+        f"| bits a weight: {' | '.join(PARTS)} | bytes |",
         "| --- |" + " --- |" * 5,
     ]
-    rows = sorted(record["rows"], key=lambda row: -bits_of(row, "linears"))
-    for row in rows:
-        size = sum(row[part]["bytes"] for part in ("linears", "others")) / 2**20
+    for row in sorted(record["rows"], key=lambda row: -bits_of(row, "linears")):
+        gap = "{nats:.3f} ± {standard_error:.3f}".format(**row["worse"])
         cells = []
         for name, parts in PARTS.items():
             cell = f"{bits_of(row, *parts):.2f}"
-            on = any((one.maker, one.name) == (row["engine"], row["name"]) for one in ranked[name])
-            cells.append(f"**{cell}**" if on else cell)
-        gap = f"{row['worse']['nats']:.3f} ± {row['worse']['standard_error']:.3f}"
-        if row["worse"]["nats"] == 0:
-            gap = "–"
+            cells.append(f"**{cell}**" if (row["engine"], row["name"]) in best[name] else cell)
+        size = sum(row[part]["bytes"] for part in ("linears", "others")) / 2**20
         lines.append(
-            f"| {row['engine']} {row['name']} | {row['perplexity']:.2f} | {gap} "
+            f"| {row['engine']} {row['name']} | {row['perplexity']:.2f} "
+            f"| {gap if row['losses'] != _dense(record)['losses'] else '–'} "
             f"| {' | '.join(cells)} | {size:.0f} MiB |"
         )
-    words = (
-        "Bold: no model has fewer bits and a lower perplexity. "
+    return "\n".join([*lines, "", _fronts(record, points), "", _conditions(record)])
+
+
+def _dense(record: dict[str, Any]) -> dict[str, Any]:
+    """The model that all others are made of."""
+    found: dict[str, Any] = next(
+        row for row in record["rows"] if (row["engine"], row["name"]) == ("besa", "dense")
+    )
+    return found
+
+
+def _fronts(record: dict[str, Any], points: dict[str, list[Point]]) -> str:
+    """Which models are on the front, and which of besa's are not."""
+    sentences = []
+    for name, every in points.items():
+        best = front(every)
+        behind = [x.name for x in every if x.maker == "besa" and x not in best]
+        on = ", ".join(
+            one.name if one.name == "dense" else f"{one.maker} {one.name}" for one in best
+        )
+        sentences.append(
+            f"By the bits of the {name} the front is {on}"
+            + (
+                f"; besa's {', '.join(behind)} {'is' if len(behind) == 1 else 'are'} behind it."
+                if behind
+                else "."
+            )
+        )
+    rest = _dense(record)
+    share = rest["others"]["weights"] / sum(rest[x]["weights"] for x in ("linears", "others"))
+    return (
+        "On the front, in bold, is a model if none has both fewer bits and a lower perplexity. "
+        f"{' '.join(sentences)} The blocks' linears are {1 - share:.0%} of this model's weights, "
+        "nearly all others its embedding, which is its head, too: besa leaves it in bfloat16, "
+        "llama.cpp's formats round it."
+    )
+
+
+def _conditions(record: dict[str, Any]) -> str:
+    there = record["conditions"]
+    return (
         f"{record['tokens']:,} tokens of {record['text']}, in windows of {record['seqlen']}, each "
         f"after a beginning token; {record['samples']} windows of as many tokens of "
         f"{record['calibration']} to calibrate, and for the importance matrix of llama.cpp's "
-        f"formats below 8 bits. {record['conditions']['cpu']}, {record['conditions']['cores']} "
-        f"cores; torch {record['conditions']['torch']}, llama-cpp-python "
-        f"{record['conditions']['llama-cpp-python']}. By `benchmarks/quality.py`, which says how."
+        f"formats below 8 bits. {there['cpu']}, {there['cores']} cores; torch {there['torch']}"
+        + (f", llama-cpp-python {there[LLAMA]}" if LLAMA in there else "")
+        + ". By `benchmarks/quality.py`, which says how."
     )
-    return "\n".join([*lines, "", words])
-
-
-PARTS = {"linears": ("linears",), "whole": ("linears", "others")}
 
 
 def main() -> None:

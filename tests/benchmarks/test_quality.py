@@ -31,6 +31,7 @@ def row(engine: str, name: str, bits: float, perplexity: float) -> dict[str, Any
         "engine": engine,
         "name": name,
         "perplexity": perplexity,
+        "losses": [perplexity],
         "worse": {"nats": perplexity / 40 - 1, "standard_error": 0.01},
         "linears": {"weights": 800, "bytes": int(bits * 100)},
         "others": {"weights": 800, "bytes": 1600},
@@ -71,6 +72,10 @@ def test_a_table_and_a_picture():
     lines = quality_report.quality_table(RECORD).splitlines()
     assert "| besa 50% | 53.00 | 0.325 ± 0.010 | 9.10 | 12.55 | 0 MiB |" in lines
     assert "| besa 50% int4 | 58.00 | 0.450 ± 0.010 | **3.10** | **9.55** | 0 MiB |" in lines
+    assert "| besa dense | 40.00 | – | **16.00** | **16.00** | 0 MiB |" in lines
+    behind = "besa's 50% is behind it."
+    front = "By the bits of the linears the front is besa 50% int4, llama.cpp Q8_0, dense;"
+    assert any(front in line and behind in line for line in lines)
     picture = ET.fromstring(quality_report.plot(RECORD))
     words = [one.text for one in picture.iter() if one.tag.endswith("text")]
     for each in RECORD["rows"]:
