@@ -10,9 +10,9 @@ read through the packed kernels. llama.cpp's are made of the dense model by its 
 importance matrix of the calibration text where the format makes use of one. What an earlier call
 wrote to the results stays, but for the models that are measured again: `--only "Q4_0"`.
 
-PYTHON is one with `llama-cpp-python` and `gguf`; llama.cpp's converter runs in the Python that runs
-this (it asks for `sentencepiece`). `--speed` measures tokens a second instead, one request at a
-time, every server in turn: for a machine that does nothing else. Results go to
+PYTHON is one with `llama-cpp-python[server]` and `gguf`; llama.cpp's converter runs in the Python
+that runs this (it asks for `sentencepiece`). `--speed` measures tokens a second instead, one request
+at a time, besa's models in vLLM, every server in turn: for a machine that does nothing else. Results go to
 benchmarks/results/quality.json and serving/quality.json, and from there into pictures
 (quality_report.py) and docs/results.md (readme.py).
 """
@@ -60,6 +60,8 @@ PRUNED = {
     "50% int8": Pruned("besa-int8-50"),
     "50% int4": Pruned("besa-int4of64-50"),
 }
+# Of them those that are timed, unless `--only` says it: each is a server that stays in memory.
+TIMED = (DENSE, "50%", "50% int8", "50% int4")
 # llama.cpp's formats, and whether an importance matrix serves them.
 GGUF = {
     "BF16": False,
@@ -314,8 +316,10 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     from besa.bench.run import bench
     from besa.bench.settings import Contender
 
-    ours = {DENSE: args.model, **packed_models(args)}
-    contenders = [Contender(name, str(path)) for name, path in ours.items()]
+    args.only = args.only or [*TIMED, *GGUF]
+    dense = {DENSE: args.model} if wanted(args, DENSE) else {}
+    ours = (dense | packed_models(args)).items()
+    contenders = [Contender(name, str(path)) for name, path in ours]
     theirs = {name: file for name, file in gguf_models(args).items() if wanted(args, name)}
     with ExitStack() as stack:
         more, servers = stack.enter_context(llama_contenders(theirs, args.llama))

@@ -265,7 +265,7 @@ def _conditions(record: dict[str, Any]) -> str:
         f"{record['tokens']:,} tokens of {record['text']}, in windows of {record['seqlen']}, each "
         f"after a beginning token; {record['samples']} windows of as many tokens of "
         f"{record['calibration']} to calibrate, and for the importance matrix of llama.cpp's "
-        f"formats below 8 bits. {there['cpu']}, {there['cores']} cores; torch {there['torch']}"
+        f"formats below 8 bits. {there['cpu']}; torch {there['torch']}"
         + (f", llama-cpp-python {there[LLAMA]}" if LLAMA in there else "")
         + ". By `benchmarks/quality.py`, which says how."
     )
