@@ -11,10 +11,10 @@ importance matrix of the calibration text where the format makes use of one. Wha
 wrote to the results stays, but for the models that are measured again: `--only "Q4_0"`.
 
 PYTHON is one with `llama-cpp-python[server]` and `gguf`; llama.cpp's converter runs in the Python
-that runs this (it asks for `sentencepiece`). `--speed` measures tokens a second instead, one request
-at a time, besa's models in vLLM, every server in turn: for a machine that does nothing else. Results go to
-benchmarks/results/quality.json and serving/quality.json, and from there into pictures
-(quality_report.py) and docs/results.md (readme.py).
+that runs this (it asks for `sentencepiece`). `--speed` measures tokens a second instead, one
+request at a time, besa's models in vLLM, every server in turn: for a machine that does nothing
+else. Results go to benchmarks/results/quality.json and serving/quality.json, and from there into
+pictures (quality_report.py) and docs/results.md (readme.py).
 """
 
 from __future__ import annotations
