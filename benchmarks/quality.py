@@ -50,13 +50,14 @@ class Pruned:
     flags: tuple[str, ...] = ()
 
 
+# Where a name has a type, weights were rounded to it while they were pruned, or at export.
 PRUNED = {
     "30%": Pruned("besa-30"),
     "40%": Pruned("besa-40"),
     "50%": Pruned("besa-50"),
-    "30% int8": Pruned("besa-30", ("--quantize", "int8")),
-    "40% int8": Pruned("besa-40", ("--quantize", "int8")),
-    "40% int4": Pruned("besa-40", ("--quantize", "int4")),
+    "30% int8 at export": Pruned("besa-30", ("--quantize", "int8")),
+    "40% int8 at export": Pruned("besa-40", ("--quantize", "int8")),
+    "40% int4 at export": Pruned("besa-40", ("--quantize", "int4")),
     "50% int8": Pruned("besa-int8-50"),
     "50% int4": Pruned("besa-int4of64-50"),
 }
