@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from bits import bits_tables
 from common import gain, milliseconds
 from gpu_tables import gpu_sentence, gpu_tables
 from kernel_report import amx_table, isa_table, readme_table
@@ -300,6 +301,7 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "table": (main_methods, ("table.json",)),
     "methods": (methods, ("table.json",)),
     "cost": (cost, ("wallclock.json", "memory.json", "allocation-cpu.json")),
+    "bits": (bits_tables, ("bits.json",)),
     "kernels": (readme_table, ("kernels.json",)),
     "isas": (isa_table, tuple(f"kernels-{isa}.json" for isa in ISAS)),
     "amx": (amx_table, ("kernels-avx512_amx.json", "kernels-beside-amx.json")),

@@ -154,6 +154,23 @@ def llama_server(python: str, model: Path) -> Iterator[str]:
             process.wait()
 
 
+@contextmanager
+def llama_contenders(
+    files: dict[str, Path], python: str, random_weights: bool = False
+) -> Iterator[tuple[list[Contender], dict[str, dict[str, Any]]]]:
+    """A server of llama.cpp for each model, and of each what besa bench cannot know of it."""
+    contenders: list[Contender] = []
+    known: dict[str, dict[str, Any]] = {}
+    version = version_of(LLAMA, python)
+    with ExitStack() as stack:
+        for name, file in files.items():
+            url = stack.enter_context(llama_server(python, file))
+            contenders.append(Contender(name, None, url, random_weights))
+            size = file.stat().st_size
+            known[name] = {"engine": LLAMA, "engine_version": version, "disk_bytes": size}
+        yield contenders, known
+
+
 def version_of(package: str, python: str) -> str:
     code = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
     found = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
@@ -174,14 +191,9 @@ def run_part(part: Part, work: Path, rounds: int, python: str | None) -> Results
             contenders += graphs(work, models)
         servers: dict[str, dict[str, Any]] = {}  # what is known of those that run already
         if part.peers and not part.batches and python is not None:
-            for name, file in gguf(work, python, dense).items():
-                url = stack.enter_context(llama_server(python, file))
-                contenders.append(Contender(name, None, url, random_weights=True))
-                servers[name] = {
-                    "engine": LLAMA,
-                    "engine_version": version_of(LLAMA, python),
-                    "disk_bytes": file.stat().st_size,
-                }
+            peers = llama_contenders(gguf(work, python, dense), python, random_weights=True)
+            more, servers = stack.enter_context(peers)
+            contenders += more
         settings: dict[str, Any] = {"contenders": tuple(contenders), "rounds": rounds}
         config = replace(BASE, **settings, **part.settings)
         if part.batches:
