@@ -53,6 +53,11 @@ class ExportConfig:
         "whole row for int8, 64 for int4)",
         metavar="N",
     )
+    weight_only: bool = setting(
+        False,
+        "for int8, int4: products take activations as they are (default: quantized to 8 bits, too, "
+        "by token)",
+    )
     device: str = setting(
         "cpu",
         "onnx: what computes the graph, %(choices)s (default: %(default)s)",
@@ -78,6 +83,8 @@ class ExportConfig:
         check_choices(self)
         if self.quantize not in (None, "none", *WHOLE):
             raise BesaError(f"quantize {self.quantize!r}: choose int8, int4 or none")
+        if self.weight_only and (self.format != "vllm" or self.quantize == "none"):
+            raise BesaError("--weight-only is for int8 or int4 values of --format vllm")
         if self.format == "dense" and self.quantize:
             raise BesaError("--quantize is for packing: leave it out with --format dense")
         if self.format == "onnx":

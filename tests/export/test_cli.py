@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+import besa  # noqa: F401 - teaches transformers the format
 from tests.export.sparse import assert_same_model, pruned_model
 from tests.helpers import Process, digests, everything, fill, run, small_disk, start, stored
 
@@ -126,11 +129,30 @@ def test_dense_again(pruned: Path, whole: tuple[Path, Process], tmp_path: Path):
     assert_same_model(tmp_path / "dense", pruned)
 
 
+def test_weight_only(pruned: Path, tmp_path: Path):
+    """Products are those of the rounded weights; otherwise the activations' rounding is in them."""
+    prompt, logits = torch.arange(40, 80)[None], {}
+    for name, more in (("rounded", []), ("exact", ["--weight-only"])):
+        process = run("export", pruned, "--out", name, "--quantize", "int8", *more, cwd=tmp_path)
+        assert process.returncode == 0, process.errors
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        logits[name] = model(prompt).logits.detach()
+    assert (
+        run("export", "--format", "dense", "exact", "--out", "dense", cwd=tmp_path).returncode == 0
+    )
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(prompt).logits.detach()
+    off = {name: float((each - dense).norm() / dense.norm()) for name, each in logits.items()}
+    assert off["exact"] < 1e-5
+    assert off["rounded"] > 1e-3
+
+
 OPTIONS = {
     "format": (["--format", "gguf"], "format 'gguf': choose one of vllm, dense, onnx"),
     "quantize": (["--quantize", "int3"], "quantize 'int3'"),
     "group size": (["--quantize", "int8", "--group-size", 48], "group_size 48"),
     "group size word": (["--group-size", "big"], "--group-size: invalid int value: 'big'"),
+    "weight-only floats": (["--weight-only"], "--weight-only is for --quantize int8 or int4"),
+    "weight-only graph": (["--format", "onnx", "--weight-only"], "values of --format vllm"),
     "flag": (["--frobnicate"], "unrecognized arguments: --frobnicate"),
 }
 
