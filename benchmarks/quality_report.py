@@ -167,7 +167,9 @@ def labels(
     found = []
     for x, y, name in points:
         width = LETTER * len(name)
-        spots: list[tuple[float, float, str]] = [(x + 8, y + 4, ""), (x - 8, y + 4, "end")]
+        spots: list[tuple[float, float, str]] = []
+        for down in (4, 7, 1):  # beside the dot, or nearly so
+            spots += [(x + 8, y + down, ""), (x - 8, y + down, "end")]
         for step in range(4):
             away = 9 + step * LINE
             spots += [(x, y - away, "mid"), (x, y + away + 9, "mid")]

@@ -25,6 +25,7 @@ from bits import bits_tables
 from common import gain, milliseconds
 from gpu_tables import gpu_sentence, gpu_tables
 from kernel_report import amx_table, isa_table, readme_table
+from quality_report import quality_table
 from samples import samples_table
 from serving_report import engine_name, speed, tables
 
@@ -297,6 +298,7 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "serving": (tables, ("serving/peers.json",)),
     "more": (tables, tuple(f"serving/{part}.json" for part in MORE)),
     "real": (main_methods, ("real.json",)),
+    "quality": (quality_table, ("quality.json",)),
     "samples": (samples_table, ("samples.json",)),
     "table": (main_methods, ("table.json",)),
     "methods": (methods, ("table.json",)),
