@@ -59,9 +59,9 @@ PRUNED = {
     "40% int8 at export": Pruned("besa-40", ("--quantize", "int8")),
     "40% int4 at export": Pruned("besa-40", ("--quantize", "int4")),
     "50% int8": Pruned("besa-int8-50"),
-    "50% int8, weight-only": Pruned("besa-int8-50", ("--weight-only",)),
+    "50% int8 weight-only": Pruned("besa-int8-50", ("--weight-only",)),
     "50% int4": Pruned("besa-int4of64-50"),
-    "50% int4, weight-only": Pruned("besa-int4of64-50", ("--weight-only",)),
+    "50% int4 weight-only": Pruned("besa-int4of64-50", ("--weight-only",)),
 }
 # Of them those that are timed, unless `--only` says it: each is a server that stays in memory.
 TIMED = (DENSE, "50%", "50% int8", "50% int4")
@@ -131,7 +131,7 @@ def slug(name: str) -> str:
     >>> slug("50% int8")
     '50-int8'
     """
-    return name.replace("%", "").replace(",", "").replace(" ", "-")
+    return name.replace("%", "").replace(" ", "-")
 
 
 # --------------------------------------------------------------------------- quality
