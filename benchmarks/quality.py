@@ -38,6 +38,8 @@ from common import RESULTS, conditions, run_besa, write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from besa.evaluation.config import EvalConfig
+
 THREADS = len(os.sched_getaffinity(0))
 DENSE = "dense"
 
@@ -179,31 +181,34 @@ def beginning(args: argparse.Namespace) -> int | None:
     return bos_token("auto", load_tokenizer(args.model))
 
 
-def windows_of(args: argparse.Namespace) -> Tensor:
-    """The windows that `besa eval --limit` reads, each after a beginning token."""
-    from besa.data.stream import stream_of
-    from besa.data.windows import evaluation_windows
-    from besa.model.loading import load_tokenizer
-
-    tokenizer, bos = load_tokenizer(args.model), beginning(args)
-    count = args.limit * args.seqlen
-    stream = stream_of(str(args.text), "test", tokenizer, bos=bos, limit=count)
-    return evaluation_windows(stream, args.seqlen, bos)[: args.limit]
-
-
-def besa_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The dense model and besa's packed ones, in float32 but for what they are packed as."""
+def evaluation(args: argparse.Namespace) -> EvalConfig:
+    """What `besa eval` would be told: float32 but for what weights are packed as."""
     from besa.evaluation.config import EvalConfig
-    from besa.evaluation.evaluate import evaluate
 
-    dense = {DENSE: args.model} if wanted(args, DENSE) else {}
-    config = EvalConfig(
+    return EvalConfig(
         texts=(str(args.text),),
         seqlen=args.seqlen,
         bos="never" if beginning(args) is None else "always",
         dtype="float32",
         limit=args.limit,
     )
+
+
+def windows_of(args: argparse.Namespace) -> Tensor:
+    """The windows that `besa eval --limit` reads, each after a beginning token."""
+    from besa.evaluation import evaluate
+    from besa.model.loading import load_tokenizer
+
+    tokenizer, text = load_tokenizer(args.model), str(args.text)
+    return evaluate.windows_of(tokenizer, text, args.seqlen, evaluation(args), beginning(args))
+
+
+def besa_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The dense model and besa's packed ones."""
+    from besa.evaluation.evaluate import evaluate
+
+    dense = {DENSE: args.model} if wanted(args, DENSE) else {}
+    config = evaluation(args)
     # One at a time, so that what is done is known.
     for name, path in (dense | packed_models(args)).items():
         (result,) = evaluate([str(path)], config)
@@ -218,17 +223,16 @@ def sizes(directory: Path) -> dict[str, Any]:
     from besa.model.export_record import PackedRecord
     from besa.model.record import read_record
 
-    record = read_record(directory)
+    record, packed = read_record(directory), dict(stored_parts(directory))
     if isinstance(record, PackedRecord):
         assert not record.dense, "a linear was left dense"
         weights = sum(linear.shape[0] * linear.shape[1] for linear in record.linears)
-        size = sum(size for _, size in stored_parts(directory))
+        size = sum(packed.values())
     else:
         dense = Checkpoint.open(directory)
         parameters = [each for block in dense.blocks for each in block.parameters()]
         weights = sum(each.numel() for each in parameters if each.ndim > 1)
         size = weights * dense.dtype.itemsize
-    packed = {name for name, _ in stored_parts(directory)}
     counts, total = 0, 0
     for path in directory.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:

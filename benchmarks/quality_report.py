@@ -215,7 +215,7 @@ def quality_table(record: dict[str, Any]) -> str:
         "| --- |" + " --- |" * 5,
     ]
     for row in sorted(record["rows"], key=lambda row: -bits_of(row, "linears")):
-        gap = "{nats:.3f} ± {standard_error:.3f}".format(**row["worse"])
+        gap = "{nats:z.3f} ± {standard_error:.3f}".format(**row["worse"])
         cells = []
         for name, parts in PARTS.items():
             cell = f"{bits_of(row, *parts):.2f}"

@@ -99,7 +99,13 @@ def progress_for(file: IO[str]) -> Iterator[Tell]:
 
 @contextmanager
 def steps_for(file: IO[str]) -> Iterator[Tell]:
-    """A receiver of events with `what` they are about: one bar on a terminal, else lines."""
+    """A receiver of events with `what` they are about: one bar on a terminal, else lines.
+
+    Of processes that share the run, the first one shows them.
+    """
+    if not launch_of().leads:
+        yield lambda event: None
+        return
     console = Console(file=file)
     if not console.is_terminal:
         said: set[str] = set()

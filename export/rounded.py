@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from besa.errors import BesaError
 from besa.export.config import ExportConfig
+from besa.kernels.abi import WHOLE
 from besa.kernels.nibbles import MOST, MOST_STEP
 from besa.model.files import resolve
 from besa.model.prune_record import PruneRecord
@@ -18,7 +20,18 @@ from besa.pruning.grid import Grid
 
 
 def as_pruned(source: str | Path, config: ExportConfig) -> ExportConfig:
-    """The settings of an export, with how the model's weights were rounded where none say it."""
+    """The settings of an export, with how the model's weights were rounded where none say it.
+
+    Raises:
+        BesaError: only weights are to be rounded, and they are not.
+    """
+    found = _with_rounding(source, config)
+    if found.weight_only and found.quantize not in WHOLE:
+        raise BesaError("--weight-only is for --quantize int8 or int4: give both, or neither")
+    return found
+
+
+def _with_rounding(source: str | Path, config: ExportConfig) -> ExportConfig:
     if config.quantize == "none":
         return replace(config, quantize=None)
     grid = rounding_of(source)

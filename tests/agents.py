@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 
 
@@ -62,6 +64,13 @@ def become_agent(launch: Torchrun, arguments: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def workers(agent: int) -> list[psutil.Process]:
+    """The processes that an agent started, by their ranks."""
+    found = psutil.Process(agent).children()
+    ranked = [each for each in found if each.environ().get("RANK") is not None]
+    return sorted(ranked or found, key=lambda each: each.pid)
 
 
 def _besa(arguments: list[str]) -> None:

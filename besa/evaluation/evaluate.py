@@ -206,12 +206,17 @@ def _common_seqlen(
 
 def _windows(tokenizer: Any, bos: int | None, config: EvalConfig, seqlen: int) -> list[Tensor]:
     """The windows of each text, each begun with `bos` if there is one."""
-    return [_windows_of(tokenizer, text, seqlen, config, bos) for text in config.texts]
+    return [windows_of(tokenizer, text, seqlen, config, bos) for text in config.texts]
 
 
-def _windows_of(
+def windows_of(
     tokenizer: Any, text: str, seqlen: int, config: EvalConfig, bos: int | None
 ) -> Tensor:
+    """The windows of a text, each begun with `bos` if there is one: int64 [windows, seqlen].
+
+    Raises:
+        BesaError: the text cannot be read, or is shorter than a window.
+    """
     counts = [count for count in (config.limit, window_cap(text)) if count is not None]
     stream = stream_of(
         text,

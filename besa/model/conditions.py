@@ -5,6 +5,8 @@
 ... )
 >>> found["device"], found["dtype"]
 ('cpu', 'float32')
+>>> from besa.processes.ranks import ALONE
+>>> check_alike({"model_fingerprint": "8c1f", "threads": 2}, ALONE)
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def _notes(config: PruneConfig) -> Iterator[str]:
     """What the figures leave out."""
     if config.rotate != "off":
         yield "not counted: rotations, which hold the whole model, and their copy of it on the disk"
-    if config.effort == "high" and config.quantize is None:
+    if config.trains:
         yield "not counted: the training after pruning, which holds the whole model twice"
     if config.drop_experts:
         yield "not counted: choosing experts to drop, and the copy of the model without them"

@@ -65,9 +65,9 @@ class Ranks:
         """This process's part of items that are dealt out in turn."""
         return items[self.rank :: self.size]
 
-    def share_of(self, count: int) -> int:
-        """The most that one process gets of so many items."""
-        return -(-count // self.size)
+    def evened(self, count: int) -> int:
+        """So many items or more that each process gets as many of them."""
+        return -(-count // self.size) * self.size
 
     def deal(self, costs: Sequence[float]) -> list[int]:
         """The process that does each piece of work, the dearest dealt first."""

@@ -22,7 +22,7 @@ def check_shareable(config: PruneConfig, ranks: Ranks) -> None:
         raise BesaError(
             f"--effort high trains the pruned model as a whole, in steps of {step} "
             f"sample{'s' * (step > 1)}, which {ranks.size} processes cannot share: give "
-            f"--step-samples {ranks.size * ranks.share_of(step)}"
+            f"--step-samples {ranks.evened(step)}"
         )
 
 
@@ -36,11 +36,10 @@ def warn_of_idle(config: PruneConfig, tokens: int, ranks: Ranks) -> None:
     step = config.step_samples or windows_at_once(tokens)
     if not learns or step % ranks.size == 0:
         return
-    enough = ranks.size * ranks.share_of(step)
     warnings.warn(
         f"{ranks.size} processes share steps of {step} sample{'s' * (step > 1)}, so that some wait "
-        f"while masks and weights are learned: --step-samples {enough} keeps all at work, and "
-        "learns in fewer steps",
+        f"while masks and weights are learned: --step-samples {ranks.evened(step)} keeps all at "
+        "work, and learns in fewer steps",
         BesaWarning,
         stacklevel=2,
     )

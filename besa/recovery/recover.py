@@ -76,7 +76,7 @@ def _recover(pruned: str | Path, config: RecoverConfig, tell: Tell, ranks: Ranks
         raise BesaError(
             f"{ranks.size} processes cannot share steps of {config.batch_size} "
             f"sample{'s' * (config.batch_size > 1)}: give --batch-size "
-            f"{ranks.size * ranks.share_of(config.batch_size)}"
+            f"{ranks.evened(config.batch_size)}"
         )
     device = _device(config.device, ranks)
     checkpoint = Checkpoint.open(pruned, config.trust_remote_code)

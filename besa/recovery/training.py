@@ -87,8 +87,6 @@ def train(
     seen = len(windows) - config.held_out
 
     def on_step(done: int, total: int, held_out: float | None) -> None:
-        if not ranks.leads:
-            return
         what = "" if held_out is None else f"held-out divergence {held_out:.4f}"
         tell(Event("distilling", done, total, what=what))
 
@@ -164,7 +162,7 @@ def _arguments(
     Args:
         model: its configuration.
     """
-    own = ranks.share_of(config.batch_size)
+    own = config.batch_size // ranks.size
     steps = config.epochs * -(-samples // config.batch_size)
     between = max(1, steps // _LOOKS)
     arguments = TrainingArguments(

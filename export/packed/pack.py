@@ -29,7 +29,6 @@ from besa.export.rounded import peak_of
 from besa.export.source import open_plain
 from besa.export.weights import pack_weight, quantize
 from besa.formats import PackedConfig, packed_of, tensors_of
-from besa.kernels.abi import WHOLE
 from besa.machine import give_memory_back
 from besa.model.checkpoint import Checkpoint
 from besa.model.export_record import PackedLinearRecord
@@ -49,8 +48,6 @@ def pack_checkpoint(pruned: str | Path, config: ExportConfig, tell: Tell) -> Exp
     started = time.monotonic()
     out = Path(config.out)
     check_free(out, config.overwrite)
-    if config.weight_only and config.quantize not in WHOLE:
-        raise BesaError("--weight-only is for --quantize int8 or int4: give both, or neither")
     checkpoint = open_plain(pruned, config.trust_remote_code)
     plan = plan_packing(checkpoint, config, tell)
     packed_config = PackedConfig(

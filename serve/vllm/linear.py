@@ -159,12 +159,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         pieces = self._pieces()
         dense = [piece for piece in pieces if isinstance(piece, Tensor)]
         if len(dense) == len(pieces):
-            self._drop_placeholders(layer)
-            weight = torch.cat(dense).to(device, self.dtype)
-            layer.register_parameter("weight", Parameter(weight, requires_grad=False))
-            method = UnquantizedLinearMethod()
-            method.process_weights_after_loading(layer)
-            layer.quant_method = method
+            self._make_unquantized(layer, torch.cat(dense).to(device, self.dtype))
             return
         whole = stack_rows([self._packed_piece(piece) for piece in pieces])
         with fitting(whole, whole.in_features, device):
@@ -218,6 +213,14 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 "the model with all of its parts packed, or all dense"
             )
         return pack(piece.to(_DTYPES[self.config.values]))
+
+    def _make_unquantized(self, layer: nn.Module, weight: Tensor) -> None:
+        """Has vLLM's own method multiply from now on."""
+        self._drop_placeholders(layer)
+        layer.register_parameter("weight", Parameter(weight, requires_grad=False))
+        method = UnquantizedLinearMethod()
+        method.process_weights_after_loading(layer)
+        layer.quant_method = method
 
     def _drop_placeholders(self, layer: nn.Module) -> None:
         for name in (*(f"weight{suffix}" for suffix in SUFFIXES), "weight"):

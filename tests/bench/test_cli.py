@@ -82,7 +82,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "fickle": ("--fault", "unstable"),
         },
         *("--url=absent=http://127.0.0.1:9", "--concurrency", "1", "--rounds", 3, "--timeout", 10),
-        *("--slo", "ttft=200ms"),
+        *("--slo", "ttft=100ms"),
     )
 
 
@@ -135,49 +135,63 @@ def test_contenders_get_the_same_requests_at_the_same_times(compared: Run) -> No
     _, results, folder = compared
     journals = [folder / "dense.jsonl", folder / "same.jsonl"]
     asked = [entries(journal) for journal in journals]
-    prompts = [sorted(line["prompt"] for line in lines) for lines in asked]
-    assert prompts[0] == prompts[1]
-    assert len(set(prompts[0])) == len(prompts[0])
-    found = {m["load"]: m for m in results["measurements"] if m["contender"] == "dense"}
+    assert_same_prompts(asked)
     loads = {"1 at a time": 4, "2 at a time": 8, "8 requests/s": 4}
-    assert {load: m["requests"] for load, m in found.items()} == {
-        load: ROUNDS * count for load, count in loads.items()
-    }
-    assert all(m["output_tokens"] == [8, 8] for m in found.values())
+    found = {m["load"]: m for m in results["measurements"] if m["contender"] == "dense"}
+    assert found.keys() == loads.keys()
+    for load, count in loads.items():
+        assert_as_asked(found[load], ROUNDS * count, asked[0], max(map(lateness, journals)))
     arrivals = [sorted(x["received"] for x in lines[-4:]) for lines in asked]
     gaps = [[y - x for x, y in itertools.pairwise(one)] for one in arrivals]
     assert gaps[0] == pytest.approx(gaps[1], abs=0.06 + 4 * max(map(lateness, journals)))
     assert max(gaps[0]) - min(gaps[0]) > 0.03
 
 
+def assert_as_asked(
+    found: dict[str, Any], requests: int, asked: list[dict[str, Any]], late: float
+) -> None:
+    """Figures of a server of 0.1 s and 0.02 s a token, against what it did.
+
+    With room for a busy machine: the test above is the strict one.
+    """
+    counted = [line for line in asked if len(line["sent"]) == 8]
+    true = statistics.median(x["sent"][-1] - x["received"] for x in counted)
+    assert found["requests"] == requests
+    assert found["output_tokens"] == [8, 8]
+    e2e, itl = (found["summary"][name]["median"] for name in ("e2e_p50", "itl_p50"))
+    assert e2e == pytest.approx(true, abs=0.05 * true + 2 * late)
+    assert itl == pytest.approx(0.02, abs=0.002 + 2 * late)
+
+
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif("guidellm" not in GENERATORS, reason="guidellm is not installed")
 def test_guidellm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the other generator: the same requests for all, and figures about as they were.
-
-    Its processes begin when they have got going, so its times are not the schedule's.
-    """
+    """By the other generator. Its processes begin when they have got going, not by the schedule."""
     # guidellm looks often whether all is over, and loses each time's last answer if we let it.
     monkeypatch.setenv("GUIDELLM__MP_POLL_INTERVAL", "0.001")
     slow = ("--ttft", 0.1, "--itl", 0.02)
+    journals = [tmp_path / "a", tmp_path / "b"]
     done, results, _ = against_stubs(
         tmp_path,
-        {name: (*slow, "--journal", tmp_path / name) for name in ("a", "b")},
+        {journal.name: (*slow, "--journal", journal) for journal in journals},
         *("--rate", 8, "--rounds", 1, "--generator", "guidellm"),
     )
     assert done.returncode == 0, done.stderr
-    asked = [entries(tmp_path / name) for name in ("a", "b")]
+    asked = [entries(journal) for journal in journals]
+    assert_same_prompts(asked)
+    [found] = [m for m in results["measurements"] if m["contender"] == "a"]
+    assert_as_asked(found, 4, asked[0], max(map(lateness, journals)))
+
+
+def assert_same_prompts(asked: list[list[dict[str, Any]]]) -> None:
+    """All servers got the same prompts, none of them twice."""
     prompts = [sorted(line["prompt"] for line in lines) for lines in asked]
     assert prompts[0] == prompts[1]
     assert len(set(prompts[0])) == len(prompts[0])
-    [found] = [m for m in results["measurements"] if m["contender"] == "a"]
-    assert found["requests"] == 4
-    assert found["output_tokens"] == [8, 8]
-    true = [x["sent"][-1] - x["received"] for x in asked[0] if len(x["sent"]) == 8]
-    assert min(true) < found["summary"]["e2e_p50"]["median"] < 2 * max(true)
-    assert 0.01 < found["summary"]["itl_p50"]["median"] < 2 * max(true) / 7
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_objective_is_found(faulty: Run) -> None:
     _, results, folder = faulty

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 Benchmark = Callable[..., dict[str, Any]]
+Script = Callable[..., None]
 
 
 @pytest.fixture
@@ -23,14 +24,12 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def benchmark(tmp_path: Path, environment: dict[str, str]) -> Benchmark:
-    """Runs `benchmarks/NAME.py --tiny ARGUMENTS`; gives the JSON that it writes."""
+def script(tmp_path: Path, environment: dict[str, str]) -> Script:
+    """Runs `benchmarks/NAME.py ARGUMENTS` to its end."""
 
-    def run(name: str, *arguments: str) -> dict[str, Any]:
-        result = tmp_path / f"{name}.json"
-        script = ROOT / "benchmarks" / f"{name}.py"
+    def run(name: str, *arguments: object) -> None:
         done = subprocess.run(
-            [sys.executable, script, "--tiny", "--json", result, *arguments],
+            [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *map(str, arguments)],
             cwd=tmp_path,
             env=environment,
             stdout=subprocess.PIPE,
@@ -38,6 +37,17 @@ def benchmark(tmp_path: Path, environment: dict[str, str]) -> Benchmark:
             text=True,
         )
         assert done.returncode == 0, done.stdout
+
+    return run
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path, script: Script) -> Benchmark:
+    """Runs `benchmarks/NAME.py --tiny ARGUMENTS`; gives the JSON that it writes."""
+
+    def run(name: str, *arguments: str) -> dict[str, Any]:
+        result = tmp_path / f"{name}.json"
+        script(name, "--tiny", "--json", result, *arguments)
         read: dict[str, Any] = json.loads(result.read_text())
         return read
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import types
 import xml.etree.ElementTree as ET
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from besa import PruneConfig, prune
 from besa.evaluation.config import EvalConfig
 from besa.evaluation.evaluate import evaluate
-from tests.benchmarks.conftest import ROOT
+from tests.benchmarks.conftest import ROOT, Script
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +95,7 @@ def test_names_stand_beside_each_other():
 
 
 @pytest.mark.slow
-def test_besas_half(tmp_path: Path, tiny_model: Path):
+def test_besas_half(tmp_path: Path, tiny_model: Path, script: Script):
     """Perplexities are those of `besa eval`, and bytes those of the files."""
     pruned = tmp_path / "pruned"
     pruned.mkdir()
@@ -107,18 +106,9 @@ def test_besas_half(tmp_path: Path, tiny_model: Path):
     out = tmp_path / "quality.json"
 
     def measure(*only: str) -> dict[str, Any]:
-        script = ROOT / "benchmarks" / "quality.py"
         files = ["--model", tiny_model, "--pruned", pruned, "--calibration", text, "--text", text]
-        sizes = ["--name", "A model", "--seqlen", "32", "--limit", "4"]
-        command = [sys.executable, script, "--work", tmp_path / "work", *files, *sizes]
-        done = subprocess.run(
-            [*command, "--json", out, "--only", *only],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout
+        sizes = ["--name", "A model", "--seqlen", 32, "--limit", 4]
+        script("quality", "--work", "work", *files, *sizes, "--json", out, "--only", *only)
         found: dict[str, Any] = json.loads(out.read_text())
         return found
 
@@ -153,7 +143,7 @@ def test_the_windows_are_those_of_eval(
     tokenizer = load_tokenizer(tiny_model)
     for token in (None, 7):
         monkeypatch.setattr(quality, "beginning", lambda _, token=token: token)
-        expected = module._windows_of(tokenizer, str(text), 32, config, token)
+        expected = module.windows_of(tokenizer, str(text), 32, config, token)
         assert torch.equal(quality.windows_of(args), expected)
 
 

@@ -21,7 +21,7 @@ from besa.processes.launch import Launch
 from besa.processes.ranks import Ranks
 from besa.pruning.config import PruneConfig
 from besa.pruning.sharing import check_shareable
-from tests.agents import Torchrun
+from tests.agents import Torchrun, workers
 from tests.helpers import (
     Process,
     digests,
@@ -59,13 +59,6 @@ def agreement(ours: Path, theirs: Path) -> float:
     pairs = [(tensor, stored(theirs)[name]) for name, tensor in stored(ours).items()]
     same = sum(int(((a == 0) == (b == 0)).sum()) for a, b in pairs)
     return same / sum(a.numel() for a, _ in pairs)
-
-
-def workers(process: Process) -> list[psutil.Process]:
-    """The processes that an agent started, by their ranks."""
-    found = psutil.Process(process.pid).children()
-    ranked = [each for each in found if each.environ().get("RANK") is not None]
-    return sorted(ranked or found, key=lambda each: each.pid)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +157,7 @@ def test_one_process_speaks(runs: Runs):
 def test_a_killed_process_ends_all_and_one_process_goes_on(case: Case, runs: Runs):
     process = case.start(Torchrun(2))
     assert process.wait_for(lambda: case.finished(0)), process.errors
-    group = workers(process)
+    group = workers(process.pid)
     group[-1].kill()
     assert process.wait() != 0
     assert not psutil.wait_procs(group, timeout=0)[1]
@@ -185,7 +178,7 @@ def test_torchruns_restart_goes_on_and_a_number_of_processes_gives_the_same_byte
 ):
     process = case.start(Torchrun(2, max_restarts=1))
     assert process.wait_for(lambda: case.finished(0)), process.errors
-    workers(process)[0].send_signal(signal.SIGKILL)  # the one that holds the lock
+    workers(process.pid)[0].send_signal(signal.SIGKILL)  # the one that holds the lock
     assert process.wait() == 0, process.errors
     assert process.errors.count("finished before, replayed") == 1
     assert digests(case.out) == digests(runs.two)

@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +19,7 @@ from besa.model.prune_record import PruneRecord
 from besa.model.record import read_record
 from besa.recovery.config import RecoverConfig
 from besa.recovery.recover import recover
-from tests.agents import Torchrun
+from tests.agents import Torchrun, workers
 from tests.helpers import (
     Process,
     digests,
@@ -297,7 +296,7 @@ def test_a_killed_process_ends_all_and_one_process_goes_on(
     process = start(*command, cwd=tmp_path, launch=Torchrun(2))
     whole = tmp_path / "out.partial/training/0.005/checkpoint-4/whole"
     assert process.wait_for(whole.exists), process.errors
-    psutil.Process(process.pid).children()[-1].kill()
+    workers(process.pid)[-1].kill()
     assert process.wait() != 0
     assert not (tmp_path / "out").exists()
     gone_on = run(*command, cwd=tmp_path)

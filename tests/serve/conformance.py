@@ -250,17 +250,17 @@ def _no_node() -> str | None:
     return None if found.returncode == 0 else "npm's package openai is not in NODE_PATH"
 
 
+def _said(*command: str | Path) -> Any:
+    """The JSON that a client prints."""
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
 def test_nodes_client(server: Served, dense: Path):
     if (reason := _no_node()) is not None:
         pytest.skip(reason)
-    result = subprocess.run(
-        ["node", "-e", NODE_SCRIPT, server.url, server.key or "none"],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+    found = _said("node", "-e", NODE_SCRIPT, server.url, server.key or "none")
     assert found["answers"] == [serving.greedy(dense, "import os\n", 9)] * 3
     assert found["models"] == ["sparse"]
     if server.engine != "vllm":
@@ -319,14 +319,8 @@ print(json.dumps({"answers": answers, "tokens": whole.raw.usage.completion_token
 
 @pytest.mark.skipif(not LLAMA_INDEX.exists(), reason="LlamaIndex is not installed (make test)")
 def test_llama_index(server: Served, dense: Path):
-    result = subprocess.run(
-        [LLAMA_INDEX, "-c", LLAMA_INDEX_SCRIPT, server.url, server.key or "none", str(CONTEXT)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+    script = (LLAMA_INDEX, "-c", LLAMA_INDEX_SCRIPT)
+    found = _said(*script, server.url, server.key or "none", str(CONTEXT))
     assert found["answers"] == [serving.greedy(dense, "import os\n", 9)] * 4
     assert found["tokens"] == 9
     if server.engine != "vllm":
