@@ -3,9 +3,6 @@
 //
 //     sums [16 rows, 16 tokens]  +=  W [16 rows, 64 bytes]  *  x [16 words, 16 tokens]
 //
-// W is as it lies in its rows, 32 bfloat16 or 64 int8. Of x, a token's 64 bytes are wanted as a column
-// of 32-bit words: x is transposed, once for a call, and no weight is laid out anew.
-//
 // A tile is 64 rows, four registers, times some lines of 64 bytes. Each register of x is multiplied with
 // four of W: five loads for four products, and eight lines of the tile stay in the first-level cache
 // for all tokens. The tile as a whole is in the second-level cache, with long parts of each row: what
@@ -14,64 +11,23 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
-#include "activations.h"
-#include "amx.h"
-#include "outputs.h"
-#include "packed_rows.h"
+#include "amx_blocks.h"
 
 namespace besa {
 namespace {
 
-// x in blocks of 16 tokens: [blocks, lines, 16 words, 16 tokens]. The last token stands for those that
-// a block lacks.
-template <class Traits>
-struct TokenBlocks {
-    Activations<Traits> rows;
-    Buffer<char> x;
-    std::int64_t lines;  // of a token
-
-    // False if there is no memory.
-    bool prepare(const Job& job) {
-        using X = typename Traits::X;
-        if (!rows.prepare(job)) return false;
-        const std::int64_t steps = (job.cols + Traits::kStep - 1) / Traits::kStep;
-        lines = steps * Traits::kStep * static_cast<std::int64_t>(sizeof(X)) / kLine;
-        const std::int64_t blocks = (job.tokens + kRegisterRows - 1) / kRegisterRows;
-        x = buffer<char>(blocks * lines * kRegisterBytes);
-        if (!x) return false;
-        std::atomic<std::int64_t> next{0};
-        in_lanes(job, worthwhile_threads(job, job.tokens * job.cols), [&] {
-            for (std::int64_t b; (b = next++) < blocks;)
-                for (std::int64_t i = 0; i < lines; ++i) {
-                    const auto token = [&](int t) BESA_INLINE {
-                        return rows.at(least(b * kRegisterRows + t, job.tokens - 1),
-                                       i * (kLine / sizeof(X)));
-                    };
-                    transpose(token, x.get() + (b * lines + i) * kRegisterBytes);
-                }
-        });
-        return true;
-    }
-
-    const char* at(std::int64_t block, std::int64_t line) const {
-        return x.get() + (block * lines + line) * kRegisterBytes;
-    }
-};
-
 template <class Traits, bool kDense>
 class AmxTiles {
    public:
-    AmxTiles(const Job& job, const TokenBlocks<Traits>& in)
-        : job_(job),
-          in_(in),
-          weight_(job, kMostRows),
-          tile_(buffer<char>(kTileRows * kMostLines * kLine)),
-          sums_(buffer<Sum>(kMostRows * kTokensPerPass)) {}
+    static constexpr int kTileRows = 4 * kRegisterRows, kMostRows = 4 * kTileRows;
+    struct Memory;
 
-    bool has_memory() const { return weight_.has_memory() && tile_ && sums_; }
+    AmxTiles(const Job& job, const TokenBlocks<Traits>& in, const Memory& memory)
+        : job_(job), in_(in), weight_(job, kMostRows), memory_(memory) {}
+
+    bool has_memory() const { return weight_.has_memory() && memory_.tile && memory_.sums; }
 
     Status status() const { return weight_.status(); }
 
@@ -96,9 +52,9 @@ class AmxTiles {
     using Sum = typename Traits::Sum;
     static constexpr int kStep = Traits::kStep;
     static constexpr int kLinesOfStep = sizeof(W) / kLine;
-    static constexpr int kRegisters = 4;  // of W
+    static constexpr int kRegisters = kTileRows / kRegisterRows;  // of W
+    // int4 takes more registers of the processor than there are for several rows at once.
     static constexpr int kAtOnce = Traits::kNibbles ? 1 : kRegisters;
-    static constexpr int kTileRows = kRegisters * kRegisterRows, kMostRows = 4 * kTileRows;
     static constexpr int kRegisterSums = kRegisterRows * kRegisterRows;
     // A tile takes 512 KiB at most, and so do the activations that it is multiplied with, which are
     // used again for the piece's next tile.
@@ -122,11 +78,11 @@ class AmxTiles {
                         row[i].ahead = Rows::address(row[(i + kTileRows) % rows].p) -
                                        Rows::address(row[i].p);
                 for (int i = 0; i < kRegisterRows; ++i)
-                    expand(row + r + i, tile_.get() + i * kLine, line / kLinesOfStep,
+                    expand(row + r + i, memory_.tile.get() + i * kLine, line / kLinesOfStep,
                            width / kLinesOfStep);
                 for (std::int64_t i = 0; i < width; i += kCachedLines)
                     for (std::int64_t b = 0; b < blocks; ++b)
-                        multiply(tile_.get() + i * kRegisterBytes,
+                        multiply(memory_.tile.get() + i * kRegisterBytes,
                                  in_.at(t0 / kRegisterRows + b, line + i),
                                  least(kCachedLines, width - i), sums(r, b), line + i == 0);
             }
@@ -135,33 +91,13 @@ class AmxTiles {
         store(r0, n, t0, tokens);
     }
 
-    // Expands the next `width` steps of a row for each register, from step s on: four rows at once,
-    // which keep more reads on their way than one, or one of int4, which needs more registers.
+    // Expands the next `width` steps of a row for each register, from step s on.
     void expand(Row* rows, char* to, std::int64_t s, std::int64_t width) const {
         for (int r = 0; r < kRegisters; r += kAtOnce)
-            expand_at_once(rows + r * kRegisterRows, to + r * kMostLines * kRegisterBytes, s, width);
-    }
-
-    void expand_at_once(Row* rows, char* to, std::int64_t s, std::int64_t width) const {
-        Row row[kAtOnce];  // copies, which stay in registers
-        each<kAtOnce>([&](auto r) BESA_INLINE { row[r] = rows[r * kRegisterRows]; });
-        const auto step = [&](std::int64_t i, auto whole) BESA_INLINE {
-            each<kAtOnce>([&](auto r) BESA_INLINE {
-                const W w = weight_.template next<whole>(row[r], (s + i) * kStep);
-                const __m512i* line = reinterpret_cast<const __m512i*>(&w);
-                each<kLinesOfStep>([&](auto k) BESA_INLINE {
-                    const std::int64_t at = r * kMostLines + i * kLinesOfStep + k;
-                    _mm512_store_si512(to + at * kRegisterBytes, line[k]);
-                });
-            });
-        };
-        const std::int64_t whole = least(width, job_.cols / kStep - s);
-        for (std::int64_t i = 0; i < whole; ++i) step(i, std::true_type{});
-        if (whole < width) step(whole, std::false_type{});
-        each<kAtOnce>([&](auto r) BESA_INLINE {
-            rows[r * kRegisterRows].p = row[r].p;
-            rows[r * kRegisterRows].high = row[r].high;
-        });
+            expand_lines<kAtOnce>(weight_, rows + r * kRegisterRows, kRegisterRows, job_.cols, s, width,
+                                  [&](int k, std::int64_t i) BESA_INLINE {
+                                      return to + ((r + k) * kMostLines + i) * kRegisterBytes;
+                                  });
     }
 
     // Adds some lines of the tile times a block of tokens to their sums.
@@ -191,7 +127,7 @@ class AmxTiles {
 
     // The sums of the tile from row r on, and of a block of tokens: those of each register.
     Sum* sums(int r, std::int64_t block) const {
-        return sums_.get() + r * kTokensPerPass + block * kTileRows * kRegisterRows;
+        return memory_.sums.get() + r * kTokensPerPass + block * kTileRows * kRegisterRows;
     }
 
     // The outputs, once all columns are in the sums.
@@ -200,24 +136,24 @@ class AmxTiles {
             for (int r = 0; r < n; r += kRegisterRows) {
                 const Sum* from =
                     sums(r / kTileRows * kTileRows, b) + r % kTileRows * kRegisterRows;
-                alignas(kLine) Sum of_token[kRegisterRows][kRegisterRows];
-                transpose([&](int i) BESA_INLINE { return from + i * kRegisterRows; }, of_token);
-                const std::int64_t t = b * kRegisterRows;
-                for (int i = 0; i < least(kRegisterRows, tokens - t); ++i) {
-                    float values[kRegisterRows];
-                    std::copy_n(of_token[i], kRegisterRows, values);
-                    store_outputs(job_, in_.rows, r0 + r, t0 + t + i,
-                                  static_cast<int>(least(kRegisterRows, n - r)), values);
-                }
+                store_register_outputs<Traits>(job_, in_.scale, r0 + r, n - r, t0 + b * kRegisterRows,
+                                               from);
             }
     }
 
     const Job& job_;
     const TokenBlocks<Traits>& in_;
     Rows weight_;
+    const Memory& memory_;
     AmxRegisters registers_;
-    Buffer<char> tile_;  // [kRegisters, kMostLines, kRegisterRows, kLine]
-    Buffer<Sum> sums_;   // [kMostRows / kTileRows, blocks, kRegisters, kRegisterSums]: so far
+};
+
+// What a thread multiplies in: a tile [kRegisters, kMostLines, kRegisterRows, kLine], and the sums so
+// far [kMostRows / kTileRows, blocks, kRegisters, kRegisterSums].
+template <class Traits, bool kDense>
+struct AmxTiles<Traits, kDense>::Memory {
+    Buffer<char> tile = buffer<char>(kTileRows * kMostLines * kLine);
+    Buffer<Sum> sums = buffer<Sum>(kMostRows * kTokensPerPass);
 };
 
 }  // namespace

@@ -26,7 +26,9 @@ namespace {
 template <class Traits, bool kDense>
 class Direct {
    public:
-    Direct(const Job& job, const TokenRows<Traits>& in)
+    struct Memory {};  // it needs none
+
+    Direct(const Job& job, const TokenRows<Traits>& in, const Memory&)
         : job_(job), in_(in), weight_(job, kStreams) {}
 
     bool has_memory() const { return weight_.has_memory(); }
@@ -112,7 +114,7 @@ class Direct {
                 each<U - 1>([&](auto u) BESA_INLINE { sum = Traits::add(sum, acc[u + 1][r][t]); });
                 if constexpr (Traits::kOffsetAtRowEnd) sum = sum - offset[r];
                 float total = static_cast<float>(Traits::sum(sum));
-                store_outputs(job_, in_, r0 + r * apart, t0 + t, 1, &total);
+                store_outputs<Traits>(job_, in_.scale, r0 + r * apart, t0 + t, 1, &total);
             });
         });
     }

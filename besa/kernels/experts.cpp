@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstring>
 #include <deque>
+#include <limits>
 #include <new>
 #include <vector>
 
@@ -18,29 +19,38 @@ namespace {
 // Pairs that are worked on at a time: their activations, some megabytes, stay in a cache.
 constexpr std::int64_t kPairs = 512;
 
-// Pairs of token and expert, sorted by expert.
+// From so many pairs of an expert on AMX was measured to be faster; without it, none are many.
+std::int64_t many_pairs(const Job& job) {
+    if (job.isa != kAvx512Amx) return std::numeric_limits<std::int64_t>::max();
+    return job.values_dtype == kBf16 ? 5 : 9;
+}
+
+// Pairs of token and expert, sorted by expert. Experts of fewer than `many_from` pairs come first.
 struct Pairs {
     std::vector<Group> groups;
     std::vector<std::int64_t> token;  // [pairs]
     std::vector<std::int64_t> pair;   // [tokens, chosen], -1 where the expert is none
 };
 
-Pairs sorted(const Experts& layer) {
+Pairs sorted(const Experts& layer, std::int64_t many_from) {
     Pairs pairs;
     const std::int64_t slots = layer.gate_up.tokens * layer.chosen;
-    std::vector<std::int64_t> next(layer.experts);
+    std::vector<std::int64_t> count(layer.experts), next(layer.experts);
     const auto is_here = [&](std::int64_t i) {
         return layer.ids[i] >= 0 && layer.ids[i] < layer.experts;
     };
     for (std::int64_t i = 0; i < slots; ++i)
-        if (is_here(i)) ++next[layer.ids[i]];
-    std::int64_t first = 0;
-    for (std::int64_t e = 0; e < layer.experts; ++e) {
-        const std::int64_t end = first + next[e];
-        if (end > first) pairs.groups.push_back({e, first, end});
-        next[e] = first;
-        first = end;
-    }
+        if (is_here(i)) ++count[layer.ids[i]];
+    std::int64_t first = 0, block = 0;
+    for (const bool many : {false, true})
+        for (std::int64_t e = 0; e < layer.experts; ++e) {
+            if (count[e] == 0 || (count[e] >= many_from) != many) continue;
+            const Group group{e, first, first + count[e], block};
+            pairs.groups.push_back(group);
+            next[e] = first;
+            first = group.end;
+            block += group.blocks();
+        }
     pairs.token.resize(first);
     pairs.pair.assign(slots, -1);
     for (std::int64_t i = 0; i < slots; ++i)
@@ -51,16 +61,21 @@ Pairs sorted(const Experts& layer) {
     return pairs;
 }
 
-// How many groups are worked on at a time: as many as have kPairs pairs, at least one.
-std::vector<std::int64_t> parts_of(const std::vector<Group>& groups) {
-    std::vector<std::int64_t> parts;
-    std::int64_t first = 0;  // pair of the part
+// The groups that are worked on at a time: as many as have kPairs pairs, at least one, of one kind.
+struct Part {
+    const Group* groups;
+    std::int64_t count;
+    bool many;
+};
+
+std::vector<Part> parts_of(const std::vector<Group>& groups, std::int64_t many_from) {
+    std::vector<Part> parts;
     for (const Group& group : groups) {
-        if (parts.empty() || group.end - first > kPairs) {
-            parts.push_back(0);
-            first = group.first;
-        }
-        ++parts.back();
+        const bool many = group.end - group.first >= many_from;
+        if (parts.empty() || group.end - parts.back().groups->first > kPairs ||
+            parts.back().many != many)
+            parts.push_back({&group, 0, many});
+        ++parts.back().count;
     }
     return parts;
 }
@@ -68,43 +83,37 @@ std::vector<std::int64_t> parts_of(const std::vector<Group>& groups) {
 int run(const Experts& experts) {
     const Job &gate_up = experts.gate_up, &down = experts.down;
     const std::int64_t size = float_size(down.input_dtype);
-    const Pairs pairs = sorted(experts);
+    const std::int64_t many_from = many_pairs(gate_up);
+    const Pairs pairs = sorted(experts, many_from);
     if (pairs.groups.empty()) {
         if (gate_up.tokens && down.rows)
             std::memset(down.output, 0, gate_up.tokens * down.rows * size);
         return kOk;
     }
-    const std::vector<std::int64_t> parts = parts_of(pairs.groups);
     const auto count = static_cast<std::int64_t>(pairs.token.size());
-    std::int64_t most = 0;  // pairs at a time
-    const Group* group = pairs.groups.data();
-    for (const std::int64_t groups : parts) {
-        most = std::max(most, group[groups - 1].end - group->first);
-        group += groups;
-    }
+    std::deque<Grouped> products;  // gate_up and down of each part in turn
+    std::int64_t most = 0, rows = 0;  // pairs at a time, and with those that blocks lack
+    for (const Part& part : parts_of(pairs.groups, many_from))
+        for (const bool is_down : {false, true}) {
+            Grouped& g = products.emplace_back();
+            g.groups = part.groups;
+            g.count = part.count;
+            g.many = part.many;
+            g.is_down = is_down;
+            most = std::max(most, g.pairs());
+            rows = std::max(rows, g.many ? g.blocks() * kPairsOfBlock : g.pairs());
+        }
+    products.back().is_last = true;
 
     // Room for activations of any type, and the cache lines that a row may have more.
-    const auto x = buffer<float>(most * (std::max(gate_up.cols, down.cols) + 256));
+    const auto x = buffer<float>(rows * (std::max(gate_up.cols, down.cols) + 256));
     const auto scale = buffer<float>(most);
     const auto between = buffer<char>(most * gate_up.rows * size);
     const auto outputs = buffer<char>(count * down.rows * size);
     if (!x || !scale || !between || !outputs) return kNoMemory;
     const Layer layer{experts,     pairs.token.data(), pairs.pair.data(), x.get(),
                       scale.get(), between.get(),      outputs.get()};
-
-    std::deque<Grouped> products;  // gate_up and down of each part in turn
-    group = pairs.groups.data();
-    for (const std::int64_t groups : parts) {
-        for (const bool is_down : {false, true}) {
-            Grouped& g = products.emplace_back();
-            g.layer = &layer;
-            g.groups = group;
-            g.count = groups;
-            g.is_down = is_down;
-        }
-        group += groups;
-    }
-    products.back().is_last = true;
+    for (Grouped& g : products) g.layer = &layer;
 
     const std::int64_t weights = gate_up.rows * gate_up.cols + down.rows * down.cols;
     const int threads = worthwhile_threads(gate_up, weights * count);

@@ -9,7 +9,8 @@
 //
 // experts.cpp makes the groups and starts the threads once for a layer; here they go from phase to
 // phase. All work of a phase is one list, pieces of all experts in turn, from which they take what is
-// next: experts are small, and a token chooses few.
+// next: experts are small, and a token chooses few. For AMX there are two lists, first the experts of
+// few pairs, then the others, whose activations it wants otherwise (sparse_linear_avx512_amx.cpp).
 //
 //     gate_up   prepare    each pair's token, as the product wants it
 //               multiply   pieces of rows of each group, by direct.h or tiles.h
@@ -23,6 +24,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -38,9 +40,15 @@ struct Phase {
     std::atomic<std::int64_t> taken{0}, done{0};
 };
 
+// Pairs that AMX multiplies at a time.
+constexpr std::int64_t kPairsOfBlock = 16;
+
 // The pairs of an expert.
 struct Group {
     std::int64_t expert, first, end;
+    std::int64_t block;  // how many blocks of pairs are before them
+
+    std::int64_t blocks() const { return (end - first + kPairsOfBlock - 1) / kPairsOfBlock; }
 };
 
 // What the products of a layer share.
@@ -48,7 +56,7 @@ struct Layer {
     const Experts& experts;
     const std::int64_t* token;  // [pairs]
     const std::int64_t* pair;   // [tokens, chosen], -1 where the expert is none
-    void* x;                    // [pairs at a time, stride]: activations, as the product wants them
+    void* x;                    // of the pairs at a time: activations, as the product wants them
     float* scale;               // [pairs at a time]: of them
     void* between;              // [pairs at a time, gate_up.rows]: what gate_up gives
     void* outputs;              // [pairs, down.rows]: what down gives
@@ -59,8 +67,23 @@ struct Grouped {
     const Layer* layer = nullptr;
     const Group* groups = nullptr;
     std::int64_t count = 0;
+    bool many = false;  // whether each group has so many pairs that AMX takes them
     bool is_down = false, is_last = false;
     Phase prepare, multiply, add_up;
+
+    std::int64_t first() const { return groups[0].first; }
+    std::int64_t pairs() const { return groups[count - 1].end - first(); }
+    std::int64_t blocks() const {
+        return groups[count - 1].block + groups[count - 1].blocks() - groups[0].block;
+    }
+
+    // The group that has the i-th block of pairs.
+    const Group& of_block(std::int64_t i) const {
+        const auto is_before = [](std::int64_t block, const Group& group) {
+            return block < group.block;
+        };
+        return *(std::upper_bound(groups, groups + count, groups[0].block + i, is_before) - 1);
+    }
 };
 
 namespace {
@@ -110,58 +133,80 @@ inline Job job_of(const Job& job, const Group& group, void* output) {
     return own;
 }
 
-// Rows [first, end) of W, times the job's tokens.
-template <class Product, class Traits>
-int rows_of(const Job& job, const TokenRows<Traits>& in, std::int64_t first, std::int64_t end) {
-    Product product(job, in);
+// What is multiplied of a pair, the i-th of the groups': its token, or the activation of what gate_up
+// gave it.
+inline const void* input_of(const Grouped& g, const Job& job, std::int64_t i) {
+    const Layer& layer = *g.layer;
+    const Job& gate_up = layer.experts.gate_up;
+    const std::int64_t size = float_size(job.input_dtype);
+    if (!g.is_down)
+        return offset(gate_up.input, layer.token[g.first() + i] * job.cols * size);
+    void* const row = offset(layer.between, i * gate_up.rows * size);
+    activate(layer.experts, row);
+    return row;
+}
+
+// One thread's part in a product whose inputs are prepared; returns a Status. It calls
+// product(job, start, first, end) for rows [first, end) of a group, whose pairs begin at the start-th.
+// Rows are taken `height` at a time, or some times as many.
+template <class Product>
+int multiply_groups(Grouped& g, const Job& job, std::int64_t height, const Product& product) {
+    const Layer& layer = *g.layer;
+    const std::int64_t size = float_size(job.input_dtype);
+    // Pieces small enough that all threads are busy to the end, and large enough for long streams.
+    const std::int64_t fair = g.count * job.rows / (16 * job.threads) / height;
+    const std::int64_t rows = height * (fair < 1 ? 1 : least(fair, 4));
+    const std::int64_t pieces = (job.rows + rows - 1) / rows;
+    int status = kOk;
+    share(g.multiply, g.count * pieces, [&](std::int64_t i) {
+        const Group& group = g.groups[i / pieces];
+        const std::int64_t start = group.first - g.first();
+        void* const to = g.is_down ? offset(layer.outputs, group.first * job.rows * size)
+                                   : offset(layer.between, start * job.rows * size);
+        const std::int64_t first = i % pieces * rows;
+        const int result = product(job_of(job, group, to), group, first,
+                                   least(first + rows, job.rows));
+        if (result != kOk) status = result;
+    });
+    if (g.is_last) {
+        const std::int64_t blocks = (job.rows + kSumColumns - 1) / kSumColumns;
+        share(g.add_up, layer.experts.gate_up.tokens * blocks, [&](std::int64_t i) {
+            add_up(layer, i / blocks, i % blocks * kSumColumns);
+        });
+    }
+    return status;
+}
+
+// Rows [first, end) of W, `height` at a time, times the job's tokens.
+template <class Product, class Input>
+int rows_of(const Job& job, const Input& in, const typename Product::Memory& memory,
+            std::int64_t height, std::int64_t first, std::int64_t end) {
+    Product product(job, in, memory);
     if (!product.has_memory()) return kNoMemory;
-    for (; first < end; first += kRowsPerPiece)
-        product.run(first, least(first + kRowsPerPiece, end));
+    for (; first < end; first += height) product.run(first, least(first + height, end));
     return product.status();
 }
 
 // One thread's part in the product of all groups; returns a Status.
 template <class Traits>
 int run_grouped(const Job& job) {
+    using Few = Direct<Traits, false>;
+    using Many = Tiles<Traits, false>;
     Grouped& g = *job.grouped;
-    const Layer& layer = *g.layer;
-    const Job& gate_up = layer.experts.gate_up;
-    const std::int64_t start = g.groups[0].first, size = float_size(job.input_dtype);
-    const TokenRows<Traits> in{static_cast<typename Traits::X*>(layer.x), layer.scale,
-                                 TokenRows<Traits>::stride_of(job.cols)};
-    share(g.prepare, g.groups[g.count - 1].end - start, [&](std::int64_t i) {
-        void* const between = offset(layer.between, i * gate_up.rows * size);
-        if (g.is_down) activate(layer.experts, between);
-        const void* row = between;
-        if (!g.is_down) row = offset(gate_up.input, layer.token[start + i] * job.cols * size);
-        in.make(row, job.input_dtype, job.cols, i);
+    const TokenRows<Traits> in{static_cast<typename Traits::X*>(g.layer->x), g.layer->scale,
+                               TokenRows<Traits>::stride_of(job.cols)};
+    share(g.prepare, g.pairs(), [&](std::int64_t i) {
+        in.make(input_of(g, job, i), job.input_dtype, job.cols, i);
     });
-
-    // Pieces small enough that all threads are busy to the end, and large enough for long streams.
-    const std::int64_t fair = g.count * job.rows / (16 * job.threads) / kRowsPerPiece;
-    const std::int64_t rows = kRowsPerPiece * (fair < 1 ? 1 : least(fair, 4));
-    const std::int64_t pieces = (job.rows + rows - 1) / rows;
-    int status = kOk;
-    share(g.multiply, g.count * pieces, [&](std::int64_t i) {
-        const Group& group = g.groups[i / pieces];
-        const std::int64_t first = i % pieces * rows, end = least(first + rows, job.rows);
-        void* const to = g.is_down ? offset(layer.outputs, group.first * job.rows * size)
-                                   : offset(layer.between, (group.first - start) * job.rows * size);
-        const Job own = job_of(job, group, to);
-        const TokenRows<Traits> own_in = in.from(group.first - start);
-        const int result = own.tokens >= least(Traits::kTileFrom, kTileFromGroup)
-                               ? rows_of<Tiles<Traits, false>>(own, own_in, first, end)
-                               : rows_of<Direct<Traits, false>>(own, own_in, first, end);
-        if (result != kOk) status = result;
-    });
-
-    if (g.is_last) {
-        const std::int64_t blocks = (job.rows + kSumColumns - 1) / kSumColumns;
-        share(g.add_up, gate_up.tokens * blocks, [&](std::int64_t i) {
-            add_up(layer, i / blocks, i % blocks * kSumColumns);
-        });
-    }
-    return status;
+    const typename Few::Memory few;
+    const typename Many::Memory many;
+    const auto rows = [&](const Job& own, const Group& group, std::int64_t first, std::int64_t end) {
+        const TokenRows<Traits> of_group = in.from(group.first - g.first());
+        return own.tokens >= least(Traits::kTileFrom, kTileFromGroup)
+                   ? rows_of<Many>(own, of_group, many, kRowsPerPiece, first, end)
+                   : rows_of<Few>(own, of_group, few, kRowsPerPiece, first, end);
+    };
+    return multiply_groups(g, job, kRowsPerPiece, rows);
 }
 
 }  // namespace

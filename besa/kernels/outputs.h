@@ -20,12 +20,12 @@ BESA_INLINE inline void store_outputs_as(const Job& job, std::int64_t r, std::in
 // Outputs r to r + n - 1 of token t. The type is asked for outside of the loops, which are vectors
 // then. Overwrites `values`.
 template <class Traits>
-BESA_INLINE inline void store_outputs(const Job& job, const TokenRows<Traits>& in,
-                                      std::int64_t r, std::int64_t t, int n, float* values) {
+BESA_INLINE inline void store_outputs(const Job& job, const float* token_scale, std::int64_t r,
+                                      std::int64_t t, int n, float* values) {
     if (job.scale && !job.group_size)
         for (int i = 0; i < n; ++i) values[i] *= job.scale[r + i];
     if constexpr (Traits::kInt8Input)
-        for (int i = 0; i < n; ++i) values[i] *= in.scale[t];
+        for (int i = 0; i < n; ++i) values[i] *= token_scale[t];
     switch (job.input_dtype) {
         case kBf16: store_outputs_as<kBf16>(job, r, t, n, values); break;
         case kFp16: store_outputs_as<kFp16>(job, r, t, n, values); break;

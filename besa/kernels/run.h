@@ -25,7 +25,8 @@ int share_out(const Job& job, const Input& in, int threads,
     std::atomic<int> status{kOk};
     std::atomic<std::int64_t> next{0};
     in_lanes(job, threads, [&] {
-        Product product(job, in);
+        const typename Product::Memory memory;
+        Product product(job, in, memory);
         if (!product.has_memory()) {
             status = kNoMemory;
             return;

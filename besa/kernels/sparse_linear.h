@@ -39,7 +39,7 @@
 //     activations.h    x, converted or quantized to int8
 //     packed_rows.h    reads rows of W, step by step and within bounds
 //     direct.h, tiles.h, outputs.h    the algorithms, and what they end with
-//     amx.h, amx_tiles.h              AMX: its registers, and the algorithm
+//     amx.h, amx_blocks.h, amx_tiles.h    AMX: its registers, activations for them, and the algorithm
 //     run.h            picks one and shares out the rows between threads
 //     experts.h, grouped.h, gate.h    a layer of a mixture's experts, each with its own tokens
 //     sparse_linear_<isa>.cpp         the traits of one instruction set; compiled with its flags

@@ -35,14 +35,12 @@ constexpr int kRowsPerPiece = 48;
 template <class Traits, bool kDense>
 class Tiles {
    public:
-    Tiles(const Job& job, const TokenRows<Traits>& in)
-        : job_(job),
-          in_(in),
-          weight_(job, kRowsPerPiece),
-          tile_(buffer<W>(kTileRows * kTileSteps)),
-          sums_(buffer<Sum>(kRowsPerPiece * kTokensPerPass)) {}
+    struct Memory;
 
-    bool has_memory() const { return weight_.has_memory() && tile_ && sums_; }
+    Tiles(const Job& job, const TokenRows<Traits>& in, const Memory& memory)
+        : job_(job), in_(in), weight_(job, kRowsPerPiece), memory_(memory) {}
+
+    bool has_memory() const { return weight_.has_memory() && memory_.tile && memory_.sums; }
 
     Status status() const { return weight_.status(); }
 
@@ -88,7 +86,7 @@ class Tiles {
                 // fetched meanwhile: a row with each product, and the others before.
                 const auto later = [&](int i) -> const Row& { return row[(r + i + kTileRows) % n]; };
                 for (int i = 0; i < kTileRows; ++i) {
-                    W* to = tile_.get() + i * kTileSteps;
+                    W* to = memory_.tile.get() + i * kTileSteps;
                     if (r + i < n) {
                         Row& one = row[r + i];
                         one.ahead = i < products
@@ -100,7 +98,7 @@ class Tiles {
                     }
                 }
                 const X* x = in_.at(t0, s * kStep);
-                Sum* to = sums_.get() + r * kTokensPerPass;
+                Sum* to = memory_.sums.get() + r * kTokensPerPass;
                 if (s == 0) std::fill_n(to, tokens * kTileRows, 0);
                 int t = 0;
                 for (int i = 0; i < products; ++i, t += kTileTokens) {
@@ -142,7 +140,7 @@ class Tiles {
     template <int T>
     void multiply(const X* x, int width, Sum* to, const Value* fetched, std::int64_t bytes) const {
         Acc acc[kTileRows][T];
-        const W* w = tile_.get();
+        const W* w = memory_.tile.get();
         each<kTileRows>([&](auto r) BESA_INLINE {
             each<T>([&](auto t) BESA_INLINE { acc[r][t] = Traits::zero(); });
         });
@@ -186,19 +184,26 @@ class Tiles {
         for (int t = 0; t < tokens; ++t) {
             float values[kRowsPerPiece];
             for (int r = 0; r < n; r += kTileRows) {
-                const Sum* from = sums_.get() + r * kTokensPerPass + t * kTileRows;
+                const Sum* from = memory_.sums.get() + r * kTokensPerPass + t * kTileRows;
                 for (int i = 0; i < kTileRows; ++i)
                     values[r + i] = static_cast<float>(from[i] - offsets[r + i]);
             }
-            store_outputs(job_, in_, r0, t0 + t, n, values);
+            store_outputs<Traits>(job_, in_.scale, r0, t0 + t, n, values);
         }
     }
 
     const Job& job_;
     const TokenRows<Traits>& in_;
     Rows weight_;
-    Buffer<W> tile_;    // [kTileRows, kTileSteps]
-    Buffer<Sum> sums_;  // [kRowsPerPiece / kTileRows, kTokensPerPass, kTileRows]: so far
+    const Memory& memory_;
+};
+
+// What a thread multiplies in: a tile [kTileRows, kTileSteps], and the sums so far
+// [kRowsPerPiece / kTileRows, kTokensPerPass, kTileRows].
+template <class Traits, bool kDense>
+struct Tiles<Traits, kDense>::Memory {
+    Buffer<W> tile = buffer<W>(kTileRows * kTileSteps);
+    Buffer<Sum> sums = buffer<Sum>(kRowsPerPiece * kTokensPerPass);
 };
 
 }  // namespace
