@@ -307,6 +307,17 @@ def random_mixture(
     make_model(directory, config, None)
 
 
+def random_shape(directory: Path, shape: str, layers: int) -> int:
+    """Writes the first layers of a shape of `besa bench --shape`; gives how many it has in all.
+
+    Call it through `apart`, which leaves no torch in the caller.
+    """
+    from besa.bench.random_models import layers_of, make_model, shape_config
+
+    make_model(directory, shape_config(shape, layers), None)
+    return layers_of(shape_config(shape))
+
+
 def write_words(path: Path, count: int = 40_000) -> None:
     """Writes a calibration text of `count` words: numbers in words, the same every time."""
     digits = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

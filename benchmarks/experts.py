@@ -22,18 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, conditions, gain, in_tokens, spread, write_json
+from common import RESULTS, conditions, spread, write_json
+from kernel_report import DENSE_EXPERTS, experts_table
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from besa.bench.statistics import CONFIDENCE
 from besa.formats import Packed, pack, quantize_int8
 from besa.kernels import Activation, sparse_experts
 from besa.kernels.isa import chosen_isa
 
 TOKENS = [1, 4, 16, 64, 256]
-DENSE = ("eager", "grouped_mm", "vllm")
 
 # A layer, of tokens [tokens, hidden], their experts and the weights of these [tokens, chosen].
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -134,41 +133,13 @@ def row_of(tokens: int, times: dict[str, list[float]]) -> dict[str, Any]:
                 "seconds": spread(own),
                 **{
                     f"over_{other}": spread([a / b for a, b in zip(times[other], own, strict=True)])
-                    for other in DENSE
+                    for other in DENSE_EXPERTS
                     if other in times
                 },
             }
             for name, own in times.items()
         },
     }
-
-
-def experts_table(record: dict[str, Any]) -> str:
-    """Times, and times faster than the last of the dense ones."""
-    shape, there = record["shape"], record["conditions"]
-    dense = [name for name in DENSE if name in record["results"][0]["contenders"]]
-    ours = [name for name in record["results"][0]["contenders"] if name not in dense]
-    lines = [
-        f"| {shape['experts']} experts of 3 × {shape['inner']} × {shape['hidden']}, "
-        f"{shape['chosen']} a token | {' | '.join(dense)} | {' | '.join(ours)} |",
-        "| --- |" + " --- |" * (len(dense) + len(ours)),
-    ]
-    for row in record["results"]:
-        made = row["contenders"]
-        times = {name: f"{one['seconds']['median'] * 1e3:.1f} ms" for name, one in made.items()}
-        last = dense[-1]
-        cells = [times[name] for name in dense]
-        cells += [f"{times[name]}, {gain(made[name][f'over_{last}'])}" for name in ours]
-        lines.append(f"| {in_tokens(row['tokens'])} | {' | '.join(cells)} |")
-    threads = "a thread" if there["threads"] == 1 else f"{there['threads']} threads"
-    lines += [
-        "",
-        f"Times, and times faster than {dense[-1]} in the same rounds: medians of "
-        f"{record['rounds']}, and the interval that holds the median with {CONFIDENCE:.0%}. "
-        f"{there['cpu']}, {threads}, `{there['isa']}`, torch {there['torch']}, transformers "
-        f"{there['transformers']}. `python benchmarks/experts.py --threads {there['threads']}`.",
-    ]
-    return "\n".join(lines)
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ SHAPE, THREADS = "4096x4096", 2
 SHOWN = {"dense": "besa, dense", "50%": "50%", "70%": "70%", "2:4": "2:4"}
 Rows = tuple[dict[str, Any], ...]  # of one type and number of tokens, one of each record
 PANELS = ("bfloat16", "float32", "int8")
+# Of transformers and of vLLM, the fastest last.
+DENSE_EXPERTS = ("eager", "grouped_mm", "vllm")
 AGAINST = {"bfloat16": "F.linear", "float32": "F.linear", "int8": "torch._int_mm"}
 
 # Drawn as narrow as a phone, so that the letters stay readable there, and with a background: an
@@ -176,6 +178,33 @@ def amx_table(*records: dict[str, Any]) -> str:
         "Times, and times faster than `F.linear` (for int8 and int4 `torch._int_mm`, without "
         f"quantizing its input) in the same rounds: {_medians(first)}, torch "
         f"{first['conditions']['torch']}.",
+    ]
+    return "\n".join(lines)
+
+
+def experts_table(record: dict[str, Any]) -> str:
+    """A layer of experts: times, and times faster than the last of the dense ones."""
+    shape, there = record["shape"], record["conditions"]
+    dense = [name for name in DENSE_EXPERTS if name in record["results"][0]["contenders"]]
+    ours = [name for name in record["results"][0]["contenders"] if name not in dense]
+    last = dense[-1]
+    lines = [
+        f"| {shape['experts']} experts of 3 × {shape['inner']} × {shape['hidden']}, "
+        f"{shape['chosen']} a token | {' | '.join(dense)} | {' | '.join(ours)} |",
+        "| --- |" + " --- |" * (len(dense) + len(ours)),
+    ]
+    for row in record["results"]:
+        made = row["contenders"]
+        cells = [_time(made[name]) for name in dense]
+        cells += [_time_and_gain(made[name], f"over_{last}") for name in ours]
+        lines.append(f"| {in_tokens(row['tokens'])} | {' | '.join(cells)} |")
+    threads = "a thread" if there["threads"] == 1 else f"{there['threads']} threads"
+    lines += [
+        "",
+        f"Times, and times faster than {last} in the same rounds: medians of "
+        f"{record['rounds']}, and the interval that holds the median with {CONFIDENCE:.0%}. "
+        f"{there['cpu']}, {threads}, `{there['isa']}`, torch {there['torch']}, transformers "
+        f"{there['transformers']}. `python benchmarks/experts.py --threads {there['threads']}`.",
     ]
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ transformers makes up most of so small a run, the growth is also given beyond wh
 alone hold, and as a share of the weights that the deeper model has more: 0% says that no layer's
 weights stay in memory, 100% that all do.
 
-    python benchmarks/memory.py --experts 64 --layers 2 6 --json benchmarks/results/memory-64.json
+    python benchmarks/memory.py --experts 64 --layers 2 6 --json memory-64-experts.json
 
 does the same with mixtures of 64 experts, each of an eighth of the width.
 """

@@ -24,7 +24,7 @@ from typing import Any
 from bits import bits_tables
 from common import gain, milliseconds
 from gpu_tables import gpu_sentence, gpu_tables
-from kernel_report import amx_table, isa_table, readme_table
+from kernel_report import amx_table, experts_table, isa_table, readme_table
 from quality_report import quality_table
 from samples import samples_table
 from serving_report import engine_name, speed, tables
@@ -167,6 +167,43 @@ def cost(wallclock: dict[str, Any], memory: dict[str, Any], allocation: dict[str
     return "\n".join(lines)
 
 
+def mixture_cost(block: dict[str, Any], *memories: dict[str, Any]) -> str:
+    """Mixtures, from benchmarks/memory.py --experts, and benchmarks/mixture_block.py."""
+    few, many = memories[0]["model"]["layers"]
+    lines = [
+        f"| peak resident memory | {few} blocks | {many} blocks | growth |",
+        "| --- |" + " --- |" * 3,
+    ]
+    for memory in memories:
+        stored = memory["block_bytes"] / 2**20
+        for method, result in memory["methods"].items():
+            low, high = (f"{one['median'] / 2**20:.0f} MiB" for one in result["peak_rss"].values())
+            lines.append(
+                f"| {memory['model']['experts']} experts, {stored:.0f} MiB a block as stored, "
+                f"{method} | {low} | {high} | {result['growth']:+.1%} |"
+            )
+    layers, samples = block["layers"], block["samples"]
+    lines += [
+        "",
+        f"| a block of `{block['shape']}`, random weights | time | all {layers} | memory |",
+        "| --- |" + " --- |" * 3,
+    ]
+    for method, one in block["methods"].items():
+        seconds = one["block_seconds"]
+        lines.append(
+            f"| {method} | {seconds:.0f} s | {seconds * layers / 3600:.1f} h "
+            f"| {one['peak_rss'] / 2**30:.1f} GiB |"
+        )
+    there = block["conditions"]
+    lines += [
+        "",
+        f"Masks alone; of the large block {samples} samples of {block['seqlen']} tokens, with "
+        f"{there['threads']} threads of {there['cpu']}. By `benchmarks/memory.py --experts` and "
+        "`benchmarks/mixture_block.py`.",
+    ]
+    return "\n".join(lines)
+
+
 def engines(record: dict[str, Any]) -> str:
     """Dense against packed in the engines, from benchmarks/engines.py."""
     names = list(record["checkpoint_bytes"])
@@ -203,13 +240,17 @@ def engines(record: dict[str, Any]) -> str:
         cells = [f"{sizes[n] / 2**20:.0f} MiB ({sizes[n] / sizes['dense']:.3f})" for n in names]
         line(title, cells)
     conditions = record["conditions"]
+    shape = "" if record["shape"] == "tinyllama" else f" --shape {record['shape']}"
+    shape += f" --layers {record['layers']}" if shape else ""
+    if vocabulary := record.get("vocabulary"):
+        shape += f" --vocabulary {vocabulary}"
     lines += [
         "",
         f"{rounds_of(record)} bfloat16 except for int8 values, {record['layers']} blocks, "
         f"prompts of {record['prompt']} tokens before a step. {conditions['cpu']}, "
         f"{conditions['threads']} threads, torch {conditions['torch']}, vLLM "
         f"{conditions['vllm']}, transformers {conditions['transformers']}. "
-        "`python benchmarks/engines.py --work DIR`.",
+        f"`python benchmarks/engines.py --work DIR{shape}`.",
     ]
     return "\n".join(lines)
 
@@ -302,12 +343,19 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "samples": (samples_table, ("samples.json",)),
     "table": (main_methods, ("table.json",)),
     "methods": (methods, ("table.json",)),
+    "mixture": (methods, ("mixture.json",)),
+    "mixture-cost": (
+        mixture_cost,
+        ("mixture-block.json", "memory-8-experts.json", "memory-64-experts.json"),
+    ),
     "cost": (cost, ("wallclock.json", "memory.json", "allocation-cpu.json")),
     "bits": (bits_tables, ("bits.json",)),
     "kernels": (readme_table, ("kernels.json",)),
     "isas": (isa_table, tuple(f"kernels-{isa}.json" for isa in ISAS)),
     "amx": (amx_table, ("kernels-avx512_amx.json", "kernels-beside-amx.json")),
+    "experts": (experts_table, ("experts.json",)),
     "engines": (engines, ("engines.json",)),
+    "engines-experts": (engines, ("engines-experts.json",)),
     "onnx": (onnx, ("onnx.json",)),
     "gpu": (gpu, ()),
     "gpu-speed": (gpu_speed, ()),
@@ -323,7 +371,7 @@ def section(name: str) -> str:
 def read(file: str) -> Any:
     """A result file: runs of besa's own commands as their types, other scripts' as they are."""
     path = RESULTS / file
-    if file in ("table.json", "real.json"):
+    if file in ("table.json", "real.json", "mixture.json"):
         return read_comparison(path)
     return read_results(path) if file.startswith("serving/") else json.loads(path.read_text())
 

@@ -63,6 +63,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.sources: dict[tuple[int | None, str], dict[str, Tensor]] = defaultdict(dict)
         # This rank's rows of each matrix, by the expert and by their place within it.
         self.pieces: dict[str, dict[tuple[int, int], Packed]] = {name: {} for name in _MATRICES}
+        self.whole: dict[str, Packed] = {}  # each matrix, once all of its pieces are there
 
     def create_weights(
         self,
@@ -137,6 +138,20 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if cut:
             place = 0 if expert is None else self._place(expert)
             self.pieces[matrix][place, slot] = stack_rows(cut)
+            self._join(matrix)
+
+    def _join(self, matrix: str) -> None:
+        """Makes one weight of a matrix's pieces if all are there.
+
+        At once, so that no more than one layer is in memory twice: after the whole model was loaded,
+        its pieces would leave gaps in the heap as large as itself.
+        """
+        pieces = self.pieces[matrix]
+        rows = {"w13": 2 * self.inner, "w2": self.hidden}[matrix]
+        if sum(len(piece.bitmask) for piece in pieces.values()) == self.experts * rows:
+            ordered = [pieces[place] for place in sorted(pieces)]
+            self.whole[matrix] = ordered[0] if len(ordered) == 1 else stack_rows(ordered)
+            pieces.clear()
 
     def _place(self, expert: int) -> int:
         """Where this rank has an expert; -1 if another one has it."""
@@ -155,19 +170,15 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return [_run(packed, start, self.inner) for start in starts]
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Makes one packed weight of each matrix's pieces."""
+        """Registers the packed weights."""
         for (expert, weight), parts in self.sources.items():
             name = weight if expert is None else f"{expert}.{weight}"
             lacks = ", ".join(name + part for part in self.suffixes if part not in parts)
             raise BesaError(f"the checkpoint lacks {lacks} of {self.prefix}")
-        rows = {"w13": 2 * self.inner, "w2": self.hidden}
-        for matrix, pieces in self.pieces.items():
-            ordered = [pieces[place] for place in sorted(pieces)]
-            if sum(len(piece.bitmask) for piece in ordered) != self.experts * rows[matrix]:
+        for matrix in _MATRICES:
+            if matrix not in self.whole:
                 raise BesaError(f"the checkpoint does not hold {self.prefix} whole")
-            packed = ordered[0] if len(ordered) == 1 else stack_rows(ordered)
-            pieces.clear()
-            packed = packed.to(self.device)
+            packed = self.whole.pop(matrix).to(self.device)
             if packed.values.is_floating_point():  # the type that the engine runs the model in
                 packed = replace(packed, values=packed.values.to(self.dtype))
             for name in _HELD:
