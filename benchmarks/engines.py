@@ -49,7 +49,7 @@ LIMIT = 900
 # A packed linear's tensors, as the engines' modules name them.
 PACKED = {
     f"{prefix}{part}"
-    for prefix in ("", "weight_", "w13_", "w2_", "gate_up_", "down_")
+    for prefix in ("", "weight_", "w13_", "w2_", "up_", "down_")
     for part in ("values", "packed", "bitmask", "row_ptr", "scale", "rows")
 }
 
