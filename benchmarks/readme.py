@@ -167,39 +167,21 @@ def cost(wallclock: dict[str, Any], memory: dict[str, Any], allocation: dict[str
     return "\n".join(lines)
 
 
-def mixture_cost(block: dict[str, Any], *memories: dict[str, Any]) -> str:
-    """Mixtures, from benchmarks/memory.py --experts, and benchmarks/mixture_block.py."""
-    few, many = memories[0]["model"]["layers"]
+def mixture_cost(record: dict[str, Any]) -> str:
+    """A large mixture, from benchmarks/mixture_block.py."""
+    layers, there = record["layers"], record["conditions"]
     lines = [
-        f"| peak resident memory | {few} blocks | {many} blocks | growth |",
+        f"| a block of `{record['shape']}`, random weights | time | all {layers} | peak memory |",
         "| --- |" + " --- |" * 3,
     ]
-    for memory in memories:
-        stored = memory["block_bytes"] / 2**20
-        for method, result in memory["methods"].items():
-            low, high = (f"{one['median'] / 2**20:.0f} MiB" for one in result["peak_rss"].values())
-            lines.append(
-                f"| {memory['model']['experts']} experts, {stored:.0f} MiB a block as stored, "
-                f"{method} | {low} | {high} | {result['growth']:+.1%} |"
-            )
-    layers, samples = block["layers"], block["samples"]
+    for method, one in record["methods"].items():
+        seconds, peak = one["block_seconds"], one["peak_rss"] / 2**30
+        total = f"{seconds * layers / 3600:.1f} h"
+        lines.append(f"| {method}, masks alone | {seconds:.0f} s | {total} | {peak:.1f} GiB |")
     lines += [
         "",
-        f"| a block of `{block['shape']}`, random weights | time | all {layers} | memory |",
-        "| --- |" + " --- |" * 3,
-    ]
-    for method, one in block["methods"].items():
-        seconds = one["block_seconds"]
-        lines.append(
-            f"| {method} | {seconds:.0f} s | {seconds * layers / 3600:.1f} h "
-            f"| {one['peak_rss'] / 2**30:.1f} GiB |"
-        )
-    there = block["conditions"]
-    lines += [
-        "",
-        f"Masks alone; of the large block {samples} samples of {block['seqlen']} tokens, with "
-        f"{there['threads']} threads of {there['cpu']}. By `benchmarks/memory.py --experts` and "
-        "`benchmarks/mixture_block.py`.",
+        f"{record['samples']} samples of {record['seqlen']} tokens, in float32. {there['cpu']}, "
+        f"{there['threads']} threads, torch {there['torch']}. By `benchmarks/mixture_block.py`.",
     ]
     return "\n".join(lines)
 
@@ -344,10 +326,7 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "table": (main_methods, ("table.json",)),
     "methods": (methods, ("table.json",)),
     "mixture": (methods, ("mixture.json",)),
-    "mixture-cost": (
-        mixture_cost,
-        ("mixture-block.json", "memory-8-experts.json", "memory-64-experts.json"),
-    ),
+    "mixture-cost": (mixture_cost, ("mixture-block.json",)),
     "cost": (cost, ("wallclock.json", "memory.json", "allocation-cpu.json")),
     "bits": (bits_tables, ("bits.json",)),
     "kernels": (readme_table, ("kernels.json",)),

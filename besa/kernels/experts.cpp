@@ -49,7 +49,7 @@ Pairs sorted(const Experts& layer, std::int64_t many_from) {
             pairs.groups.push_back(group);
             next[e] = first;
             first = group.end;
-            block += group.blocks();
+            block += blocks_of(group);
         }
     pairs.token.resize(first);
     pairs.pair.assign(slots, -1);
@@ -100,8 +100,8 @@ int run(const Experts& experts) {
             g.count = part.count;
             g.many = part.many;
             g.is_down = is_down;
-            most = std::max(most, g.pairs());
-            rows = std::max(rows, g.many ? g.blocks() * kPairsOfBlock : g.pairs());
+            most = std::max(most, pairs_of(g));
+            rows = std::max(rows, g.many ? blocks_of(g) * kPairsOfBlock : pairs_of(g));
         }
     products.back().is_last = true;
 

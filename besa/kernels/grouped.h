@@ -47,8 +47,6 @@ constexpr std::int64_t kPairsOfBlock = 16;
 struct Group {
     std::int64_t expert, first, end;
     std::int64_t block;  // how many blocks of pairs are before them
-
-    std::int64_t blocks() const { return (end - first + kPairsOfBlock - 1) / kPairsOfBlock; }
 };
 
 // What the products of a layer share.
@@ -70,23 +68,27 @@ struct Grouped {
     bool many = false;  // whether each group has so many pairs that AMX takes them
     bool is_down = false, is_last = false;
     Phase prepare, multiply, add_up;
-
-    std::int64_t first() const { return groups[0].first; }
-    std::int64_t pairs() const { return groups[count - 1].end - first(); }
-    std::int64_t blocks() const {
-        return groups[count - 1].block + groups[count - 1].blocks() - groups[0].block;
-    }
-
-    // The group that has the i-th block of pairs.
-    const Group& of_block(std::int64_t i) const {
-        const auto is_before = [](std::int64_t block, const Group& group) {
-            return block < group.block;
-        };
-        return *(std::upper_bound(groups, groups + count, groups[0].block + i, is_before) - 1);
-    }
 };
 
 namespace {
+
+inline std::int64_t blocks_of(const Group& group) {
+    return (group.end - group.first + kPairsOfBlock - 1) / kPairsOfBlock;
+}
+
+// Where the pairs of a product begin, how many they are, and how many blocks of them.
+inline std::int64_t first_pair(const Grouped& g) { return g.groups[0].first; }
+inline std::int64_t pairs_of(const Grouped& g) { return g.groups[g.count - 1].end - first_pair(g); }
+inline std::int64_t blocks_of(const Grouped& g) {
+    const Group& last = g.groups[g.count - 1];
+    return last.block + blocks_of(last) - g.groups[0].block;
+}
+
+// The group that has a product's i-th block of pairs.
+inline const Group& group_of(const Grouped& g, std::int64_t i) {
+    const auto is_before = [](std::int64_t block, const Group& group) { return block < group.block; };
+    return *(std::upper_bound(g.groups, g.groups + g.count, g.groups[0].block + i, is_before) - 1);
+}
 
 // Does of a phase what nobody else does, and comes back when all of it is done. As all that was taken
 // is at work, it does not matter how many threads there are, or when they begin.
@@ -140,7 +142,7 @@ inline const void* input_of(const Grouped& g, const Job& job, std::int64_t i) {
     const Job& gate_up = layer.experts.gate_up;
     const std::int64_t size = float_size(job.input_dtype);
     if (!g.is_down)
-        return offset(gate_up.input, layer.token[g.first() + i] * job.cols * size);
+        return offset(gate_up.input, layer.token[first_pair(g) + i] * job.cols * size);
     void* const row = offset(layer.between, i * gate_up.rows * size);
     activate(layer.experts, row);
     return row;
@@ -160,7 +162,7 @@ int multiply_groups(Grouped& g, const Job& job, std::int64_t height, const Produ
     int status = kOk;
     share(g.multiply, g.count * pieces, [&](std::int64_t i) {
         const Group& group = g.groups[i / pieces];
-        const std::int64_t start = group.first - g.first();
+        const std::int64_t start = group.first - first_pair(g);
         void* const to = g.is_down ? offset(layer.outputs, group.first * job.rows * size)
                                    : offset(layer.between, start * job.rows * size);
         const std::int64_t first = i % pieces * rows;
@@ -195,13 +197,13 @@ int run_grouped(const Job& job) {
     Grouped& g = *job.grouped;
     const TokenRows<Traits> in{static_cast<typename Traits::X*>(g.layer->x), g.layer->scale,
                                TokenRows<Traits>::stride_of(job.cols)};
-    share(g.prepare, g.pairs(), [&](std::int64_t i) {
+    share(g.prepare, pairs_of(g), [&](std::int64_t i) {
         in.make(input_of(g, job, i), job.input_dtype, job.cols, i);
     });
     const typename Few::Memory few;
     const typename Many::Memory many;
     const auto rows = [&](const Job& own, const Group& group, std::int64_t first, std::int64_t end) {
-        const TokenRows<Traits> of_group = in.from(group.first - g.first());
+        const TokenRows<Traits> of_group = in.from(group.first - first_pair(g));
         return own.tokens >= least(Traits::kTileFrom, kTileFromGroup)
                    ? rows_of<Many>(own, of_group, many, kRowsPerPiece, first, end)
                    : rows_of<Few>(own, of_group, few, kRowsPerPiece, first, end);

@@ -56,11 +56,11 @@ int run_grouped_tiles(const Job& job) {
     // Also without memory all of the phase is to be done: other threads wait for it.
     int status = memory ? kOk : kNoMemory;
     const TokenBlocks<Traits> in{static_cast<char*>(g.layer->x), g.layer->scale, lines};
-    share(g.prepare, g.blocks(), [&](std::int64_t i) {
+    share(g.prepare, blocks_of(g), [&](std::int64_t i) {
         if (!memory) return;
-        const Group& group = g.of_block(i);
+        const Group& group = group_of(g, i);
         const std::int64_t skipped = (g.groups[0].block + i - group.block) * kPairsOfBlock;
-        const std::int64_t pair = group.first - g.first() + skipped;
+        const std::int64_t pair = group.first - first_pair(g) + skipped;
         const std::int64_t count = least(group.end - group.first - skipped, kPairsOfBlock);
         const TokenRows<Traits> rows{memory.get(), in.scale + pair, stride};
         for (std::int64_t t = 0; t < count; ++t)
@@ -70,7 +70,7 @@ int run_grouped_tiles(const Job& job) {
     const typename Product::Memory tiles;
     const auto rows = [&](const Job& own, const Group& group, std::int64_t first, std::int64_t end) {
         const TokenBlocks<Traits> of_group{in.at(group.block - g.groups[0].block, 0),
-                                           in.scale + group.first - g.first(), lines};
+                                           in.scale + group.first - first_pair(g), lines};
         return rows_of<Product>(own, of_group, tiles, Product::kMostRows, first, end);
     };
     return std::max(status, multiply_groups(g, job, Product::kTileRows, rows));
