@@ -143,8 +143,8 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def _join(self, matrix: str) -> None:
         """Makes one weight of a matrix's pieces if all are there.
 
-        At once, so that no more than one layer is in memory twice: after the whole model was loaded,
-        its pieces would leave gaps in the heap as large as itself.
+        At once, so that no more than one layer is in memory twice: after the whole model was
+        loaded, its pieces would leave gaps in the heap as large as itself.
         """
         pieces = self.pieces[matrix]
         rows = {"w13": 2 * self.inner, "w2": self.hidden}[matrix]

@@ -1,8 +1,8 @@
 """What is compiled for one instruction set stays in its own object.
 
 The linker keeps one copy of a function that several objects have by the same name, from whichever
-comes first. If that was compiled with AVX-512, the library ends with an illegal instruction on a CPU
-that has none.
+comes first. If that was compiled with AVX-512, the library ends with an illegal instruction on a
+CPU that has none.
 """
 
 from __future__ import annotations
