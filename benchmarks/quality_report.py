@@ -124,15 +124,15 @@ def _panel(points: Sequence[Point], top: float, what: str, dear: int) -> str:
     height, left, right = 226.0, 46.0, WIDTH - 20
     costs, worst = [point.cost for point in points], [point.perplexity for point in points]
     low, high = min(costs), max(costs)
-    room = 0.08 * (high - low)
-    x = linear(low - room, high + room, left, right)
+    first, last = low - 0.16 * (high - low), high + 0.08 * (high - low)  # names stand at the left
+    x = linear(first, last, left, right)
     least, most = min(worst) * 0.97, max(worst) * 1.04
     y = logarithmic(least, most, top + height, top)
     body = ""
     for mark in log_ticks(least, most, 6) if most > 3 * least else ticks(least, most, 6):
         body += line(left, y(mark), right, y(mark), "grid")
         body += text(left - 7, y(mark) + 4, f"{mark:g}", "small end")
-    for mark in ticks(low - room, high + room, 7):
+    for mark in ticks(first, last, 7):
         body += line(x(mark), top, x(mark), top + height, "grid")
         body += text(x(mark), top + height + 16, f"{mark:g}", "small mid")
     body += text((left + right) / 2, top + height + 34, what, "small mid")
