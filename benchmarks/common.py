@@ -307,14 +307,26 @@ def random_mixture(
     make_model(directory, config, None)
 
 
-def random_shape(directory: Path, shape: str, layers: int) -> int:
+def random_shape(
+    directory: Path,
+    shape: str,
+    layers: int,
+    sparsity: float | None = None,
+    vocabulary: int | None = None,
+) -> int:
     """Writes the first layers of a shape of `besa bench --shape`; gives how many it has in all.
 
     Call it through `apart`, which leaves no torch in the caller.
+
+    Args:
+        sparsity: of the blocks' linears, at random; None for dense.
+        vocabulary: instead of the shape's own.
     """
     from besa.bench.random_models import layers_of, make_model, shape_config
 
-    make_model(directory, shape_config(shape, layers), None)
+    config = shape_config(shape, layers)
+    config["vocab_size"] = vocabulary or config["vocab_size"]
+    make_model(directory, config, None if sparsity is None else (sparsity, None))
     return layers_of(shape_config(shape))
 
 

@@ -28,6 +28,7 @@ from common import (
     apart,
     conditions,
     milliseconds,
+    random_shape,
     run_besa,
     spread,
     table,
@@ -56,25 +57,20 @@ PACKED = {
 # --------------------------------------------------------------------------- models
 
 
-def make_models(work: Path, *shape: Any) -> dict[str, Path]:
+def make_models(
+    work: Path, shape: str, layers: int, vocabulary: int | None = None
+) -> dict[str, Path]:
     """The dense model, and what `besa export` makes of it."""
     dense = work / "dense"
     if not (dense / "config.json").exists():
         shutil.rmtree(dense, ignore_errors=True)
-        apart(masked, dense, *shape)
+        apart(random_shape, dense, shape, layers, 0.5, vocabulary)
     models = {"dense": dense}
     for name, flags in (("packed", []), ("packed int8", ["--quantize", "int8"])):
         models[name] = work / name.replace(" ", "-")
         if not models[name].exists():
             run_besa("export", "--format", "vllm", dense, "--out", models[name], *flags)
     return models
-
-
-def masked(directory: Path, shape: str, layers: int, vocabulary: int | None = None) -> None:
-    from besa.bench.random_models import make_model, shape_config
-
-    config = shape_config(shape, layers)
-    make_model(directory, config | {"vocab_size": vocabulary or config["vocab_size"]}, (0.5, None))
 
 
 # --------------------------------------------------------------------------- bytes in memory

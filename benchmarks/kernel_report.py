@@ -201,10 +201,9 @@ def experts_table(record: dict[str, Any]) -> str:
     threads = "a thread" if there["threads"] == 1 else f"{there['threads']} threads"
     lines += [
         "",
-        f"Times, and times faster than {last} in the same rounds: medians of "
-        f"{record['rounds']}, and the interval that holds the median with {CONFIDENCE:.0%}. "
-        f"{there['cpu']}, {threads}, `{there['isa']}`, torch {there['torch']}, transformers "
-        f"{there['transformers']}. `python benchmarks/experts.py --threads {there['threads']}`.",
+        f"Times, and times faster than {last} in the same rounds: {_medians(record)}, {threads}, "
+        f"`{there['isa']}`, torch {there['torch']}, transformers {there['transformers']}. "
+        f"`python benchmarks/experts.py --threads {there['threads']}`.",
     ]
     return "\n".join(lines)
 

@@ -23,8 +23,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, apart, conditions, milliseconds, run_besa, spread, table, write_json
-from engines import LAYERS, masked
+from common import (
+    RESULTS,
+    apart,
+    conditions,
+    milliseconds,
+    random_shape,
+    run_besa,
+    spread,
+    table,
+    write_json,
+)
+from engines import LAYERS
 
 from besa.bench.offline import EngineProcess
 from besa.demo import MODEL
@@ -57,7 +67,7 @@ def make(work: Path, model: str) -> dict[str, Path]:
     if not (pruned / "config.json").exists():
         shutil.rmtree(pruned, ignore_errors=True)
         if model == "tinyllama":
-            apart(masked, pruned, "tinyllama", LAYERS)
+            apart(random_shape, pruned, "tinyllama", LAYERS, 0.5)
         else:
             run_besa("prune", MODEL, "--method", "wanda", "--out", pruned)
     graphs = {}

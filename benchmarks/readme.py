@@ -222,17 +222,17 @@ def engines(record: dict[str, Any]) -> str:
         cells = [f"{sizes[n] / 2**20:.0f} MiB ({sizes[n] / sizes['dense']:.3f})" for n in names]
         line(title, cells)
     conditions = record["conditions"]
-    shape = "" if record["shape"] == "tinyllama" else f" --shape {record['shape']}"
-    shape += f" --layers {record['layers']}" if shape else ""
-    if vocabulary := record.get("vocabulary"):
-        shape += f" --vocabulary {vocabulary}"
+    flags = ""
+    if record["shape"] != "tinyllama":
+        flags = f" --shape {record['shape']} --layers {record['layers']}"
+        flags += f" --vocabulary {record['vocabulary']}" if record["vocabulary"] else ""
     lines += [
         "",
         f"{rounds_of(record)} bfloat16 except for int8 values, {record['layers']} blocks, "
         f"prompts of {record['prompt']} tokens before a step. {conditions['cpu']}, "
         f"{conditions['threads']} threads, torch {conditions['torch']}, vLLM "
         f"{conditions['vllm']}, transformers {conditions['transformers']}. "
-        f"`python benchmarks/engines.py --work DIR{shape}`.",
+        f"`python benchmarks/engines.py --work DIR{flags}`.",
     ]
     return "\n".join(lines)
 

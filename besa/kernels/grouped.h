@@ -149,7 +149,7 @@ inline const void* input_of(const Grouped& g, const Job& job, std::int64_t i) {
 }
 
 // One thread's part in a product whose inputs are prepared; returns a Status. It calls
-// product(job, start, first, end) for rows [first, end) of a group, whose pairs begin at the start-th.
+// product(job, group, first, end) for rows [first, end) of a group, with a job of that group alone.
 // Rows are taken `height` at a time, or some times as many.
 template <class Product>
 int multiply_groups(Grouped& g, const Job& job, std::int64_t height, const Product& product) {
@@ -162,9 +162,9 @@ int multiply_groups(Grouped& g, const Job& job, std::int64_t height, const Produ
     int status = kOk;
     share(g.multiply, g.count * pieces, [&](std::int64_t i) {
         const Group& group = g.groups[i / pieces];
-        const std::int64_t start = group.first - first_pair(g);
-        void* const to = g.is_down ? offset(layer.outputs, group.first * job.rows * size)
-                                   : offset(layer.between, start * job.rows * size);
+        void* const to =
+            g.is_down ? offset(layer.outputs, group.first * job.rows * size)
+                      : offset(layer.between, (group.first - first_pair(g)) * job.rows * size);
         const std::int64_t first = i % pieces * rows;
         const int result = product(job_of(job, group, to), group, first,
                                    least(first + rows, job.rows));

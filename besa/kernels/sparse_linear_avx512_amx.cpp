@@ -44,6 +44,8 @@ int run_tiles(const Job& job) {
     return share_out<Product>(job, in, threads, Product::rows_per_piece(job, threads));
 }
 
+static_assert(kPairsOfBlock == kRegisterRows, "a block of pairs is a register's");
+
 // One thread's part in the product of groups that have many pairs each; returns a Status.
 template <class Traits>
 int run_grouped_tiles(const Job& job) {
@@ -54,7 +56,7 @@ int run_grouped_tiles(const Job& job) {
     const std::int64_t lines = TokenBlocks<Traits>::lines_of(job.cols);
     const auto memory = buffer<X>(kPairsOfBlock * stride);
     // Also without memory all of the phase is to be done: other threads wait for it.
-    int status = memory ? kOk : kNoMemory;
+    const int status = memory ? kOk : kNoMemory;
     const TokenBlocks<Traits> in{static_cast<char*>(g.layer->x), g.layer->scale, lines};
     share(g.prepare, blocks_of(g), [&](std::int64_t i) {
         if (!memory) return;

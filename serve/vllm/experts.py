@@ -77,6 +77,8 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Registers biases, which are dense; the packed weights come by `take`."""
         self.experts, self.hidden = num_experts, hidden_size
         self.inner, self.dtype = intermediate_size_per_partition, params_dtype
+        # How many rows of each matrix are still to come.
+        self.missing = {"w13": num_experts * 2 * self.inner, "w2": num_experts * hidden_size}
         self.device = torch.empty(0).device  # vLLM makes that of the model the default
         if self.device.type == "cuda" and not get_current_vllm_config().model_config.enforce_eager:
             raise BesaError(
@@ -137,21 +139,21 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         ]
         if cut:
             place = 0 if expert is None else self._place(expert)
-            self.pieces[matrix][place, slot] = stack_rows(cut)
-            self._join(matrix)
+            piece = self.pieces[matrix][place, slot] = stack_rows(cut)
+            self.missing[matrix] -= len(piece.bitmask)
+            if not self.missing[matrix]:
+                self._join(matrix)
 
     def _join(self, matrix: str) -> None:
-        """Makes one weight of a matrix's pieces if all are there.
+        """Makes one weight of a matrix's pieces.
 
-        At once, so that no more than one layer is in memory twice: after the whole model was
-        loaded, its pieces would leave gaps in the heap as large as itself.
+        As soon as all are there, so that no more than one layer is in memory twice: after the whole
+        model was loaded, its pieces would leave gaps in the heap as large as itself.
         """
         pieces = self.pieces[matrix]
-        rows = {"w13": 2 * self.inner, "w2": self.hidden}[matrix]
-        if sum(len(piece.bitmask) for piece in pieces.values()) == self.experts * rows:
-            ordered = [pieces[place] for place in sorted(pieces)]
-            self.whole[matrix] = ordered[0] if len(ordered) == 1 else stack_rows(ordered)
-            pieces.clear()
+        ordered = [pieces[place] for place in sorted(pieces)]
+        self.whole[matrix] = ordered[0] if len(ordered) == 1 else stack_rows(ordered)
+        pieces.clear()
 
     def _place(self, expert: int) -> int:
         """Where this rank has an expert; -1 if another one has it."""

@@ -205,13 +205,16 @@ def test_any_shape(
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize(("kind", "dtype"), [("float32", FLOATS[2]), ("bfloat16", FLOATS[0])])
-def test_more_pairs_than_are_worked_on_at_a_time(kind: str, dtype: torch.dtype):
+@pytest.mark.parametrize(
+    ("kind", "dtype", "most"),
+    [("float32", torch.float32, 1e-6), ("bfloat16", torch.bfloat16, 1e-2)],
+)
+def test_more_pairs_than_are_worked_on_at_a_time(kind: str, dtype: torch.dtype, most: float):
     case = Case(6, 16, 32, 700, 2, kind=kind, dtype=dtype)
     case.ids[:600, 0] = 2  # of one expert alone, too
     case.ids[:, 1] = torch.where(case.ids[:, 1] == 4, 5, case.ids[:, 1])
     case.ids[:2, 1] = 4  # and one with few
-    assert error(case.made(), case.reference()) < ROUNDING[dtype]
+    assert error(case.made(), case.reference()) < most
 
 
 @pytest.mark.usefixtures("isa")
